@@ -1,0 +1,159 @@
+//! Disk images: the guest that shares its pages, and the lab host with real KVM.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Result;
+
+use crate::{
+    cache::Cache,
+    kernel::Unpacked,
+    key::{Key, KeyBuilder},
+    pins::Pin,
+    rootfs,
+    sets::{GUEST, LAB, PackageSet},
+    space,
+};
+
+#[derive(Debug)]
+pub(crate) struct GuestImage {
+    pub(crate) image: PathBuf,
+    /// `sha256sum`'s list of every regular file below /usr.
+    pub(crate) manifest: PathBuf,
+}
+
+/// A file put into an image beside the packages.
+struct Asset {
+    path: &'static str,
+    mode: u32,
+    content: &'static str,
+}
+
+const GUEST_ASSETS: &[Asset] = &[
+    Asset {
+        path: "opt/pagefusion/server.py",
+        mode: 0o644,
+        content: include_str!("../assets/guest/server.py"),
+    },
+    Asset {
+        path: "etc/systemd/system/pagefusion-python.service",
+        mode: 0o644,
+        content: include_str!("../assets/guest/pagefusion-python.service"),
+    },
+    Asset {
+        path: "etc/systemd/system/pagefusion-agent.service",
+        mode: 0o644,
+        content: include_str!("../assets/guest/pagefusion-agent.service"),
+    },
+    Asset {
+        path: "customize.sh",
+        mode: 0o755,
+        content: include_str!("../assets/guest/customize.sh"),
+    },
+];
+
+const LAB_ASSETS: &[Asset] = &[Asset {
+    path: "usr/sbin/init",
+    mode: 0o755,
+    content: include_str!("../assets/lab/init"),
+}];
+
+const GUEST_FINISH: &str = r#"
+    echo "I: customizing"
+    cp -r "$dir/assets/." "$dir/root/"
+    chroot "$dir/root" sh /customize.sh
+    rm "$dir/root/customize.sh"
+    echo "I: checksums of /usr"
+    chroot "$dir/root" sh -c 'find /usr -xdev -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum' > "$dir/image.sha256"
+    echo "I: making the file system"
+    mkfs.ext4 -q -L guest -U 7d1c2f60-3c53-4c0e-9a2c-70616765667e -m 0 \
+        -E lazy_itable_init=0,lazy_journal_init=0,hash_seed=7d1c2f60-3c53-4c0e-9a2c-70616765667e \
+        -d "$dir/root" "$dir/image.ext4" 2560M
+    rm -rf "$dir/root" "$dir/assets"
+"#;
+
+const LAB_FINISH: &str = r#"
+    echo "I: adding the kernel's modules"
+    cp -r "$dir/assets/." "$dir/root/"
+    mkdir -p "$dir/root/usr/lib/modules"
+    cp -r "$dir/modules/." "$dir/root/usr/lib/modules/"
+    printf 'lab\n' > "$dir/root/etc/hostname"
+    echo "I: making the file system"
+    mkfs.ext4 -q -L lab -m 0 -E lazy_itable_init=0,lazy_journal_init=0 -d "$dir/root" "$dir/image.ext4" 2560M
+    rm -rf "$dir/root" "$dir/assets" "$dir/modules"
+"#;
+
+pub(crate) fn guest(cache: &Cache) -> Result<GuestImage> {
+    let key = |pins: &[Pin]| key("guest", pins, GUEST_ASSETS, GUEST_FINISH, "");
+    let pins = available(cache, &GUEST, key)?;
+    let entry = cache.entry(&key(&pins), "the guest image", |build| {
+        space::require(cache.root(), 3000 * space::MIB, "the guest image")?;
+        write_assets(&build.dir.join("assets"), GUEST_ASSETS)?;
+        rootfs::make(cache, build, &GUEST, &pins, GUEST_FINISH)
+    })?;
+    Ok(GuestImage {
+        image: entry.join("image.ext4"),
+        manifest: entry.join("image.sha256"),
+    })
+}
+
+pub(crate) fn lab(cache: &Cache, kernel: &Unpacked) -> Result<PathBuf> {
+    let modules = kernel.modules.to_string_lossy().into_owned();
+    let key = |pins: &[Pin]| key("lab", pins, LAB_ASSETS, LAB_FINISH, &modules);
+    let pins = available(cache, &LAB, key)?;
+    let entry = cache.entry(&key(&pins), "the lab host's image", |build| {
+        space::require(cache.root(), 3000 * space::MIB, "the lab host's image")?;
+        write_assets(&build.dir.join("assets"), LAB_ASSETS)?;
+        std::os::unix::fs::symlink(
+            kernel.modules.parent().unwrap_or(Path::new("/")),
+            build.dir.join("modules"),
+        )?;
+        rootfs::make(cache, build, &LAB, &pins, LAB_FINISH)
+    })?;
+    Ok(entry.join("image.ext4"))
+}
+
+fn key(kind: &str, pins: &[Pin], assets: &[Asset], finish: &str, more: &str) -> Key {
+    let mut key = KeyBuilder::new(kind)
+        .with(rootfs::RECIPE)
+        .with(finish)
+        .with(more);
+    for asset in assets {
+        key = key
+            .with(asset.path)
+            .with(asset.mode.to_le_bytes())
+            .with(asset.content);
+    }
+    for pin in pins {
+        key = key.with(&pin.sha256);
+    }
+    key.finish()
+}
+
+/// The set's pins; with the packages in the store if the entry has yet to be made.
+pub(crate) fn available(
+    cache: &Cache,
+    set: &PackageSet,
+    key: impl Fn(&[Pin]) -> Key,
+) -> Result<Vec<Pin>> {
+    let pins = set.current(cache)?;
+    if !pins.is_empty() && cache.lookup(&key(&pins)).is_some() {
+        return Ok(pins);
+    }
+    set.obtain(cache)
+}
+
+fn write_assets(dir: &Path, assets: &[Asset]) -> Result<()> {
+    for asset in assets {
+        let path = dir.join(asset.path);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        fs::write(&path, asset.content)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(asset.mode))?;
+    }
+    Ok(())
+}

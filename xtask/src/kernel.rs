@@ -1,0 +1,115 @@
+//! The stock kernels: image and modules, unpacked from Debian's packages, nothing installed.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    cache::Cache,
+    fetch::stored,
+    key::KeyBuilder,
+    pins::Pin,
+    process::{self, bound_command},
+    sets::{KERNEL_7_3, PackageSet, TRIXIE_TOOLS, kernel_release},
+    space,
+    ui::{Measure, Step},
+};
+
+/// A kernel this project is built for. Another one is another row.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    /// What `--kernel` calls it.
+    pub(crate) series: &'static str,
+    pub(crate) packages: &'static PackageSet,
+    /// The root with the very compilers that Debian built it with.
+    pub(crate) tools: &'static PackageSet,
+    /// The C compiler in that root.
+    pub(crate) cc: &'static str,
+}
+
+pub(crate) const KERNELS: &[Kernel] = &[Kernel {
+    series: "7.3",
+    packages: &KERNEL_7_3,
+    tools: &TRIXIE_TOOLS,
+    cc: "x86_64-linux-gnu-gcc-14",
+}];
+
+pub(crate) fn find(series: &str) -> Result<&'static Kernel> {
+    KERNELS
+        .iter()
+        .find(|kernel| kernel.series == series)
+        .with_context(|| {
+            let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.series).collect();
+            format!("no kernel {series:?}; there is: {}", known.join(", "))
+        })
+}
+
+/// A kernel ready to boot.
+#[derive(Debug)]
+pub(crate) struct Unpacked {
+    pub(crate) release: String,
+    pub(crate) image: PathBuf,
+    /// `lib/modules/RELEASE`, with dependencies computed.
+    pub(crate) modules: PathBuf,
+}
+
+impl Kernel {
+    pub(crate) fn provision(&self, cache: &Cache) -> Result<Unpacked> {
+        const RECIPE: &str = "kernel 1";
+        let key = |pins: &[Pin]| {
+            chosen(pins, &["linux-binary-", "linux-modules-"])
+                .iter()
+                .fold(KeyBuilder::new("kernel").with(RECIPE), |key, pin| {
+                    key.with(&pin.sha256)
+                })
+                .finish()
+        };
+        let mut pins = self.packages.current(cache)?;
+        if pins.is_empty() || cache.lookup(&key(&pins)).is_none() {
+            pins = self.packages.obtain(cache)?;
+        }
+        let release = kernel_release(&pins)?;
+        let entry = cache.entry(&key(&pins), "the stock kernel", |build| {
+            space::require(cache.root(), 400 * space::MIB, "the stock kernel")?;
+            let step = Step::start("stock kernel", Measure::Unknown);
+            for pin in chosen(&pins, &["linux-binary-", "linux-modules-"]) {
+                let mut unpack = bound_command("dpkg-deb");
+                unpack.arg("-x").arg(stored(cache, pin)).arg(build.dir);
+                process::run("dpkg-deb", unpack, &step, &mut build.log)?;
+            }
+            if !build.dir.join("lib").exists() {
+                std::os::unix::fs::symlink("usr/lib", build.dir.join("lib"))?;
+            }
+            let mut depmod = bound_command("depmod");
+            depmod
+                .arg("-b")
+                .arg(build.dir)
+                .arg(&release)
+                .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+            process::run("depmod", depmod, &step, &mut build.log)?;
+            step.done();
+            Ok(())
+        })?;
+        let modules = entry.join("lib/modules").join(&release);
+        Ok(Unpacked {
+            image: modules.join("vmlinuz"),
+            modules,
+            release,
+        })
+    }
+}
+
+/// The pins whose names begin with one of `prefixes`.
+pub(crate) fn chosen<'a>(pins: &'a [Pin], prefixes: &[&str]) -> Vec<&'a Pin> {
+    pins.iter()
+        .filter(|pin| prefixes.iter().any(|prefix| pin.name().starts_with(prefix)))
+        .collect()
+}
+
+/// Unpacks `pins` over each other into `to`.
+pub(crate) fn unpack_command(cache: &Cache, pin: &Pin, to: &std::path::Path) -> Result<Command> {
+    fs::create_dir_all(to)?;
+    let mut command = bound_command("dpkg-deb");
+    command.arg("-x").arg(stored(cache, pin)).arg(to);
+    Ok(command)
+}
