@@ -1,0 +1,58 @@
+//! A file kept mapped read-only.
+#![expect(unsafe_code, reason = "mmap, and reading what it maps")]
+
+use std::{fs::File, ptr, ptr::NonNull};
+
+use anyhow::{Context, Result};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use sha2::{Digest, Sha256};
+
+use crate::pattern;
+
+/// A read-only private mapping of a whole file.
+#[derive(Debug)]
+pub(super) struct Held {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+impl Held {
+    /// Maps `path` and touches every page of it.
+    pub(super) fn map(path: &str) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("open {path}"))?;
+        let length = usize::try_from(file.metadata()?.len())?;
+        if length == 0 {
+            return Ok(Self { start: NonNull::dangling(), length });
+        }
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
+        let start = unsafe {
+            mmap(ptr::null_mut(), length, ProtFlags::READ, MapFlags::PRIVATE | MapFlags::POPULATE, &file, 0)
+        }
+        .with_context(|| format!("map {path}"))?;
+        Ok(Self { start: NonNull::new(start.cast()).context("mmap returned null")?, length })
+    }
+
+    /// SHA-256 of what the mapping shows now.
+    pub(super) fn sha256(&self) -> String {
+        let mut hasher = Sha256::new();
+        let mut page = [0_u8; 4096];
+        for offset in (0..self.length).step_by(page.len()) {
+            let length = page.len().min(self.length - offset);
+            // SAFETY: `offset + length` is inside the mapping, which lives as long as `self`. No reference to the
+            // mapping is made: the file may be rewritten at any time, and a torn page only fails the comparison.
+            unsafe { ptr::copy_nonoverlapping(self.start.as_ptr().add(offset), page.as_mut_ptr(), length) };
+            hasher.update(&page[..length]);
+        }
+        pattern::hex(&hasher.finalize())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.length > 0 {
+            // SAFETY: `map` made exactly this mapping, and nothing points into it any more.
+            let result = unsafe { munmap(self.start.as_ptr().cast(), self.length) };
+            debug_assert!(result.is_ok());
+        }
+    }
+}

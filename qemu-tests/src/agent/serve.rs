@@ -1,0 +1,95 @@
+//! The request loop.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::{BufRead, BufReader, Write},
+    sync::{Arc, Mutex},
+};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::{command, files, held::Held, kernel};
+use crate::protocol::{Message, Op, Request};
+
+/// The agent's side of the line, shared with the threads that relay a command's output.
+pub(super) type Line = Arc<Mutex<fs::File>>;
+
+/// Serves requests until the other side goes away.
+pub fn serve(port: fs::File) -> Result<()> {
+    let line: Line = Arc::new(Mutex::new(port.try_clone().context("duplicate the port")?));
+    send(&line, &Message::Ready { kernel: kernel::release(), uptime: kernel::uptime()? })?;
+    let mut agent = Agent { line: Arc::clone(&line), held: HashMap::new() };
+    for text in BufReader::new(port).lines() {
+        let text = text.context("read a request")?;
+        let Ok(request) = serde_json::from_str::<Request>(&text) else { continue };
+        let reply = match agent.perform(request.id, request.op) {
+            Ok(value) => Message::Reply { id: request.id, ok: Some(value), error: None },
+            Err(error) => Message::Reply { id: request.id, ok: None, error: Some(format!("{error:#}")) },
+        };
+        send(&line, &reply)?;
+    }
+    Ok(())
+}
+
+/// Sends one message as one line.
+pub(super) fn send(line: &Line, message: &Message) -> Result<()> {
+    let mut text = serde_json::to_vec(message)?;
+    text.push(b'\n');
+    let mut port = line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    port.write_all(&text).context("write to the harness")
+}
+
+#[derive(Debug)]
+struct Agent {
+    line: Line,
+    held: HashMap<String, Held>,
+}
+
+impl Agent {
+    fn perform(&mut self, id: u64, op: Op) -> Result<Value> {
+        let unit = |()| Value::Null;
+        match op {
+            Op::Run { argv, timeout_ms, stream } => {
+                let relay = stream.then(|| (Arc::clone(&self.line), id));
+                Ok(serde_json::to_value(command::run(&argv, timeout_ms, relay)?)?)
+            }
+            Op::LoadModule { path, params } => kernel::load_module(&path, &params).map(unit),
+            Op::UnloadModule { name } => kernel::unload_module(&name).map(unit),
+            Op::Read { path } => Ok(fs::read_to_string(&path).with_context(|| format!("read {path}"))?.into()),
+            Op::Write { path, data } => files::write_once(&path, &data).map(unit),
+            Op::List { path } => Ok(serde_json::to_value(files::list(&path)?)?),
+            Op::WaitCounter { path, at_least, timeout_ms } => {
+                Ok(kernel::wait_counter(&path, at_least, timeout_ms)?.into())
+            }
+            Op::MappedFiles => Ok(serde_json::to_value(files::mapped()?)?),
+            Op::Checksum { paths } => {
+                let sums: Vec<_> = paths.iter().map(|path| files::checksum(path)).collect();
+                Ok(serde_json::to_value(sums)?)
+            }
+            Op::WritePattern { path, seed, offset, bytes } => {
+                files::write_pattern(&path, seed, offset, bytes).map(unit)
+            }
+            Op::Hold { path } => {
+                let held = Held::map(&path)?;
+                self.held.insert(path, held);
+                Ok(Value::Null)
+            }
+            Op::HeldSum { path } => Ok(self.held(&path)?.sha256().into()),
+            Op::Release { path } => {
+                self.held.remove(&path).with_context(|| format!("{path} is not held"))?;
+                Ok(Value::Null)
+            }
+            Op::Delete { path } => {
+                fs::remove_file(&path).with_context(|| format!("delete {path}"))?;
+                Ok(Value::Null)
+            }
+            Op::Evict => kernel::evict().map(unit),
+        }
+    }
+
+    fn held(&self, path: &str) -> Result<&Held> {
+        self.held.get(path).with_context(|| format!("{path} is not held"))
+    }
+}

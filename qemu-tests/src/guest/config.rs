@@ -1,0 +1,110 @@
+//! What a machine is made of, as a QEMU command line.
+
+use std::{ffi::OsString, path::PathBuf};
+
+/// How a machine's CPUs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU's translator.
+    Tcg,
+    /// Hardware virtualisation, or the lab's emulation of it.
+    Kvm,
+}
+
+/// What a machine becomes; see `pf-init`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// A Debian system from its disk.
+    Systemd,
+    /// Nothing but the agent.
+    Agent,
+    /// A host for KVM guests.
+    Lab,
+}
+
+/// A machine to start.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Its name in messages and in `pagefusionctl`.
+    pub name: String,
+    /// What it becomes.
+    pub mode: Mode,
+    /// How its CPUs run.
+    pub accelerator: Accelerator,
+    /// Its memory. How QEMU provides it is left to QEMU.
+    pub memory_mib: u32,
+    /// Its CPUs.
+    pub cpus: u32,
+    /// QEMU's `-cpu`.
+    pub cpu: &'static str,
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Initramfs.
+    pub initramfs: PathBuf,
+    /// Disks, each written to only in a copy that goes with the machine.
+    pub disks: Vec<PathBuf>,
+    /// Further QEMU arguments.
+    pub arguments: Vec<OsString>,
+}
+
+impl Config {
+    /// The machine's part of the command line; the caller adds how to reach it.
+    pub(super) fn qemu_arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
+        add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        let accelerator = match self.accelerator {
+            Accelerator::Tcg => "tcg,thread=multi",
+            Accelerator::Kvm => "kvm",
+        };
+        add(&["-accel", accelerator, "-cpu", self.cpu, "-smp", &self.cpus.to_string()]);
+        add(&["-m", &self.memory_mib.to_string(), "-name", &self.name]);
+        add(&["-device", "virtio-rng-pci"]);
+        let mode = match self.mode {
+            Mode::Systemd => "systemd",
+            Mode::Agent => "agent",
+            Mode::Lab => "lab",
+        };
+        // Warnings and worse reach the console; the first oops ends the machine.
+        let kernel = format!("console=ttyS0 loglevel=5 panic=-1 oops=panic rdinit=/init pf.mode={mode}");
+        add(&["-append", &kernel]);
+        arguments.extend(["-kernel".into(), self.kernel.clone().into()]);
+        arguments.extend(["-initrd".into(), self.initramfs.clone().into()]);
+        for disk in &self.disks {
+            let mut drive = OsString::from("if=virtio,format=raw,snapshot=on,file=");
+            // QEMU splits at commas unless they are doubled.
+            drive.push(disk.to_string_lossy().replace(',', ",,"));
+            arguments.extend(["-drive".into(), drive]);
+        }
+        arguments.extend(self.arguments.iter().cloned());
+        arguments
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_left_as_qemu_sets_it_up() {
+        let config = Config {
+            name: "a".into(),
+            mode: Mode::Systemd,
+            accelerator: Accelerator::Tcg,
+            memory_mib: 512,
+            cpus: 1,
+            cpu: "max",
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            disks: vec!["/with,comma".into()],
+            arguments: vec![],
+        };
+        let line: Vec<_> = config.qemu_arguments().iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        let line = line.join(" ");
+        assert!(line.contains("-m 512 "));
+        assert!(line.contains("file=/with,,comma"));
+        for option in ["memory-backend", "mem-path", "mem-prealloc", "mem-lock", "merge="] {
+            assert!(!line.contains(option), "{line}");
+        }
+    }
+}

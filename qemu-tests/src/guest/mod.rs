@@ -1,0 +1,303 @@
+//! One machine: its QEMU, its console, its agent, its monitor.
+
+mod config;
+mod lines;
+mod qmp;
+
+use std::{
+    ffi::OsString,
+    io::Write,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    process::{Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+pub use self::config::{Accelerator, Config, Mode};
+use self::{
+    lines::{Event, Tail},
+    qmp::Qmp,
+};
+use crate::{
+    cgroup::MemoryCgroup,
+    interrupt,
+    process::Process,
+    protocol::{Message, Op, Request, RunOutcome},
+};
+
+/// The longest a request without a limit of its own may take.
+const REQUEST_LIMIT: Duration = Duration::from_secs(120);
+/// How often a wait looks for Ctrl-C.
+const SLICE: Duration = Duration::from_millis(200);
+/// The kernel module's name.
+const MODULE: &str = "pagefusion";
+/// Where `pf-init` puts the module.
+const MODULE_PATH: &str = "/run/pagefusion/pagefusion.ko";
+/// The module's directory in sysfs.
+pub const SYSFS: &str = "/sys/kernel/pagefusion";
+
+/// A running machine.
+#[derive(Debug)]
+pub struct Guest {
+    name: String,
+    process: Process,
+    agent: UnixStream,
+    qmp: Qmp,
+    events: Receiver<Event>,
+    tail: Tail,
+    next_id: u64,
+    failure: Option<String>,
+}
+
+impl Guest {
+    /// Starts a machine. `launcher` is the command that ends in QEMU's name: QEMU itself, or `pagefusionctl run … --`
+    /// and QEMU. Logs go to `logs`.
+    pub fn start(config: &Config, mut launcher: Command, cgroup: Option<&MemoryCgroup>, logs: &Path) -> Result<Self> {
+        let (console, console_end) = pair()?;
+        let (agent, agent_end) = pair()?;
+        let (monitor, monitor_end) = pair()?;
+        launcher.args(config.qemu_arguments());
+        let ports = [("console", &console_end), ("agent", &agent_end), ("monitor", &monitor_end)];
+        for (id, end) in ports {
+            launcher.args(["-chardev".into(), OsString::from(format!("socket,id=pf-{id},fd={}", end.as_raw_fd()))]);
+        }
+        launcher.args(["-serial", "chardev:pf-console", "-serial", "chardev:pf-agent"]);
+        launcher.args(["-mon", "chardev=pf-monitor,mode=control"]);
+        let log = std::fs::File::create(logs.join(format!("{}.qemu", config.name))).context("create QEMU's log")?;
+        launcher.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let procs = cgroup.map(MemoryCgroup::procs).transpose()?;
+        let process = Process::spawn(&mut launcher, procs, vec![console_end, agent_end, monitor_end])?;
+
+        let (sender, events) = channel();
+        lines::read_agent(agent.try_clone().context("duplicate a socket")?, sender.clone());
+        let tail = lines::watch_console(console, &logs.join(format!("{}.console", config.name)), sender)?;
+        agent.set_write_timeout(Some(REQUEST_LIMIT)).context("limit writes")?;
+        let name = config.name.clone();
+        Ok(Self { name, process, agent, qmp: Qmp::new(monitor)?, events, tail, next_id: 1, failure: None })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Waits for the agent. Returns how long the machine had been up then, by its own clock.
+    pub fn wait_agent(&mut self, limit: Duration) -> Result<f64> {
+        let deadline = Instant::now() + limit;
+        self.wait(deadline, "its agent", |message| match message {
+            Message::Ready { uptime, .. } => Some(uptime),
+            _ => None,
+        })
+    }
+
+    /// Waits until systemd has started everything, and makes sure that `units` run.
+    pub fn wait_services(&mut self, units: &[&str], limit: Duration) -> Result<()> {
+        let up = self.run_for(&["systemctl", "is-system-running", "--wait"], limit)?;
+        if up.stdout.trim() != "running" {
+            let failed = self.run_for(&["systemctl", "--failed", "--no-legend", "--plain"], limit)?;
+            bail!("{}: the system is {:?}: {}", self.name, up.stdout.trim(), failed.stdout);
+        }
+        for unit in units {
+            let state = self.run_for(&["systemctl", "is-active", unit], limit)?;
+            ensure!(state.status == Some(0), "{}: {unit} is {:?}", self.name, state.stdout.trim());
+        }
+        Ok(())
+    }
+
+    /// Asks the agent for something and waits for its answer.
+    pub fn request<T: DeserializeOwned>(&mut self, op: Op) -> Result<T> {
+        self.request_for(op, REQUEST_LIMIT, |_| {})
+    }
+
+    /// The same with another time limit; `output` gets the lines of a streaming program.
+    pub fn request_for<T: DeserializeOwned>(
+        &mut self,
+        op: Op,
+        limit: Duration,
+        mut output: impl FnMut(&str),
+    ) -> Result<T> {
+        self.healthy()?;
+        let id = self.next_id;
+        self.next_id += 1;
+        let what = format!("{op:?}");
+        let mut line = serde_json::to_vec(&Request { id, op })?;
+        line.push(b'\n');
+        self.agent.write_all(&line).with_context(|| format!("{}: send {what}", self.name))?;
+        let deadline = Instant::now() + limit;
+        let answer = self.wait(deadline, &what, |message| match message {
+            Message::Reply { id: replied, ok, error } if replied == id => Some((ok, error)),
+            Message::Output { id: of, line, .. } if of == id => {
+                output(&line);
+                None
+            }
+            _ => None,
+        })?;
+        match answer {
+            (_, Some(error)) => bail!("{}: {error}", self.name),
+            (ok, None) => serde_json::from_value(ok.unwrap_or(Value::Null)).with_context(|| format!("answer to {what}")),
+        }
+    }
+
+    /// Runs a program to its end.
+    pub fn run(&mut self, argv: &[&str]) -> Result<RunOutcome> {
+        self.run_for(argv, REQUEST_LIMIT)
+    }
+
+    fn run_for(&mut self, argv: &[&str], limit: Duration) -> Result<RunOutcome> {
+        let argv = argv.iter().map(|&word| word.to_owned()).collect();
+        let op = Op::Run { argv, timeout_ms: limit.as_millis() as u64, stream: false };
+        let outcome: RunOutcome = self.request_for(op, limit + REQUEST_LIMIT, |_| {})?;
+        ensure!(!outcome.timed_out, "{}: a program took longer than {limit:?}", self.name);
+        Ok(outcome)
+    }
+
+    /// Runs a program that must succeed, and returns what it printed.
+    pub fn output(&mut self, argv: &[&str]) -> Result<String> {
+        let outcome = self.run(argv)?;
+        ensure!(
+            outcome.status == Some(0),
+            "{}: {argv:?} ended with {:?}: {}",
+            self.name,
+            outcome.status,
+            outcome.stderr.trim()
+        );
+        Ok(outcome.stdout)
+    }
+
+    /// Loads the module.
+    pub fn load_module(&mut self) -> Result<()> {
+        self.request(Op::LoadModule { path: MODULE_PATH.into(), params: String::new() })
+    }
+
+    /// Unloads the module.
+    pub fn unload_module(&mut self) -> Result<()> {
+        self.request(Op::UnloadModule { name: MODULE.into() })
+    }
+
+    /// Reads a number the module keeps.
+    pub fn counter(&mut self, name: &str) -> Result<u64> {
+        let text: String = self.request(Op::Read { path: format!("{SYSFS}/{name}") })?;
+        text.trim().parse().with_context(|| format!("{}: {name} holds {text:?}", self.name))
+    }
+
+    /// Sets a knob of the module.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        self.request(Op::Write { path: format!("{SYSFS}/{name}"), data: value.into() })
+    }
+
+    /// Waits until the module has made `passes` more full passes.
+    pub fn wait_passes(&mut self, passes: u64, limit: Duration) -> Result<u64> {
+        let at_least = self.counter("full_scans")? + passes;
+        let op = Op::WaitCounter {
+            path: format!("{SYSFS}/full_scans"),
+            at_least,
+            timeout_ms: limit.as_millis() as u64,
+        };
+        self.request_for(op, limit + REQUEST_LIMIT, |_| {})
+    }
+
+    /// Stops its CPUs.
+    pub fn pause(&mut self) -> Result<()> {
+        self.monitor("stop").map(drop)
+    }
+
+    /// Lets them run again.
+    pub fn resume(&mut self) -> Result<()> {
+        self.monitor("cont").map(drop)
+    }
+
+    fn monitor(&mut self, command: &str) -> Result<Value> {
+        self.qmp.execute(command, json!({})).with_context(|| self.name.clone())
+    }
+
+    /// Fails when its console has shown something it must not, or when QEMU has ended.
+    pub fn healthy(&mut self) -> Result<()> {
+        while let Ok(event) = self.events.try_recv() {
+            self.note(&event);
+        }
+        self.fail_if_broken()
+    }
+
+    /// Waits for QEMU's end by itself.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<()> {
+        let ended = self.process.wait(limit)?;
+        ensure!(ended.is_some(), "{}: did not end within {limit:?}", self.name);
+        Ok(())
+    }
+
+    /// SIGKILL to QEMU.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+
+    /// Waits for a console failure, which a test provoked.
+    pub fn wait_failure(&mut self, limit: Duration) -> Result<String> {
+        let deadline = Instant::now() + limit;
+        while self.failure.is_none() {
+            let Some(event) = self.next_event(deadline)? else { bail!("{}: nothing failed", self.name) };
+            self.note(&event);
+        }
+        Ok(self.failure.clone().unwrap_or_default())
+    }
+
+    fn wait<T>(&mut self, deadline: Instant, what: &str, mut take: impl FnMut(Message) -> Option<T>) -> Result<T> {
+        loop {
+            let Some(event) = self.next_event(deadline)? else {
+                bail!("{}: timed out on {what}; the console's last lines:\n{}", self.name, self.tail.text());
+            };
+            self.note(&event);
+            self.fail_if_broken()?;
+            if let Event::Agent(message) = event {
+                if let Some(value) = take(message) {
+                    return Ok(value);
+                }
+            }
+        }
+    }
+
+    fn next_event(&mut self, deadline: Instant) -> Result<Option<Event>> {
+        loop {
+            interrupt::check()?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.events.recv_timeout(left.min(SLICE)) {
+                Ok(event) => return Ok(Some(event)),
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(Some(Event::Closed)),
+            }
+        }
+    }
+
+    fn note(&mut self, event: &Event) {
+        let failure = match event {
+            Event::Fatal(line) => line.clone(),
+            Event::Closed => "QEMU has ended".to_owned(),
+            Event::Agent(_) => return,
+        };
+        self.failure.get_or_insert(failure);
+    }
+
+    fn fail_if_broken(&self) -> Result<()> {
+        let Some(failure) = &self.failure else { return Ok(()) };
+        bail!("{}: {failure}; the console's last lines:\n{}", self.name, self.tail.text());
+    }
+}
+
+/// A connected pair: the harness's end and the one QEMU inherits.
+fn pair() -> Result<(UnixStream, OwnedFd)> {
+    let (mine, theirs) = UnixStream::pair().context("make a socket pair")?;
+    Ok((mine, theirs.into()))
+}

@@ -1,0 +1,22 @@
+//! Boots real guests on real QEMU, shares their memory and checks from outside that it was saved and that nothing
+//! broke.
+//!
+//! Nothing here is a mock. A *guest* is a Debian machine with an agent on its second serial port ([`agent`],
+//! [`protocol`]); the harness waits for its events, watches its console and believes the memory cgroup only.
+
+pub mod agent;
+pub mod artifacts;
+pub mod cgroup;
+pub mod console;
+pub mod daemon;
+pub mod frames;
+pub mod guest;
+pub mod initramfs;
+pub mod interrupt;
+pub mod kmod;
+pub mod manifest;
+pub mod pattern;
+pub mod process;
+pub mod protocol;
+pub mod workdir;
+pub mod world;

@@ -1,0 +1,198 @@
+//! The line protocol between the harness and the agent in a guest.
+//!
+//! One JSON object per line on the guest's second serial port. The harness sends [`Request`]s, one at a time; the
+//! agent answers each with a [`Message::Reply`] of the same id. [`Message::Ready`] and [`Message::Output`] come
+//! unasked. Anything that is not a JSON object (a stray kernel message, line noise) is ignored by both sides.
+
+use serde::{Deserialize, Serialize};
+
+/// What the harness asks for.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Request {
+    /// Chosen by the harness, repeated in the reply.
+    pub id: u64,
+    /// What to do.
+    #[serde(flatten)]
+    pub op: Op,
+}
+
+/// One operation of the agent.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Op {
+    /// Run a program to its end. The reply is a [`RunOutcome`].
+    Run {
+        /// Program and arguments.
+        argv: Vec<String>,
+        /// Kill it after this time.
+        timeout_ms: u64,
+        /// Send its output line by line while it runs, instead of with the reply.
+        stream: bool,
+    },
+    /// `finit_module`.
+    LoadModule {
+        /// The `.ko`.
+        path: String,
+        /// Module parameters, as `insmod` takes them.
+        params: String,
+    },
+    /// `delete_module`.
+    UnloadModule {
+        /// The module's name.
+        name: String,
+    },
+    /// Read a small text file, sysfs above all.
+    Read {
+        /// The file.
+        path: String,
+    },
+    /// Write a small text file, sysfs above all.
+    Write {
+        /// The file.
+        path: String,
+        /// What to write, in one `write`.
+        data: String,
+    },
+    /// Names in a directory.
+    List {
+        /// The directory.
+        path: String,
+    },
+    /// Wait until the number in a file has reached a value. The reply is the number.
+    WaitCounter {
+        /// A file that holds one number.
+        path: String,
+        /// Wait for this or more.
+        at_least: u64,
+        /// Give up after this time.
+        timeout_ms: u64,
+    },
+    /// Every regular file that a process maps. The reply is a list of paths.
+    MappedFiles,
+    /// Hash files by `read` and through a mapping. The reply is a list of [`FileSum`].
+    Checksum {
+        /// The files.
+        paths: Vec<String>,
+    },
+    /// Create (or overwrite from the start) a file with [`crate::pattern`] bytes and wait until they are on disk.
+    WritePattern {
+        /// The file.
+        path: String,
+        /// Seed of the pattern.
+        seed: u64,
+        /// Where in the file to write.
+        offset: u64,
+        /// How many bytes.
+        bytes: u64,
+    },
+    /// Map a file read-only and keep it mapped.
+    Hold {
+        /// The file.
+        path: String,
+    },
+    /// Hash what a held mapping shows. The reply is the hash.
+    HeldSum {
+        /// The path given to `hold`; the file itself may be gone by now.
+        path: String,
+    },
+    /// Unmap a held file.
+    Release {
+        /// The path given to `hold`.
+        path: String,
+    },
+    /// `unlink`.
+    Delete {
+        /// The file.
+        path: String,
+    },
+    /// `sync`, then drop every clean page the kernel can drop.
+    Evict,
+}
+
+/// What the agent sends.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Message {
+    /// The agent runs; sent once.
+    Ready {
+        /// `uname -r`.
+        kernel: String,
+        /// Seconds since the guest's kernel started.
+        uptime: f64,
+    },
+    /// A line of output of a streaming [`Op::Run`].
+    Output {
+        /// The request it belongs to.
+        id: u64,
+        /// The line, without its end.
+        line: String,
+        /// It went to standard error.
+        stderr: bool,
+    },
+    /// The answer to a request.
+    Reply {
+        /// The request.
+        id: u64,
+        /// The result, when it worked.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ok: Option<serde_json::Value>,
+        /// What went wrong, when it did not.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
+}
+
+/// How a program ended.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct RunOutcome {
+    /// Its exit status; `None` when a signal ended it.
+    pub status: Option<i32>,
+    /// It was killed because it took too long.
+    pub timed_out: bool,
+    /// Standard output, its last 64 KiB.
+    pub stdout: String,
+    /// Standard error, its last 64 KiB.
+    pub stderr: String,
+}
+
+/// The hashes of one file.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct FileSum {
+    /// The file.
+    pub path: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// SHA-256 of what `read` returns; absent when the file cannot be read.
+    pub by_read: Option<String>,
+    /// SHA-256 of what a mapping shows.
+    pub by_map: Option<String>,
+    /// Why a hash is absent.
+    pub error: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_flat_json() {
+        let request = Request { id: 7, op: Op::Read { path: "/sys/x".into() } };
+        let text = serde_json::to_string(&request).unwrap();
+        assert_eq!(text, r#"{"id":7,"op":"read","path":"/sys/x"}"#);
+        let back: Request = serde_json::from_str(&text).unwrap();
+        assert_eq!(back.id, 7);
+        assert!(matches!(back.op, Op::Read { path } if path == "/sys/x"));
+    }
+
+    #[test]
+    fn operations_without_fields_round_trip() {
+        let text = serde_json::to_string(&Request { id: 1, op: Op::Evict }).unwrap();
+        assert!(matches!(serde_json::from_str::<Request>(&text).unwrap().op, Op::Evict));
+    }
+
+    #[test]
+    fn replies_carry_either_a_value_or_an_error() {
+        let reply: Message = serde_json::from_str(r#"{"type":"reply","id":3,"ok":[1]}"#).unwrap();
+        assert!(matches!(reply, Message::Reply { id: 3, ok: Some(_), error: None }));
+    }
+}

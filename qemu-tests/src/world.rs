@@ -1,0 +1,217 @@
+//! Everything one run of the tests has going: directories, a cgroup, a daemon, guests.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::{
+    artifacts::Artifacts,
+    cgroup::MemoryCgroup,
+    daemon::{Daemon, Site},
+    guest::{Accelerator, Config, Guest, Mode},
+    initramfs,
+    manifest::Manifest,
+    workdir,
+};
+
+/// The trust group the guests are in.
+const GROUP: &str = "tests";
+/// Services the guest image runs.
+const SERVICES: [&str; 3] = ["nginx", "postgresql@*", "pagefusion-python"];
+
+/// How long things may take on one kind of host.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// From QEMU's start to the agent.
+    pub boot: Duration,
+    /// From the agent to all services.
+    pub services: Duration,
+    /// Until sharing settles.
+    pub settle: Duration,
+}
+
+impl Limits {
+    fn of(accelerator: Accelerator, nested: bool) -> Self {
+        let factor = match (accelerator, nested) {
+            (Accelerator::Kvm, false) => 1,
+            (Accelerator::Tcg, _) => 3,
+            (Accelerator::Kvm, true) => 6,
+        };
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes * factor);
+        Self { boot: minutes(1), services: minutes(2), settle: minutes(1) }
+    }
+}
+
+/// What kind of host the guests run on.
+#[derive(Clone, Copy, Debug)]
+pub struct Host {
+    /// How guests' CPUs run.
+    pub accelerator: Accelerator,
+    /// The host is itself a machine under TCG.
+    pub nested: bool,
+}
+
+impl Host {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match (self.accelerator, self.nested) {
+            (Accelerator::Tcg, _) => "tcg",
+            (Accelerator::Kvm, true) => "kvm-lab",
+            (Accelerator::Kvm, false) => "kvm",
+        }
+    }
+}
+
+/// The whole set-up. Fields are dropped in this order: nothing goes before what uses it.
+#[derive(Debug)]
+pub struct World {
+    /// The running guests.
+    pub guests: Vec<Guest>,
+    /// The daemon, while one runs.
+    pub daemon: Option<Daemon>,
+    /// Everything in it counts.
+    pub cgroup: MemoryCgroup,
+    /// Where the daemon is at home.
+    pub site: Site,
+    /// What the files must contain.
+    pub manifest: Manifest,
+    /// Time limits.
+    pub limits: Limits,
+    /// What provisioning made.
+    pub artifacts: Artifacts,
+    host: Host,
+    initramfs: PathBuf,
+    logs: PathBuf,
+    started: u32,
+    _store: TempDir,
+    _directory: TempDir,
+}
+
+impl World {
+    /// Sets up directories and starts the daemon. Logs go to `logs` if it is given, else they vanish.
+    pub fn new(artifacts: &Artifacts, host: Host, logs: Option<&Path>) -> Result<Self> {
+        let directory = workdir::create()?;
+        let store = workdir::create_on_tmpfs()?;
+        let runtime = directory.path().join("run");
+        let logs = logs.map_or_else(|| directory.path().join("logs"), Path::to_owned);
+        for path in [&runtime, &logs] {
+            std::fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
+        }
+        let initramfs = match &artifacts.guest_initramfs {
+            Some(ready) => ready.clone(),
+            None => {
+                let target = directory.path().join("guest.cpio");
+                initramfs::build_guest(artifacts, &target)?;
+                target
+            }
+        };
+        let cgroup = MemoryCgroup::create()?;
+        let site = Site::new(artifacts, &runtime, store.path(), &logs)?;
+        let daemon = site.start(&cgroup)?;
+        Ok(Self {
+            guests: Vec::new(),
+            daemon: Some(daemon),
+            cgroup,
+            site,
+            manifest: Manifest::read(&artifacts.guest_manifest)?,
+            limits: Limits::of(host.accelerator, host.nested),
+            artifacts: artifacts.clone(),
+            host,
+            initramfs,
+            logs,
+            started: 0,
+            _store: store,
+            _directory: directory,
+        })
+    }
+
+    /// The kind of host.
+    pub fn host(&self) -> Host {
+        self.host
+    }
+
+    /// Starts QEMU for one more Debian guest; it boots while others do.
+    pub fn start_guest(&mut self) -> Result<()> {
+        let config = self.config(Mode::Systemd, 1024, vec![self.artifacts.guest_image.clone()]);
+        let launcher = self.site.launcher(GROUP, &config.name, &self.artifacts.qemu);
+        let guest = Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)?;
+        self.guests.push(guest);
+        Ok(())
+    }
+
+    /// Waits until every guest has booted and its services run. Returns how long they were up then.
+    pub fn wait_booted(&mut self, from: usize) -> Result<Vec<f64>> {
+        let mut uptimes = Vec::new();
+        for guest in &mut self.guests[from..] {
+            uptimes.push(guest.wait_agent(self.limits.boot)?);
+        }
+        for guest in &mut self.guests[from..] {
+            guest.wait_services(&SERVICES, self.limits.services)?;
+        }
+        Ok(uptimes)
+    }
+
+    /// A machine with nothing but the agent and further `arguments`, started by `launcher`.
+    pub fn start_small(&mut self, launcher: Command, arguments: &[&str]) -> Result<Guest> {
+        let mut config = self.config(Mode::Agent, 256, Vec::new());
+        config.arguments = arguments.iter().map(Into::into).collect();
+        let mut guest = Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)?;
+        guest.wait_agent(self.limits.boot)?;
+        Ok(guest)
+    }
+
+    fn config(&mut self, mode: Mode, memory_mib: u32, disks: Vec<PathBuf>) -> Config {
+        self.started += 1;
+        Config {
+            name: format!("vm{}", self.started),
+            mode,
+            accelerator: self.host.accelerator,
+            memory_mib,
+            cpus: 1,
+            cpu: if self.host.accelerator == Accelerator::Kvm { "host" } else { "max" },
+            kernel: self.artifacts.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            disks,
+            arguments: Vec::new(),
+        }
+    }
+
+    /// Every process whose memory counts.
+    pub fn pids(&self) -> Vec<u32> {
+        self.guests.iter().map(Guest::pid).chain(self.daemon.iter().map(Daemon::pid)).collect()
+    }
+
+    /// Fails when a guest or the daemon is not well.
+    pub fn healthy(&mut self) -> Result<()> {
+        for guest in &mut self.guests {
+            guest.healthy()?;
+        }
+        if let Some(daemon) = &mut self.daemon {
+            daemon.healthy()?;
+        }
+        Ok(())
+    }
+
+    /// Takes everything down; the daemon must end cleanly.
+    pub fn close(mut self) -> Result<()> {
+        for mut guest in self.guests.drain(..) {
+            guest.kill()?;
+        }
+        if let Some(daemon) = self.daemon.take() {
+            daemon.stop()?;
+        }
+        Ok(())
+    }
+
+    /// Two different guests at once.
+    pub fn pair(&mut self) -> Result<(&mut Guest, &mut Guest)> {
+        ensure!(self.guests.len() >= 2, "two guests are needed");
+        let (first, rest) = self.guests.split_at_mut(1);
+        Ok((&mut first[0], &mut rest[0]))
+    }
+}
