@@ -18,22 +18,19 @@ pub struct Artifacts {
     /// `lib/modules/<release>` of the guest kernel.
     pub modules_dir: PathBuf,
     /// `pagefusion.ko` for it.
-    pub module_ko: PathBuf,
+    pub module_ko: Option<PathBuf>,
     /// A Debian root, ext4 on a raw disk.
     pub guest_image: PathBuf,
     /// SHA-256 of every file under `/usr` of that root.
     pub guest_manifest: PathBuf,
     /// The root of the lab host, ext4 on a raw disk.
-    pub lab_image: PathBuf,
+    pub lab_image: Option<PathBuf>,
     /// The lab host's kernel; its modules are in `modules_dir` too.
-    pub lab_kernel: PathBuf,
+    pub lab_kernel: Option<PathBuf>,
     /// The QEMU to run.
     pub qemu: PathBuf,
-    /// Our own programs.
-    pub bin_dir: PathBuf,
-    /// The cache all of this is in.
-    #[serde(default)]
-    pub cache: PathBuf,
+    /// Our own programs; without it, where this program is.
+    pub bin_dir: Option<PathBuf>,
     /// An initramfs made elsewhere; without one it is built from the rest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_initramfs: Option<PathBuf>,
@@ -45,15 +42,18 @@ impl Artifacts {
         let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let artifacts: Self = serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))?;
         let needed = [&artifacts.kernel, &artifacts.guest_image, &artifacts.guest_manifest, &artifacts.qemu];
-        for needed in needed.into_iter().chain([&artifacts.bin_dir]) {
-            ensure!(needed.exists(), "{} is missing; run `cargo xtask setup`", needed.display());
+        for needed in needed {
+            ensure!(needed.exists(), "{} is missing; provision the machine first", needed.display());
         }
         Ok(artifacts)
     }
 
     /// The path of one of our programs.
     pub fn program(&self, name: &str) -> Result<PathBuf> {
-        let path = self.bin_dir.join(name);
+        let path = match &self.bin_dir {
+            Some(directory) => directory.join(name),
+            None => std::env::current_exe().context("find this program")?.with_file_name(name),
+        };
         ensure!(path.exists(), "{} is missing; build the workspace first", path.display());
         Ok(path)
     }

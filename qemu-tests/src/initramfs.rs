@@ -18,6 +18,10 @@ const LAB_MODULES: [&str; 1] = ["kvm-amd"];
 
 /// For a guest: drivers, `pf-init`, the agent and the module.
 pub fn build_guest(artifacts: &Artifacts, target: &Path) -> Result<()> {
+    if let Some(ready) = &artifacts.guest_initramfs {
+        fs::copy(ready, target).with_context(|| format!("copy {}", ready.display()))?;
+        return Ok(());
+    }
     let mut archive = Archive::create(target)?;
     archive.init(artifacts)?;
     archive.modules(artifacts, &GUEST_MODULES)?;
@@ -25,8 +29,8 @@ pub fn build_guest(artifacts: &Artifacts, target: &Path) -> Result<()> {
     archive.directory("run/pagefusion")?;
     let agent = artifacts.program("pf-agent")?;
     archive.file("run/pagefusion/agent", 0o755, &read(&agent)?)?;
-    if artifacts.module_ko.exists() {
-        archive.file("run/pagefusion/pagefusion.ko", 0o644, &read(&artifacts.module_ko)?)?;
+    if let Some(module) = &artifacts.module_ko {
+        archive.file("run/pagefusion/pagefusion.ko", 0o644, &read(module)?)?;
     }
     archive.finish()
 }

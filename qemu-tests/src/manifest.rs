@@ -1,6 +1,6 @@
 //! What the files of the guest image must contain.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, ops::Bound, path::Path};
 
 use anyhow::{Context, Result, ensure};
 
@@ -9,7 +9,7 @@ use crate::protocol::FileSum;
 /// SHA-256 by path.
 #[derive(Clone, Debug)]
 pub struct Manifest {
-    sums: HashMap<String, String>,
+    sums: BTreeMap<String, String>,
 }
 
 impl Manifest {
@@ -20,7 +20,7 @@ impl Manifest {
     }
 
     fn parse(text: &str) -> Result<Self> {
-        let mut sums = HashMap::new();
+        let mut sums = BTreeMap::new();
         for (number, line) in text.lines().enumerate() {
             let (sum, path) = line.split_once("  ").with_context(|| format!("line {} has no path", number + 1))?;
             let hash = sum.len() == 64 && sum.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -36,6 +36,12 @@ impl Manifest {
     /// Whether the image has this file.
     pub fn has(&self, path: &str) -> bool {
         self.sums.contains_key(path)
+    }
+
+    /// Its files whose paths begin with `prefix`, sorted.
+    pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+        let from = self.sums.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        from.map(|(path, _)| path.as_str()).take_while(move |path| path.starts_with(prefix))
     }
 
     /// What is wrong with a file, if anything. A file the image does not have needs only to read as it maps.
@@ -73,6 +79,7 @@ mod tests {
     fn lines_are_parsed() {
         assert!(manifest().has("/usr/bin/a") && manifest().has("/usr/bin/with  two blanks"));
         assert!(!manifest().has("/usr/bin/c"));
+        assert_eq!(manifest().below("/usr/bin/w").collect::<Vec<_>>(), ["/usr/bin/with  two blanks"]);
         for wrong in ["", "abc  /x", &"a".repeat(64), &format!("{}  /x", "g".repeat(64))] {
             assert!(Manifest::parse(wrong).is_err(), "{wrong}");
         }

@@ -102,14 +102,8 @@ impl World {
         for path in [&runtime, &logs] {
             std::fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
         }
-        let initramfs = match &artifacts.guest_initramfs {
-            Some(ready) => ready.clone(),
-            None => {
-                let target = directory.path().join("guest.cpio");
-                initramfs::build_guest(artifacts, &target)?;
-                target
-            }
-        };
+        let initramfs = directory.path().join("guest.cpio");
+        initramfs::build_guest(artifacts, &initramfs)?;
         let cgroup = MemoryCgroup::create()?;
         let site = Site::new(artifacts, &runtime, store.path(), &logs)?;
         let daemon = site.start(&cgroup)?;

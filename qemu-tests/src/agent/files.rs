@@ -43,13 +43,16 @@ pub(super) fn mapped() -> Result<BTreeSet<String>> {
     Ok(files)
 }
 
-/// The file of one line of `/proc/<pid>/maps`, unless it is a device, deleted or no file at all.
+/// The file of one line of `/proc/<pid>/maps`, unless it is a device, deleted, written through the mapping or no file
+/// at all.
 fn mapped_path(line: &str) -> Option<&str> {
     let mut fields = line.splitn(6, ' ');
-    let inode = fields.nth(4)?;
+    let access = fields.nth(1)?;
+    let inode = fields.nth(2)?;
     let path = fields.next()?.trim_start();
     let device = ["/dev/", "/memfd:", "/SYSV", "/proc/", "/sys/", "/run/"];
     let ordinary = inode != "0"
+        && access != "rw-s"
         && path.starts_with('/')
         && !path.ends_with(" (deleted)")
         && !device.iter().any(|prefix| path.starts_with(prefix));
@@ -116,6 +119,7 @@ mod tests {
             "7f00-7f01 rw-p 00000000 00:00 0 ",
             "7f00-7f01 rw-p 00000000 00:00 0                          [heap]",
             "7f00-7f01 rw-s 00000000 00:01 1024                       /dev/zero (deleted)",
+            "7f00-7f01 rw-s 00000000 fe:00 78                         /var/log/journal/1/system.journal",
             "7f00-7f01 rw-s 00000000 00:01 77                         /dev/shm/PostgreSQL.1",
             "7f00-7f01 r-xp 00000000 fe:00 9                          /usr/bin/old (deleted)",
         ] {

@@ -1,40 +1,203 @@
-use qemu_tests::*;
-fn main() -> anyhow::Result<()> {
-    use std::time::*;
+//! The harness: `demo` shows that memory is saved, `test` that nothing breaks.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand, ValueEnum};
+use qemu_tests::{
+    artifacts::Artifacts,
+    demo,
+    guest::Accelerator,
+    interrupt, kvm,
+    lab::Lab,
+    report::Report,
+    suite::{self, Tally, Verdict},
+    world::Host,
+};
+
+#[derive(Debug, Parser)]
+#[command(about = "Boots real guests, shares their memory and checks that nothing breaks")]
+struct Arguments {
+    /// What provisioning made (JSON).
+    #[arg(long, global = true, default_value = "target/pagefusion/artifacts.json")]
+    artifacts: PathBuf,
+    /// Keep consoles and logs in this directory.
+    #[arg(long, global = true)]
+    logs: Option<PathBuf>,
+    /// The host is itself a machine under TCG; everything may take longer.
+    #[arg(long, global = true, hide = true)]
+    nested: bool,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Boot guests, share their memory, prove it from outside.
+    Demo {
+        /// How many guests.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
+        vms: u32,
+        /// Where the guests run.
+        #[arg(long, value_enum, default_value_t = HostKind::Tcg)]
+        host: HostKind,
+        /// Write the result to this file.
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Run the scenarios, one verdict line for each.
+    Test {
+        /// Leave out the slow hosts.
+        #[arg(long)]
+        quick: bool,
+        /// Only on this kind of host.
+        #[arg(long, value_enum)]
+        host: Option<HostKind>,
+        /// Only scenarios whose name contains this.
+        filter: Option<String>,
+    },
+    /// Boot the lab host and run the harness in it with these arguments.
+    LabHost {
+        /// For the harness inside.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Say whether this machine can run KVM guests.
+    ProbeKvm,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum HostKind {
+    /// This machine, guests under QEMU's translator.
+    Tcg,
+    /// A lab host under TCG with emulated virtualisation, KVM guests in it.
+    KvmLab,
+    /// This machine, KVM guests.
+    Kvm,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("qemu-tests: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<ExitCode> {
     interrupt::install()?;
-    let a = artifacts::Artifacts::read(std::path::Path::new("/var/tmp/pfdev/qt/artifacts.json"))?;
-    let d = workdir::create()?;
-    let i = d.path().join("i");
-    initramfs::build_guest(&a, &i)?;
-    let logs = std::path::Path::new("/var/tmp/pfdev/qt/logs");
-    std::fs::create_dir_all(logs)?;
-    let cg = cgroup::MemoryCgroup::create()?;
-    let mut gs = vec![];
-    let t = Instant::now();
-    for n in ["a", "b"] {
-        let c = guest::Config { name: n.into(), mode: guest::Mode::Systemd, accelerator: guest::Accelerator::Tcg, memory_mib: 1024, cpus: 1, cpu: "max", kernel: a.kernel.clone(), initramfs: i.clone(), disks: vec![a.guest_image.clone()], arguments: vec![] };
-        gs.push(guest::Guest::start(&c, std::process::Command::new(&a.qemu), Some(&cg), logs)?);
+    let artifacts = Artifacts::read(&arguments.artifacts)?;
+    let logs = arguments.logs.as_deref();
+    let harness = Harness { artifacts: &artifacts, logs, nested: arguments.nested };
+    match arguments.task {
+        Task::Demo { vms, host, json } => harness.demo(vms, host, json.as_deref()),
+        Task::Test { quick, host, filter } => harness.test(quick, host, filter.as_deref()),
+        Task::LabHost { arguments } => {
+            let mut lab = Lab::start(&artifacts, logs)?;
+            let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+            let status = lab.run(&arguments, |line| println!("{line}"))?;
+            Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
+        }
+        Task::ProbeKvm => {
+            kvm::probe(&artifacts)?;
+            println!("KVM guests run on this machine");
+            Ok(ExitCode::SUCCESS)
+        }
     }
-    for g in &mut gs { println!("up {} {:?}", g.wait_agent(Duration::from_secs(200))?, t.elapsed()); }
-    for g in &mut gs { g.wait_services(&["nginx", "postgresql@*", "pagefusion-python"], Duration::from_secs(200))?; println!("services {:?}", t.elapsed()); }
-    let m = manifest::Manifest::read(&a.guest_manifest)?;
-    for g in &mut gs {
-        let files: Vec<String> = g.request(protocol::Op::MappedFiles)?;
-        let n = files.len();
-        println!("mapped {n}: {:?}", t.elapsed());
-        let sums: Vec<protocol::FileSum> = g.request(protocol::Op::Checksum { paths: files })?;
-        let bytes: u64 = sums.iter().map(|s| s.bytes).sum();
-        let bad: Vec<_> = sums.iter().filter_map(|s| m.compare(s).err()).collect();
-        let not: Vec<_> = sums.iter().filter(|s| !m.has(&s.path)).map(|s| &s.path).collect();
-        println!("bytes {bytes} bad {bad:?} not in manifest {not:?} {:?}", t.elapsed());
+}
+
+/// What every task needs.
+#[derive(Clone, Copy, Debug)]
+struct Harness<'a> {
+    artifacts: &'a Artifacts,
+    logs: Option<&'a Path>,
+    nested: bool,
+}
+
+impl Harness<'_> {
+    fn demo(self, vms: u32, host: HostKind, json: Option<&Path>) -> Result<ExitCode> {
+        let report = self.report(vms, host)?;
+        println!("{}", report.table());
+        if let Some(path) = json {
+            let text = serde_json::to_string_pretty(&report)? + "\n";
+            fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+        }
+        demo::verdict(&report)?;
+        Ok(ExitCode::SUCCESS)
     }
-    let pids: Vec<_> = gs.iter().map(|g| g.pid()).collect();
-    for g in &mut gs { g.pause()?; }
-    for _ in 0..3 { println!("charge {} frames {}", cg.charge()?, frames::distinct(&pids)? * 4096); }
-    for g in &mut gs { g.resume()?; }
-    println!("{}", gs[0].output(&["sh", "-c", "free -m; uptime; ls /sys/bus/pci/devices; systemd-analyze; systemctl list-units --type=service --no-pager | cat"])?);
-    println!("{}", gs[0].output(&["runuser", "-u", "postgres", "--", "psql", "-Atc", "select sum(x) from generate_series(1,1000) x"])?);
-    let _ = gs[0].request::<serde_json::Value>(protocol::Op::Write { path: "/proc/sysrq-trigger".into(), data: "c".into() }).map_err(|e| println!("EXPECTED: {e:#}"));
-    println!("{:?}", gs[0].wait_failure(Duration::from_secs(5)));
-    Ok(())
+
+    fn report(self, vms: u32, host: HostKind) -> Result<Report> {
+        match host {
+            HostKind::Tcg => demo::run(self.artifacts, self.host(Accelerator::Tcg), vms, self.logs),
+            HostKind::Kvm => {
+                kvm::probe(self.artifacts)?;
+                demo::run(self.artifacts, self.host(Accelerator::Kvm), vms, self.logs)
+            }
+            HostKind::KvmLab => self.report_from_lab(vms),
+        }
+    }
+
+    fn report_from_lab(self, vms: u32) -> Result<Report> {
+        const REPORT: &str = "/tmp/report.json";
+        eprintln!("boot a lab host with emulated virtualisation");
+        let mut lab = Lab::start(self.artifacts, self.logs)?;
+        let vms = vms.to_string();
+        let arguments = ["--nested", "demo", "--host", "kvm", "--vms", &vms, "--json", REPORT];
+        let mut last = String::new();
+        let status = lab.run(&arguments, |line| {
+            eprintln!("lab: {line}");
+            if !line.trim().is_empty() {
+                line.clone_into(&mut last);
+            }
+        })?;
+        // A report that is there speaks for itself; without one the last line says why.
+        match lab.read(REPORT) {
+            Ok(text) => serde_json::from_str(&text).context("parse the lab's report"),
+            Err(_) => anyhow::bail!("the demo in the lab ended with {status}: {last}"),
+        }
+    }
+
+    fn test(self, quick: bool, only: Option<HostKind>, filter: Option<&str>) -> Result<ExitCode> {
+        let mut tally = Tally::default();
+        let wanted = |host: HostKind| only.map_or(host == HostKind::Tcg || !quick, |only| only == host);
+        if wanted(HostKind::Tcg) {
+            suite::run(self.artifacts, self.host(Accelerator::Tcg), filter, self.logs, &mut tally)?;
+        }
+        if wanted(HostKind::Kvm) {
+            let start = Instant::now();
+            match kvm::probe(self.artifacts) {
+                Ok(()) => suite::run(self.artifacts, self.host(Accelerator::Kvm), filter, self.logs, &mut tally)?,
+                Err(error) => {
+                    let verdict = Verdict::Skipped(format!("{error:#}"));
+                    tally.record("kvm", "all_scenarios", &verdict, start.elapsed());
+                }
+            }
+        }
+        if wanted(HostKind::KvmLab) && filter.is_none_or(|filter| "main_scenario".contains(filter)) {
+            let start = Instant::now();
+            let verdict = if self.artifacts.lab_image.is_none() {
+                Verdict::Skipped("there is no image of the lab host".to_owned())
+            } else {
+                match self.report_from_lab(2).and_then(|report| demo::verdict(&report)) {
+                    Ok(()) => Verdict::Passed,
+                    Err(error) => Verdict::Failed(format!("{error:#}")),
+                }
+            };
+            interrupt::check()?;
+            tally.record("kvm-lab", "main_scenario", &verdict, start.elapsed());
+        }
+        println!("{}", tally.line());
+        Ok(if tally.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn host(self, accelerator: Accelerator) -> Host {
+        Host { accelerator, nested: self.nested }
+    }
 }

@@ -1,0 +1,129 @@
+//! A host with real KVM on a machine without: TCG emulates a CPU with SVM and nested paging, a stock kernel and QEMU
+//! run on it, and in that the same harness starts KVM guests.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{
+    artifacts::Artifacts,
+    guest::{Accelerator, Config, Guest, Mode},
+    initramfs,
+    protocol::{Op, RunOutcome},
+    workdir,
+};
+
+/// Where the lab host mounts its payload; `pf-init` knows it too.
+const PAYLOAD: &str = "/run/pagefusion";
+/// The guest image is the lab host's third disk.
+const GUEST_DISK: &str = "/dev/vdc";
+/// The whole run inside.
+const LIMIT: Duration = Duration::from_secs(25 * 60);
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// Our programs that run inside.
+const PROGRAMS: [&str; 6] =
+    ["qemu-tests", "pagefusiond", "pagefusionctl", "libpagefusion_preload.so", "pf-agent", "pf-init"];
+
+/// A running lab host.
+#[derive(Debug)]
+pub struct Lab {
+    host: Guest,
+    _directory: tempfile::TempDir,
+}
+
+impl Lab {
+    /// Boots it with everything the harness inside needs.
+    pub fn start(artifacts: &Artifacts, logs: Option<&Path>) -> Result<Self> {
+        let image = artifacts.lab_image.clone().context("there is no image of the lab host")?;
+        let kernel = artifacts.lab_kernel.clone().context("there is no kernel for the lab host")?;
+        let directory = workdir::create()?;
+        let logs = logs.unwrap_or(directory.path()).to_owned();
+        fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
+        let payload = payload(artifacts, directory.path())?;
+        let initramfs = directory.path().join("lab.cpio");
+        initramfs::build_lab(artifacts, &initramfs)?;
+        let config = Config {
+            name: "lab".to_owned(),
+            mode: Mode::Lab,
+            accelerator: Accelerator::Tcg,
+            memory_mib: 6144,
+            cpus: 2,
+            cpu: "max,svm=on,npt=on",
+            kernel,
+            initramfs,
+            disks: vec![image, payload, artifacts.guest_image.clone()],
+            arguments: Vec::new(),
+        };
+        let mut host = Guest::start(&config, Command::new(&artifacts.qemu), None, &logs)?;
+        host.wait_agent(BOOT_LIMIT).context("boot the lab host")?;
+        Ok(Self { host, _directory: directory })
+    }
+
+    /// Runs the harness inside with `arguments`; its lines go to `output`. Returns its exit status.
+    pub fn run(&mut self, arguments: &[&str], output: impl FnMut(&str)) -> Result<i32> {
+        let program = format!("{PAYLOAD}/bin/qemu-tests");
+        let description = format!("{PAYLOAD}/artifacts.json");
+        let mut argv = vec![program, "--artifacts".to_owned(), description];
+        argv.extend(arguments.iter().map(|&word| word.to_owned()));
+        let op = Op::Run { argv, timeout_ms: LIMIT.as_millis() as u64, stream: true };
+        let outcome: RunOutcome = self.host.request_for(op, LIMIT + Duration::from_secs(60), output)?;
+        ensure!(!outcome.timed_out, "the run in the lab took longer than {LIMIT:?}");
+        outcome.status.context("the harness in the lab was killed")
+    }
+
+    /// Reads a file the harness inside wrote.
+    pub fn read(&mut self, path: &str) -> Result<String> {
+        self.host.request(Op::Read { path: path.to_owned() })
+    }
+}
+
+/// A disk with our programs, the guests' kernel and a description of both, made without mounting anything.
+fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
+    let staging = directory.join("payload");
+    fs::create_dir_all(staging.join("bin")).context("create the payload")?;
+    for name in PROGRAMS {
+        copy(&artifacts.program(name)?, &staging.join("bin").join(name))?;
+    }
+    copy(&artifacts.kernel, &staging.join("vmlinuz"))?;
+    copy(&artifacts.guest_manifest, &staging.join("manifest"))?;
+    initramfs::build_guest(artifacts, &staging.join("guest.cpio"))?;
+    let inside = |name: &str| Path::new(PAYLOAD).join(name);
+    let description = Artifacts {
+        kernel: inside("vmlinuz"),
+        guest_initramfs: Some(inside("guest.cpio")),
+        guest_manifest: inside("manifest"),
+        guest_image: GUEST_DISK.into(),
+        qemu: "/usr/bin/qemu-system-x86_64".into(),
+        bin_dir: Some(inside("bin")),
+        lab_image: None,
+        lab_kernel: None,
+        ..artifacts.clone()
+    };
+    fs::write(staging.join("artifacts.json"), serde_json::to_vec_pretty(&description)?).context("describe the payload")?;
+
+    let disk = directory.join("payload.ext4");
+    let size = 128 << 20;
+    fs::File::create(&disk).and_then(|file| file.set_len(size)).context("create the payload's disk")?;
+    let arguments = [OsStr::new("-q"), "-F".as_ref(), "-O".as_ref(), "^has_journal".as_ref(), "-d".as_ref()];
+    let output = Command::new("/sbin/mkfs.ext4")
+        .args(arguments)
+        .args([&staging, &disk])
+        .stdin(Stdio::null())
+        .output()
+        .context("run mkfs.ext4")?;
+    if !output.status.success() {
+        bail!("mkfs.ext4: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    fs::remove_dir_all(&staging).context("remove the staged payload")?;
+    Ok(disk)
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::copy(from, to).map(drop).with_context(|| format!("copy {} to the payload", from.display()))
+}

@@ -1,0 +1,66 @@
+//! Says what is going on: a spinner on a terminal, lines elsewhere.
+
+use std::{
+    io::{IsTerminal, stderr},
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// One step at a time.
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    step: Option<(String, Instant)>,
+}
+
+impl Progress {
+    /// Nothing goes on yet.
+    pub fn new() -> Self {
+        let bar = stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new_spinner();
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} [{elapsed}]") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(120));
+            bar
+        });
+        Self { bar, step: None }
+    }
+
+    /// The step before is done and this one begins.
+    pub fn step(&mut self, what: impl Into<String>) {
+        self.finish_step();
+        let what = what.into();
+        if let Some(bar) = &self.bar {
+            bar.reset_elapsed();
+            bar.set_message(what.clone());
+        }
+        self.step = Some((what, Instant::now()));
+    }
+
+    fn finish_step(&mut self) {
+        if let Some((what, start)) = self.step.take() {
+            let line = format!("{:7.1} s  {what}", start.elapsed().as_secs_f64());
+            match &self.bar {
+                Some(bar) => bar.println(line),
+                None => eprintln!("{line}"),
+            }
+        }
+    }
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish_step();
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

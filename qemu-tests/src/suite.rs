@@ -1,0 +1,128 @@
+//! Runs scenarios and says for each how it went.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+
+use crate::{
+    artifacts::Artifacts,
+    interrupt,
+    scenarios::{self, Scenario, Stage},
+    world::Host,
+};
+
+/// How one scenario went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// As it must.
+    Passed,
+    /// It did not.
+    Failed(String),
+    /// It could not run here.
+    Skipped(String),
+}
+
+/// All verdicts so far.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+impl Tally {
+    /// Counts a verdict and prints its line.
+    pub fn record(&mut self, host: &str, name: &str, verdict: &Verdict, took: Duration) {
+        let text = match verdict {
+            Verdict::Passed => {
+                self.passed += 1;
+                "ok".to_owned()
+            }
+            Verdict::Failed(reason) => {
+                self.failed += 1;
+                format!("FAILED: {reason}")
+            }
+            Verdict::Skipped(reason) => {
+                self.skipped += 1;
+                format!("skipped: {reason}")
+            }
+        };
+        println!("{host}::{name} … {text} ({:.1} s)", took.as_secs_f64());
+    }
+
+    /// Whether nothing failed and something ran.
+    pub fn good(&self) -> bool {
+        self.failed == 0 && self.passed > 0
+    }
+
+    /// The closing line.
+    pub fn line(&self) -> String {
+        format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+/// Runs every scenario whose name contains `filter`.
+pub fn run(
+    artifacts: &Artifacts,
+    host: Host,
+    filter: Option<&str>,
+    logs: Option<&Path>,
+    tally: &mut Tally,
+) -> Result<()> {
+    let wanted = |scenario: &&Scenario| filter.is_none_or(|filter| scenario.name.contains(filter));
+    let mut stage: Option<Stage> = None;
+    for scenario in scenarios::ALL.iter().filter(wanted) {
+        interrupt::check()?;
+        let start = Instant::now();
+        let result = match &mut stage {
+            Some(stage) => stage.play(scenario),
+            None => Stage::new(artifacts, host, logs).and_then(|new| stage.insert(new).play(scenario)),
+        };
+        // Ctrl-C is nobody's failure.
+        interrupt::check()?;
+        let verdict = match result {
+            Ok(()) => Verdict::Passed,
+            Err(error) => {
+                // Whatever it left behind must not fail the next one.
+                stage = None;
+                Verdict::Failed(format!("{error:#}"))
+            }
+        };
+        tally.record(host.name(), scenario.name, &verdict, start.elapsed());
+    }
+    if let Some(stage) = stage {
+        let start = Instant::now();
+        let verdict = stage.close().map_or_else(|error| Verdict::Failed(format!("{error:#}")), |()| Verdict::Passed);
+        tally.record(host.name(), "everything_ends_cleanly", &verdict, start.elapsed());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_are_counted() {
+        let mut tally = Tally::default();
+        assert!(!tally.good(), "nothing ran");
+        let zero = Duration::ZERO;
+        tally.record("tcg", "a", &Verdict::Passed, zero);
+        tally.record("tcg", "b", &Verdict::Skipped("no".into()), zero);
+        assert!(tally.good());
+        tally.record("tcg", "c", &Verdict::Failed("why".into()), zero);
+        assert!(!tally.good());
+        assert_eq!(tally.line(), "1 passed, 1 failed, 1 skipped");
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = scenarios::ALL.iter().map(|scenario| scenario.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), scenarios::ALL.len());
+    }
+}
