@@ -145,11 +145,8 @@ pub(crate) fn machine_options(sources_dir: &Path, lists: &str) -> Vec<String> {
 
 pub(crate) fn write_sources(dir: &Path, suites: &[&str]) -> Result<()> {
     fs::create_dir_all(dir)?;
-    fs::write(
-        dir.join("pagefusion.sources"),
-        sources(&mirror(), suites),
-    )
-    .with_context(|| format!("cannot write to {}", dir.display()))
+    fs::write(dir.join("pagefusion.sources"), sources(&mirror(), suites))
+        .with_context(|| format!("cannot write to {}", dir.display()))
 }
 
 /// Turns a failed apt into the trouble behind it, if its output tells.
@@ -195,7 +192,9 @@ mod tests {
     fn an_apt_that_cannot_reach_its_mirror_is_told_as_no_network() {
         let output = "Ign:1 http://x/debian trixie InRelease\nE: Failed to fetch http://x/debian  Temporary failure resolving 'x'\n";
         let trouble = network_trouble(output).unwrap();
-        assert!(matches!(trouble, Trouble::NoNetwork { ref detail, .. } if detail.contains("resolving 'x'")));
+        assert!(
+            matches!(trouble, Trouble::NoNetwork { ref detail, .. } if detail.contains("resolving 'x'"))
+        );
         assert!(network_trouble("E: Unable to locate package qemu").is_none());
     }
 }

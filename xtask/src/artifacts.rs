@@ -8,20 +8,24 @@ use std::{
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-/// All paths are absolute; what has not been made is null.
-#[derive(Debug, Default, Serialize)]
+/// All paths are absolute.
+#[derive(Debug, Serialize)]
 pub(crate) struct Artifacts {
-    pub(crate) kernel_release: Option<String>,
-    pub(crate) kernel: Option<PathBuf>,
-    pub(crate) modules_dir: Option<PathBuf>,
-    pub(crate) module_ko: Option<PathBuf>,
-    pub(crate) guest_image: Option<PathBuf>,
-    pub(crate) guest_manifest: Option<PathBuf>,
-    pub(crate) lab_image: Option<PathBuf>,
-    pub(crate) lab_kernel: Option<PathBuf>,
-    pub(crate) qemu: Option<PathBuf>,
-    pub(crate) bin_dir: Option<PathBuf>,
-    pub(crate) cache: Option<PathBuf>,
+    pub(crate) kernel_release: String,
+    /// The stock kernel's image.
+    pub(crate) kernel: PathBuf,
+    /// Its modules: `lib/modules/RELEASE`.
+    pub(crate) modules_dir: PathBuf,
+    pub(crate) module_ko: PathBuf,
+    pub(crate) guest_image: PathBuf,
+    /// `sha256sum`'s list of every regular file below the guest's /usr.
+    pub(crate) guest_manifest: PathBuf,
+    pub(crate) lab_image: PathBuf,
+    pub(crate) lab_kernel: PathBuf,
+    pub(crate) qemu: PathBuf,
+    /// Where the workspace's release build puts its programs.
+    pub(crate) bin_dir: PathBuf,
+    pub(crate) cache: PathBuf,
 }
 
 impl Artifacts {

@@ -8,7 +8,7 @@
 use std::{
     env, fs,
     fs::{File, OpenOptions},
-    io::{ErrorKind, Read, Seek, Write},
+    io::{Read, Seek, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -104,7 +104,12 @@ impl Cache {
             dir: &temporary.path,
             log,
         })
-        .and_then(|()| publish(&temporary.path, &self.root.join("entries").join(key.as_str())));
+        .and_then(|()| {
+            publish(
+                &temporary.path,
+                &self.root.join("entries").join(key.as_str()),
+            )
+        });
         match built {
             Ok(path) => Ok(path),
             Err(_) if process::interrupted() => Err(Trouble::Interrupted.into()),
@@ -171,6 +176,25 @@ impl Cache {
             .truncate(false)
             .open(&path)
             .with_context(|| format!("cannot open the lock {}", path.display()))
+    }
+
+    /// Removes everything but what another xtask is using; returns what each part held.
+    pub(crate) fn remove(&self) -> Result<Vec<(String, u64)>> {
+        let mut sizes = Vec::new();
+        for entry in sorted(&self.root.join("entries"))? {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let _lock = self.lock(&name, &name)?;
+            sizes.push((name, disk_usage(&entry.path())));
+            remove_entry(&entry.path())?;
+        }
+        let _packages = self.lock("debs", "packages")?;
+        let _lists = self.lock("apt", "package lists")?;
+        for part in ["debs", "apt", "resolved", "logs"] {
+            let path = self.root.join(part);
+            sizes.push((part.to_owned(), disk_usage(&path)));
+            remove_entry(&path)?;
+        }
+        Ok(sizes)
     }
 
     /// Removes temporary directories whose maker is no more.
@@ -253,35 +277,20 @@ fn location(variable: impl Fn(&str) -> Option<PathBuf>) -> Result<PathBuf> {
     }
     match set("HOME") {
         Some(home) => Ok(home.join(".cache/pagefusion")),
-        None => bail!("neither PAGEFUSION_CACHE, XDG_CACHE_HOME nor HOME is set: where to keep the cache?"),
+        None => bail!(
+            "neither PAGEFUSION_CACHE, XDG_CACHE_HOME nor HOME is set: where to keep the cache?"
+        ),
     }
 }
 
-/// Removes the whole cache; returns what each part of it held.
-pub(crate) fn remove(root: &Path) -> Result<Vec<(String, u64)>> {
-    let mut sizes = Vec::new();
-    for part in ["tmp", "entries", "debs", "apt", "resolved", "logs", "locks"] {
-        let path = root.join(part);
-        let mut names = match fs::read_dir(&path) {
-            Ok(names) => names.collect::<Result<Vec<_>, _>>()?,
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            Err(error) => return Err(error.into()),
-        };
-        names.sort_by_key(fs::DirEntry::file_name);
-        if part == "entries" {
-            for entry in names {
-                sizes.push((
-                    entry.file_name().to_string_lossy().into_owned(),
-                    disk_usage(&entry.path()),
-                ));
-            }
-        } else {
-            sizes.push((part.to_owned(), disk_usage(&path)));
-        }
-        namespace::remove_tree(&path)
-            .with_context(|| format!("cannot remove {}", path.display()))?;
-    }
-    Ok(sizes)
+fn sorted(dir: &Path) -> Result<Vec<fs::DirEntry>> {
+    let mut entries = fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    Ok(entries)
+}
+
+fn remove_entry(path: &Path) -> Result<()> {
+    namespace::remove_tree(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
 /// Bytes on disk below `path`; what may not be read counts as nothing.
@@ -392,7 +401,7 @@ mod tests {
         let (_dir, cache) = cache();
         let error = cache
             .entry(&key(), "a thing", |_| {
-                Err(std::io::Error::from(ErrorKind::StorageFull).into())
+                Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into())
             })
             .unwrap_err();
         assert!(matches!(
@@ -433,12 +442,12 @@ mod tests {
                 Ok(fs::write(build.dir.join("file"), [1; 10_000])?)
             })
             .unwrap();
-        let sizes = remove(cache.root()).unwrap();
+        let sizes = cache.remove().unwrap();
         assert!(
             sizes
                 .iter()
                 .any(|(name, size)| *name == key().to_string() && *size >= 10_000)
         );
-        assert!(!cache.dir("entries").exists());
+        assert!(cache.lookup(&key()).is_none());
     }
 }

@@ -70,15 +70,19 @@ pub(crate) fn fetch(cache: &Cache, set: &str, pins: &[Pin]) -> Result<Fetched> {
             .arg(format!("SHA256:{}", pin.sha256));
     }
     let mut output = String::new();
-    let result = process::run_watched("apt-helper download-file", &mut command, &mut log, |line| {
-        match line {
-            Some(line) => {
-                output.push_str(line);
-                output.push('\n');
-            }
-            None => step.position(bytes_in(scratch.path())),
-        }
-    });
+    let result =
+        process::run_watched(
+            "apt-helper download-file",
+            &mut command,
+            &mut log,
+            |line| match line {
+                Some(line) => {
+                    output.push_str(line);
+                    output.push('\n');
+                }
+                None => step.position(bytes_in(scratch.path())),
+            },
+        );
     let kept = keep(cache, scratch.path(), &wanted);
     if result.is_ok() && kept.is_ok() {
         step.done();

@@ -26,25 +26,66 @@ struct Need {
 }
 
 const NEEDS: &[Need] = &[
-    Need { file: "mmdebstrap", package: "mmdebstrap" },
-    Need { file: "mkfs.ext4", package: "e2fsprogs" },
-    Need { file: "depmod", package: "kmod" },
-    Need { file: "setpriv", package: "util-linux" },
-    Need { file: "unshare", package: "util-linux" },
-    Need { file: "dpkg-deb", package: "dpkg" },
-    Need { file: "/usr/lib/apt/apt-helper", package: "apt" },
-    Need { file: "xz", package: "xz-utils" },
-    Need { file: "zstd", package: "zstd" },
-    Need { file: "cc", package: "gcc" },
-    Need { file: "/usr/include/stdio.h", package: "libc6-dev" },
-    Need { file: "perl", package: "perl" },
-    Need { file: KEYRING, package: "debian-archive-keyring" },
+    Need {
+        file: "mmdebstrap",
+        package: "mmdebstrap",
+    },
+    Need {
+        file: "mkfs.ext4",
+        package: "e2fsprogs",
+    },
+    Need {
+        file: "depmod",
+        package: "kmod",
+    },
+    Need {
+        file: "setpriv",
+        package: "util-linux",
+    },
+    Need {
+        file: "unshare",
+        package: "util-linux",
+    },
+    Need {
+        file: "dpkg-deb",
+        package: "dpkg",
+    },
+    Need {
+        file: "/usr/lib/apt/apt-helper",
+        package: "apt",
+    },
+    Need {
+        file: "xz",
+        package: "xz-utils",
+    },
+    Need {
+        file: "zstd",
+        package: "zstd",
+    },
+    Need {
+        file: "cc",
+        package: "gcc",
+    },
+    Need {
+        file: "/usr/include/stdio.h",
+        package: "libc6-dev",
+    },
+    Need {
+        file: "perl",
+        package: "perl",
+    },
+    Need {
+        file: KEYRING,
+        package: "debian-archive-keyring",
+    },
 ];
 
 /// Makes sure everything is there; returns QEMU's path.
 pub(crate) fn provision(cache: &Cache) -> Result<PathBuf> {
     if env::consts::ARCH != "x86_64" {
-        bail!("this builds and boots x86-64 kernels, and needs an x86-64 machine with Debian 12 or 13");
+        bail!(
+            "this builds and boots x86-64 kernels, and needs an x86-64 machine with Debian 12 or 13"
+        );
     }
     let missing = missing();
     if !missing.is_empty() {
@@ -126,8 +167,8 @@ fn suites(os_release: &str) -> Result<(Vec<&'static str>, &'static str)> {
 
 fn install(cache: &Cache, missing: &[&str]) -> Result<()> {
     let os_release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let (suites, qemu_suite) = suites(&os_release)
-        .with_context(|| format!("missing packages: {}", missing.join(" ")))?;
+    let (suites, qemu_suite) =
+        suites(&os_release).with_context(|| format!("missing packages: {}", missing.join(" ")))?;
     let sources = cache.dir("apt").join("machine");
     apt::write_sources(&sources, &suites)?;
     let script = install_script(&sources, missing, qemu_suite);
@@ -194,8 +235,12 @@ mod tests {
 
     #[test]
     fn only_a_missing_qemu_makes_backports_the_target() {
-        let script = |missing: &[&str]| install_script(Path::new("/s"), missing, "bookworm-backports");
-        assert!(script(&["qemu-system-x86", "kmod"]).ends_with(" -t bookworm-backports kmod qemu-system-x86"));
+        let script =
+            |missing: &[&str]| install_script(Path::new("/s"), missing, "bookworm-backports");
+        assert!(
+            script(&["qemu-system-x86", "kmod"])
+                .ends_with(" -t bookworm-backports kmod qemu-system-x86")
+        );
         assert!(!script(&["kmod"]).contains(" -t "));
         assert!(script(&["kmod"]).contains("Dir::Etc::SourceParts=/s"));
     }

@@ -14,7 +14,7 @@ use crate::{
     key::{Key, KeyBuilder},
     pins::Pin,
     rootfs,
-    sets::{GUEST, LAB, PackageSet},
+    sets::{GUEST, LAB},
     space,
 };
 
@@ -88,7 +88,7 @@ const LAB_FINISH: &str = r#"
 
 pub(crate) fn guest(cache: &Cache) -> Result<GuestImage> {
     let key = |pins: &[Pin]| key("guest", pins, GUEST_ASSETS, GUEST_FINISH, "");
-    let pins = available(cache, &GUEST, key)?;
+    let pins = GUEST.available(cache, key)?;
     let entry = cache.entry(&key(&pins), "the guest image", |build| {
         space::require(cache.root(), 3000 * space::MIB, "the guest image")?;
         write_assets(&build.dir.join("assets"), GUEST_ASSETS)?;
@@ -103,7 +103,7 @@ pub(crate) fn guest(cache: &Cache) -> Result<GuestImage> {
 pub(crate) fn lab(cache: &Cache, kernel: &Unpacked) -> Result<PathBuf> {
     let modules = kernel.modules.to_string_lossy().into_owned();
     let key = |pins: &[Pin]| key("lab", pins, LAB_ASSETS, LAB_FINISH, &modules);
-    let pins = available(cache, &LAB, key)?;
+    let pins = LAB.available(cache, key)?;
     let entry = cache.entry(&key(&pins), "the lab host's image", |build| {
         space::require(cache.root(), 3000 * space::MIB, "the lab host's image")?;
         write_assets(&build.dir.join("assets"), LAB_ASSETS)?;
@@ -131,19 +131,6 @@ fn key(kind: &str, pins: &[Pin], assets: &[Asset], finish: &str, more: &str) -> 
         key = key.with(&pin.sha256);
     }
     key.finish()
-}
-
-/// The set's pins; with the packages in the store if the entry has yet to be made.
-pub(crate) fn available(
-    cache: &Cache,
-    set: &PackageSet,
-    key: impl Fn(&[Pin]) -> Key,
-) -> Result<Vec<Pin>> {
-    let pins = set.current(cache)?;
-    if !pins.is_empty() && cache.lookup(&key(&pins)).is_some() {
-        return Ok(pins);
-    }
-    set.obtain(cache)
 }
 
 fn write_assets(dir: &Path, assets: &[Asset]) -> Result<()> {

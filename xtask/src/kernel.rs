@@ -1,6 +1,6 @@
 //! The stock kernels: image and modules, unpacked from Debian's packages, nothing installed.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
@@ -64,10 +64,7 @@ impl Kernel {
                 })
                 .finish()
         };
-        let mut pins = self.packages.current(cache)?;
-        if pins.is_empty() || cache.lookup(&key(&pins)).is_none() {
-            pins = self.packages.obtain(cache)?;
-        }
+        let pins = self.packages.available(cache, key)?;
         let release = kernel_release(&pins)?;
         let entry = cache.entry(&key(&pins), "the stock kernel", |build| {
             space::require(cache.root(), 400 * space::MIB, "the stock kernel")?;
@@ -104,12 +101,4 @@ pub(crate) fn chosen<'a>(pins: &'a [Pin], prefixes: &[&str]) -> Vec<&'a Pin> {
     pins.iter()
         .filter(|pin| prefixes.iter().any(|prefix| pin.name().starts_with(prefix)))
         .collect()
-}
-
-/// Unpacks `pins` over each other into `to`.
-pub(crate) fn unpack_command(cache: &Cache, pin: &Pin, to: &std::path::Path) -> Result<Command> {
-    fs::create_dir_all(to)?;
-    let mut command = bound_command("dpkg-deb");
-    command.arg("-x").arg(stored(cache, pin)).arg(to);
-    Ok(command)
 }

@@ -127,7 +127,7 @@ mod tests {
         let key = |parts: &[&str]| {
             parts
                 .iter()
-                .fold(KeyBuilder::new("guest"), |key, part| key.with(part))
+                .fold(KeyBuilder::new("guest"), KeyBuilder::with)
                 .finish()
         };
         let base = key(&["ab", "c"]);

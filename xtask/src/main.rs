@@ -3,52 +3,70 @@
 mod apt;
 mod artifacts;
 mod cache;
+mod counts;
 mod fetch;
+mod headers;
 mod host_packages;
 mod images;
 mod kernel;
 mod key;
+mod module;
 mod namespace;
 mod pins;
 mod process;
+mod provision;
 mod rootfs;
+mod runner;
 mod sets;
 mod space;
 mod trouble;
 mod ui;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
-use crate::{artifacts::Artifacts, cache::Cache};
+use crate::{
+    provision::{Part, Project},
+    runner::{DemoArguments, TestArguments},
+};
 
+/// Builds, provisions and runs everything around pagefusion that cargo alone cannot.
+///
+/// What is made is kept in $PAGEFUSION_CACHE, else $XDG_CACHE_HOME/pagefusion, else ~/.cache/pagefusion.
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", about, version)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
+    /// The stock kernel to build for and to boot
+    #[arg(long, global = true, default_value = "7.3", value_name = "SERIES")]
+    kernel: String,
 }
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Make one part of what the tests need (without a name: all of it)
-    Provision { part: Option<Part> },
+    /// Show guests sharing memory, and prove it
+    Demo(DemoArguments),
+    /// Run all tests
+    Test(TestArguments),
+    /// Formatting, lints and licences
+    Check,
+    /// Build the kernel module and print where it is
+    Module {
+        /// Run the kernel's clippy instead
+        #[arg(long)]
+        clippy: bool,
+    },
     /// Make everything the tests need and print where it is listed
     Artifacts,
-    /// Renew the pins of one set of packages, or of all
+    /// Make one part of it
+    Provision { part: Part },
+    /// Renew the pins of a set of packages, or of all sets
     Pins { set: Option<String> },
     /// Remove the cache
     Clean,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Part {
-    Host,
-    Kernel,
-    GuestImage,
-    LabImage,
 }
 
 fn main() -> ExitCode {
@@ -67,37 +85,37 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     process::catch_interrupts().context("cannot catch signals")?;
-    let cache = Cache::open()?;
+    if let Task::Clean = arguments.task {
+        clean()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let project = Project::new(&arguments.kernel)?;
     match &arguments.task {
-        Task::Provision { part } => {
-            let qemu = host_packages::provision(&cache)?;
-            let kernel = kernel::find("7.3")?;
-            let mut a = Artifacts { qemu: Some(qemu), cache: Some(cache.root().to_owned()), ..Artifacts::default() };
-            let un = kernel.provision(&cache)?;
-            a.kernel = Some(un.image.clone());
-            a.lab_kernel = Some(un.image.clone());
-            a.modules_dir = Some(un.modules.clone());
-            a.kernel_release = Some(un.release.clone());
-            if part.is_none_or(|p| p == Part::GuestImage) {
-                let g = images::guest(&cache)?;
-                a.guest_image = Some(g.image);
-                a.guest_manifest = Some(g.manifest);
-            }
-            if part.is_none_or(|p| p == Part::LabImage) {
-                a.lab_image = Some(images::lab(&cache, &un)?);
-            }
-            let dir = PathBuf::from("target/pagefusion");
-            println!("{}", a.write(&dir)?.display());
-        }
-        Task::Artifacts => {}
-        Task::Pins { set } => {
-            for s in sets::ALL {
-                if set.as_ref().is_some_and(|n| n != s.name) { continue; }
-                let new = s.resolve(&cache)?;
-                std::fs::write(format!("xtask/pins/{}.pins", s.name), pins::render(s.name, &new))?;
-            }
-        }
+        Task::Demo(demo) => return runner::demo(&project, demo),
+        Task::Test(test) => return runner::test(&project, test),
+        Task::Check => return runner::check(&project),
+        Task::Module { clippy: true } => runner::lint_module(&project)?,
+        Task::Module { clippy: false } => println!("{}", project.module()?.display()),
+        Task::Artifacts => println!("{}", project.everything()?.display()),
+        Task::Provision { part } => project.part(*part)?,
+        Task::Pins { set } => project.renew_pins(set.as_deref())?,
         Task::Clean => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn clean() -> Result<()> {
+    let cache = cache::Cache::open()?;
+    let root = cache.root().to_owned();
+    let sizes = cache.remove()?;
+    for (name, size) in &sizes {
+        println!("{:>10}  {name}", space::human(*size));
+    }
+    let total = sizes.iter().map(|(_, size)| size).sum();
+    println!(
+        "{:>10}  removed from {}",
+        space::human(total),
+        root.display()
+    );
+    Ok(())
 }

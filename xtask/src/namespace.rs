@@ -49,7 +49,7 @@ pub(crate) fn script(script: &str, arguments: &[&OsStr]) -> Command {
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     layers: Vec<PathBuf>,
-    binds: Vec<(&'static str, PathBuf, &'static str)>,
+    binds: Vec<(PathBuf, String)>,
 }
 
 impl Sandbox {
@@ -61,14 +61,9 @@ impl Sandbox {
         }
     }
 
-    /// Shows the directory `outside` as `inside`.
-    pub(crate) fn read_only(mut self, outside: &Path, inside: &'static str) -> Self {
-        self.binds.push(("ro", outside.to_owned(), inside));
-        self
-    }
-
-    pub(crate) fn writable(mut self, outside: &Path, inside: &'static str) -> Self {
-        self.binds.push(("rw", outside.to_owned(), inside));
+    /// Shows the directory `outside` as `inside`, and lets it be written to.
+    pub(crate) fn writable(mut self, outside: &Path, inside: &str) -> Self {
+        self.binds.push((outside.to_owned(), inside.to_owned()));
         self
     }
 
@@ -83,11 +78,10 @@ impl Sandbox {
             shift 3
             root=$scratch/root
             while [ "$binds" -gt 0 ]; do
-                mkdir -p "$root$3"
-                mount --bind "$2" "$root$3"
-                if [ "$1" = ro ]; then mount -o remount,bind,ro "$root$3"; fi
+                mkdir -p "$root$2"
+                mount --bind "$1" "$root$2"
                 binds=$((binds - 1))
-                shift 3
+                shift 2
             done
             for node in null zero full random urandom; do
                 [ -e "$root/dev/$node" ] || : > "$root/dev/$node"
@@ -105,12 +99,8 @@ impl Sandbox {
         }
         let count = self.binds.len().to_string();
         let mut all: Vec<&OsStr> = vec![&lower, inner.as_ref(), count.as_ref()];
-        for (mode, outside, inside) in &self.binds {
-            all.extend([
-                OsStr::new(mode),
-                outside.as_os_str(),
-                OsStr::new(inside),
-            ]);
+        for (outside, inside) in &self.binds {
+            all.extend([outside.as_os_str(), OsStr::new(inside)]);
         }
         all.extend(arguments.iter().map(OsStr::new));
         script(ENTER, &all)

@@ -51,7 +51,7 @@ pub(crate) fn stop_if_interrupted() -> Result<(), Trouble> {
     }
 }
 
-/// A command that the kernel ends when this process ends, in whatever way.
+/// A command for [`run`], which the kernel ends when this process ends, in whatever way.
 pub(crate) fn bound_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command
@@ -60,6 +60,13 @@ pub(crate) fn bound_command(program: impl AsRef<OsStr>) -> Command {
         .stdin(Stdio::null())
         .env("LC_ALL", "C")
         .process_group(0);
+    command
+}
+
+/// A command that gets Ctrl-C itself and clears up by itself; it has as long as it takes.
+pub(crate) fn bound_in_group(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "TERM", "--"]).arg(program);
     command
 }
 
@@ -166,7 +173,10 @@ fn pump(
         }
         log.file.write_all(&buffer[..read])?;
         pending.extend_from_slice(&buffer[..read]);
-        while let Some(end) = pending.iter().position(|&byte| byte == b'\n' || byte == b'\r') {
+        while let Some(end) = pending
+            .iter()
+            .position(|&byte| byte == b'\n' || byte == b'\r')
+        {
             let line: Vec<u8> = pending.drain(..=end).collect();
             let line = String::from_utf8_lossy(&line).trim_end().to_owned();
             if line.is_empty() {

@@ -36,8 +36,8 @@ pub(crate) fn make(
     let repository = build.dir.join("repository");
     let step = Step::start(
         &format!("{} root", set.name),
-        // Unpacking, setting up, triggers: what dpkg says of each package.
-        Measure::Lines(4 * pins.len() as u64),
+        // That many lines are printed on each package: fetched, unpacked, set up, triggers.
+        Measure::Lines(10 * pins.len() as u64),
     );
     offer(cache, &repository, set, pins)?;
     process::run(

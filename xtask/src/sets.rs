@@ -8,7 +8,7 @@ use crate::{
     apt::{PrivateApt, mirror},
     cache::Cache,
     fetch::{Fetched, fetch},
-    key::KeyBuilder,
+    key::{Key, KeyBuilder},
     pins::{self, Pin},
     trouble::Trouble,
     ui,
@@ -41,9 +41,26 @@ pub(crate) const GUEST: PackageSet = PackageSet {
     name: "guest",
     suites: &["trixie"],
     contents: Contents::Root(&[
-        "adduser", "ca-certificates", "coreutils", "dbus", "iproute2", "kmod", "login", "mount",
-        "netbase", "nginx", "passwd", "perl", "postgresql", "procps", "python3", "systemd",
-        "systemd-sysv", "tzdata", "udev", "util-linux",
+        "adduser",
+        "ca-certificates",
+        "coreutils",
+        "dbus",
+        "iproute2",
+        "kmod",
+        "login",
+        "mount",
+        "netbase",
+        "nginx",
+        "passwd",
+        "perl",
+        "postgresql",
+        "procps",
+        "python3",
+        "systemd",
+        "systemd-sysv",
+        "tzdata",
+        "udev",
+        "util-linux",
     ]),
     pins: include_str!("../pins/guest.pins"),
 };
@@ -52,7 +69,13 @@ pub(crate) const LAB: PackageSet = PackageSet {
     name: "lab",
     suites: &["trixie"],
     contents: Contents::Root(&[
-        "coreutils", "iproute2", "kmod", "mount", "procps", "qemu-system-x86", "util-linux",
+        "coreutils",
+        "iproute2",
+        "kmod",
+        "mount",
+        "procps",
+        "qemu-system-x86",
+        "util-linux",
     ]),
     pins: include_str!("../pins/lab.pins"),
 };
@@ -61,9 +84,24 @@ pub(crate) const TRIXIE_TOOLS: PackageSet = PackageSet {
     name: "tools-trixie",
     suites: &["trixie"],
     contents: Contents::Root(&[
-        "bc", "bindgen", "bison", "flex", "gcc-14", "kmod", "libc6-dev", "libelf-dev", "libssl-dev",
-        "make", "pahole", "perl-base", "python3-minimal", "rust-clippy", "rust-src", "rustc",
-        "rustfmt", "xz-utils",
+        "bc",
+        "bindgen",
+        "bison",
+        "flex",
+        "gcc-14",
+        "kmod",
+        "libc6-dev",
+        "libelf-dev",
+        "libssl-dev",
+        "make",
+        "pahole",
+        "perl-base",
+        "python3-minimal",
+        "rust-clippy",
+        "rust-src",
+        "rustc",
+        "rustfmt",
+        "xz-utils",
     ]),
     pins: include_str!("../pins/tools-trixie.pins"),
 };
@@ -111,6 +149,15 @@ impl PackageSet {
         }
     }
 
+    /// The pins; with the packages in the store if the entry called `key` has yet to be made.
+    pub(crate) fn available(&self, cache: &Cache, key: impl Fn(&[Pin]) -> Key) -> Result<Vec<Pin>> {
+        let pins = self.current(cache)?;
+        if !pins.is_empty() && cache.lookup(&key(&pins)).is_some() {
+            return Ok(pins);
+        }
+        self.obtain(cache)
+    }
+
     /// Brings the packages into the store; returns the pins they turned out to have.
     pub(crate) fn obtain(&self, cache: &Cache) -> Result<Vec<Pin>> {
         let pins = self.current(cache)?;
@@ -156,11 +203,14 @@ impl PackageSet {
                 apt.uris(&arguments)
             }
             Contents::Kernel { release, packages } => {
-                let newest = newest_release(&apt.names(&format!("linux-binary-{}", release.0))?, *release)
-                    .ok_or_else(|| Trouble::Vanished {
-                        package: format!("linux-binary-{}*{}", release.0, release.1),
-                        mirror: mirror(),
-                    })?;
+                let newest = newest_release(
+                    &apt.names(&format!("linux-binary-{}", release.0))?,
+                    *release,
+                )
+                .ok_or_else(|| Trouble::Vanished {
+                    package: format!("linux-binary-{}*{}", release.0, release.1),
+                    mirror: mirror(),
+                })?;
                 let names: Vec<String> = packages
                     .iter()
                     .map(|template| package_name(template, &newest))
@@ -284,6 +334,9 @@ mod tests {
             package_name("linux-headers-{version}-common", release),
             "linux-headers-7.3.4+deb13-common"
         );
-        assert_eq!(package_name("linux-source-{series}", release), "linux-source-7.3");
+        assert_eq!(
+            package_name("linux-source-{series}", release),
+            "linux-source-7.3"
+        );
     }
 }

@@ -67,7 +67,11 @@ impl Step {
 
     /// One more line of output; never runs past the end of the bar.
     pub(crate) fn line(&self, line: &str) {
-        if self.bar.length().is_none_or(|length| self.bar.position() + 1 < length) {
+        if self
+            .bar
+            .length()
+            .is_none_or(|length| self.bar.position() + 1 < length)
+        {
             self.bar.inc(1);
         }
         if self.terminal {
@@ -78,7 +82,11 @@ impl Step {
 
     pub(crate) fn done(self) {
         self.bar.finish_and_clear();
-        eprintln!("{}: {:.1} s", self.what, self.started.elapsed().as_secs_f64());
+        eprintln!(
+            "{}: {:.1} s",
+            self.what,
+            self.started.elapsed().as_secs_f64()
+        );
     }
 }
 

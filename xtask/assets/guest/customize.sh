@@ -17,6 +17,11 @@ mkdir -p /etc/systemd/system.conf.d
 # Under TCG, and with several guests on two cores, everything may take long.
 printf '[Manager]\nDefaultTimeoutStartSec=300s\nDefaultDeviceTimeoutSec=300s\n' > /etc/systemd/system.conf.d/slow.conf
 
+# Emulated, each of the hundred devices that nobody here asks for costs as much as starting a service.
+mkdir -p /etc/systemd/system/systemd-udev-trigger.service.d
+printf '[Service]\nExecStart=\nExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=net --subsystem-match=misc\n' \
+    > /etc/systemd/system/systemd-udev-trigger.service.d/few.conf
+
 ln -sf /usr/lib/systemd/system/multi-user.target /etc/systemd/system/default.target
 systemctl enable nginx.service postgresql.service pagefusion-agent.service pagefusion-python.service
 systemctl mask \
@@ -27,6 +32,11 @@ systemctl mask \
     systemd-binfmt.service systemd-pcrphase.service systemd-pcrphase-sysinit.service \
     systemd-hwdb-update.service systemd-update-done.service ldconfig.service \
     systemd-journal-catalog-update.service systemd-machine-id-commit.service \
+    systemd-journal-flush.service systemd-random-seed.service systemd-sysusers.service \
+    systemd-udev-load-credentials.service systemd-modules-load.service systemd-logind.service \
+    modprobe@configfs.service modprobe@drm.service modprobe@efi_pstore.service modprobe@fuse.service \
+    modprobe@dm_mod.service modprobe@loop.service \
+    dev-hugepages.mount dev-mqueue.mount sys-fs-fuse-connections.mount sys-kernel-config.mount \
     getty.target getty@tty1.service serial-getty@ttyS0.service serial-getty@ttyS1.service \
     console-getty.service
 

@@ -1,0 +1,144 @@
+//! The order in which things are made, and what the tests are told about them.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+
+use crate::{
+    artifacts::Artifacts,
+    cache::Cache,
+    headers::{self, BuildRoot},
+    host_packages, images,
+    kernel::{self, Kernel},
+    module, pins, sets,
+};
+
+/// What can be made by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// Debian packages on this machine
+    Host,
+    /// The stock kernel
+    Kernel,
+    /// The root with the compilers Debian built the kernel with
+    Tools,
+    /// The kernel's headers, made fit for Rust modules
+    Headers,
+    /// The guest's disk image
+    GuestImage,
+    /// The disk image of the host that has KVM in emulation
+    LabImage,
+}
+
+/// Everything a command needs to know about where it runs.
+#[derive(Debug)]
+pub(crate) struct Project {
+    pub(crate) cache: Cache,
+    pub(crate) checkout: PathBuf,
+    pub(crate) kernel: &'static Kernel,
+}
+
+impl Project {
+    pub(crate) fn new(series: &str) -> Result<Self> {
+        Ok(Self {
+            cache: Cache::open()?,
+            checkout: checkout()?,
+            kernel: kernel::find(series)?,
+        })
+    }
+
+    /// Where cargo puts what it builds.
+    pub(crate) fn target_dir(&self) -> PathBuf {
+        match env::var_os("CARGO_TARGET_DIR") {
+            Some(dir) if !dir.is_empty() => self.checkout.join(dir),
+            _ => self.checkout.join("target"),
+        }
+    }
+
+    pub(crate) fn bin_dir(&self) -> PathBuf {
+        self.target_dir().join("release")
+    }
+
+    pub(crate) fn part(&self, part: Part) -> Result<()> {
+        host_packages::provision(&self.cache)?;
+        match part {
+            Part::Host => {}
+            Part::Kernel => drop(self.kernel.provision(&self.cache)?),
+            Part::Tools => drop(headers::tools(&self.cache, self.kernel)?),
+            Part::Headers => drop(self.build_root()?),
+            Part::GuestImage => drop(images::guest(&self.cache)?),
+            Part::LabImage => {
+                let kernel = self.kernel.provision(&self.cache)?;
+                images::lab(&self.cache, &kernel)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn build_root(&self) -> Result<BuildRoot> {
+        headers::provision(&self.cache, self.kernel)
+    }
+
+    pub(crate) fn module(&self) -> Result<PathBuf> {
+        host_packages::provision(&self.cache)?;
+        module::build(&self.cache, &self.checkout, &self.build_root()?)
+    }
+
+    /// Writes new pins, of what the mirror has now, into the checkout.
+    pub(crate) fn renew_pins(&self, name: Option<&str>) -> Result<()> {
+        let mut any = false;
+        for set in sets::ALL {
+            if name.is_some_and(|name| name != set.name) {
+                continue;
+            }
+            any = true;
+            let new = set.resolve(&self.cache)?;
+            let path = self.checkout.join(format!("xtask/pins/{}.pins", set.name));
+            fs::write(&path, pins::render(set.name, &new))
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            for line in pins::replacements(&pins::parse(set.pins)?, &new) {
+                println!("{}: {line}", set.name);
+            }
+        }
+        let known: Vec<_> = sets::ALL.iter().map(|set| set.name).collect();
+        anyhow::ensure!(any, "no such set; there are: {}", known.join(", "));
+        Ok(())
+    }
+
+    /// Makes everything; returns the path of the file that lists it.
+    pub(crate) fn everything(&self) -> Result<PathBuf> {
+        let qemu = host_packages::provision(&self.cache)?;
+        let kernel = self.kernel.provision(&self.cache)?;
+        let guest = images::guest(&self.cache)?;
+        let lab = images::lab(&self.cache, &kernel)?;
+        let module = module::build(&self.cache, &self.checkout, &self.build_root()?)?;
+        Artifacts {
+            kernel_release: kernel.release,
+            lab_kernel: kernel.image.clone(),
+            kernel: kernel.image,
+            modules_dir: kernel.modules,
+            module_ko: module,
+            guest_image: guest.image,
+            guest_manifest: guest.manifest,
+            lab_image: lab,
+            qemu,
+            bin_dir: self.bin_dir(),
+            cache: self.cache.root().to_owned(),
+        }
+        .write(&self.checkout.join("target/pagefusion"))
+    }
+}
+
+/// The checkout this program was built from; cargo says where when it runs us.
+fn checkout() -> Result<PathBuf> {
+    let manifest = env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    manifest
+        .parent()
+        .map(Path::to_owned)
+        .context("xtask is not inside a checkout")
+}

@@ -1,0 +1,281 @@
+//! `test`, `demo` and `check`: cargo and the QEMU harness, one after the other.
+
+use std::{
+    env,
+    ffi::OsString,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Command, ExitCode, ExitStatus, Stdio},
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    counts::Counts,
+    module,
+    process::{bound_in_group, stop_if_interrupted},
+    provision::Project,
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DemoArguments {
+    /// How many guests share their memory
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    vms: u32,
+    /// Where the guests run: in emulation here, in KVM inside an emulated machine, or in KVM here
+    #[arg(long, default_value = "tcg", value_parser = ["tcg", "kvm-lab", "kvm"])]
+    host: String,
+    /// Also write the results to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<std::path::PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct TestArguments {
+    /// Leave out the slow hosts
+    #[arg(long)]
+    quick: bool,
+    /// Try harder and longer
+    #[arg(long, conflicts_with = "quick")]
+    deep: bool,
+}
+
+pub(crate) fn demo(project: &Project, arguments: &DemoArguments) -> Result<ExitCode> {
+    let artifacts = project.everything()?;
+    build_release(project)?;
+    let mut command = harness(project, "demo", &artifacts);
+    command
+        .arg("--vms")
+        .arg(arguments.vms.to_string())
+        .arg("--host")
+        .arg(&arguments.host);
+    if let Some(json) = &arguments.json {
+        command.arg("--json").arg(std::path::absolute(json)?);
+    }
+    let status = command.status().context("cannot start qemu-tests")?;
+    stop_if_interrupted()?;
+    Ok(exit_code(status))
+}
+
+pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitCode> {
+    let artifacts = project.everything()?;
+    let mut total = Counts::default();
+
+    let mut unit = cargo(project);
+    unit.args(["test", "--workspace", "--no-fail-fast"]);
+    if arguments.deep {
+        unit.env("PAGEFUSION_DEEP_TESTS", "1");
+    }
+    total += counted("cargo test", &mut unit, Tally::Sum)?;
+
+    // Also when unit tests failed: one run should show all there is to see.
+    match build_release(project) {
+        Ok(()) => {
+            let mut qemu = harness(project, "test", &artifacts);
+            if arguments.quick {
+                qemu.arg("--quick");
+            }
+            if arguments.deep {
+                qemu.arg("--deep");
+            }
+            total += counted("qemu-tests", &mut qemu, Tally::Last)?;
+        }
+        Err(error) => {
+            stop_if_interrupted()?;
+            eprintln!("error: {error:#}");
+            total += Counts::ONE_FAILED;
+        }
+    }
+
+    println!("{total}");
+    Ok(if total.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Everything that can be found without running the code.
+pub(crate) fn check(project: &Project) -> Result<ExitCode> {
+    let mut failed = Vec::new();
+    let mut run = |name: &'static str, command: &mut Command| -> Result<()> {
+        eprintln!("{name} ...");
+        let status = command
+            .status()
+            .with_context(|| format!("cannot start {name}"))?;
+        stop_if_interrupted()?;
+        if !status.success() {
+            failed.push(name);
+        }
+        Ok(())
+    };
+    run(
+        "cargo fmt",
+        cargo(project).args(["fmt", "--all", "--check"]),
+    )?;
+    run(
+        "cargo clippy",
+        cargo(project).args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ]),
+    )?;
+    run(
+        "cargo doc",
+        cargo(project)
+            .args([
+                "doc",
+                "--workspace",
+                "--no-deps",
+                "--document-private-items",
+            ])
+            .env("RUSTDOCFLAGS", "-D warnings"),
+    )?;
+    let has_deny = cargo(project)
+        .args(["deny", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if has_deny {
+        run("cargo deny", cargo(project).args(["deny", "check"]))?;
+    } else {
+        eprintln!("cargo deny: skipped, it is not installed (cargo install cargo-deny)");
+    }
+    if let Err(error) = lint_module(project) {
+        stop_if_interrupted()?;
+        eprintln!("error: {error:#}");
+        failed.push("the module's clippy");
+    }
+    if failed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("failed: {}", failed.join(", "));
+    Ok(ExitCode::FAILURE)
+}
+
+pub(crate) fn lint_module(project: &Project) -> Result<()> {
+    crate::host_packages::provision(&project.cache)?;
+    module::lint(&project.cache, &project.checkout, &project.build_root()?)
+}
+
+fn build_release(project: &Project) -> Result<()> {
+    let status = cargo(project)
+        .args(["build", "--release", "--workspace", "--exclude", "xtask"])
+        .status()
+        .context("cannot start cargo")?;
+    stop_if_interrupted()?;
+    anyhow::ensure!(status.success(), "the workspace does not build");
+    Ok(())
+}
+
+fn cargo(project: &Project) -> Command {
+    let program = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let mut command = bound_in_group(program);
+    command.current_dir(&project.checkout);
+    command
+}
+
+fn harness(project: &Project, task: &str, artifacts: &Path) -> Command {
+    let mut command = bound_in_group(project.bin_dir().join("qemu-tests"));
+    command
+        .arg(task)
+        .arg("--artifacts")
+        .arg(artifacts)
+        .current_dir(&project.checkout);
+    command
+}
+
+/// How the counts that a runner prints add up.
+#[derive(Debug, Clone, Copy)]
+enum Tally {
+    /// One line for each of its parts.
+    Sum,
+    /// The last line is for all of it.
+    Last,
+}
+
+/// Runs `command`, passes its output on, and counts. A failure that no count tells of is one more failed test.
+fn counted(what: &str, command: &mut Command, tally: Tally) -> Result<Counts> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {what}"))?;
+    let mut counts = Counts::default();
+    let mut any = false;
+    if let Some(output) = child.stdout.take() {
+        let mut reader = BufReader::new(output);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line)? > 0 {
+            let text = String::from_utf8_lossy(&line);
+            print!("{text}");
+            if let Some(of_line) = Counts::of_line(&text) {
+                any = true;
+                match tally {
+                    Tally::Sum => counts += of_line,
+                    Tally::Last => counts = of_line,
+                }
+            }
+            line.clear();
+        }
+    }
+    let status = child.wait()?;
+    stop_if_interrupted()?;
+    Ok(judge(what, counts, any, status.success()))
+}
+
+fn judge(what: &str, mut counts: Counts, any: bool, success: bool) -> Counts {
+    if !success && counts.failed == 0 {
+        eprintln!("error: {what} failed without naming a test");
+        counts += Counts::ONE_FAILED;
+    } else if !any {
+        eprintln!("error: {what} ran no test");
+        counts += Counts::ONE_FAILED;
+    }
+    counts
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, tally: Tally) -> Counts {
+        counted("sh", Command::new("sh").args(["-c", script]), tally).unwrap()
+    }
+
+    #[test]
+    fn a_runner_that_fails_without_a_count_is_a_failed_test() {
+        assert_eq!(shell("exit 1", Tally::Sum).failed, 1);
+        assert_eq!(
+            shell("echo 3 passed, 0 failed, 0 skipped; exit 1", Tally::Last),
+            Counts {
+                passed: 3,
+                failed: 1,
+                skipped: 0
+            }
+        );
+    }
+
+    #[test]
+    fn a_runner_that_says_nothing_did_not_pass() {
+        assert_eq!(shell("true", Tally::Last).failed, 1);
+    }
+
+    #[test]
+    fn parts_are_added_and_totals_are_not() {
+        let script = "for i in 1 2; do echo 2 passed, 0 failed, 1 skipped; done";
+        assert_eq!(shell(script, Tally::Sum).passed, 4);
+        assert_eq!(shell(script, Tally::Last).passed, 2);
+    }
+}
