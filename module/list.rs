@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A growable array over the kernel's allocator, with the few operations that the pure files
+//! need. `list_std.rs` is its twin for `cargo test`; both include `list_ops.rs`.
+
+use kernel::alloc::flags::{GFP_KERNEL, __GFP_NOWARN};
+use kernel::alloc::KVVec;
+
+/// Memory could not be had. The caller drops what it was about to remember.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoMemory;
+
+/// A growable array that never grows by more than a quarter beyond what it holds.
+pub(crate) struct List<T> {
+    items: KVVec<T>,
+}
+
+impl<T> List<T> {
+    /// An empty list, which owns no memory.
+    pub(crate) const fn new() -> Self {
+        Self { items: KVVec::new() }
+    }
+
+    /// Makes the capacity exactly `capacity`, which must hold all items.
+    fn reallocate(&mut self, capacity: usize) -> Result<(), NoMemory> {
+        let mut items =
+            KVVec::with_capacity(capacity, GFP_KERNEL | __GFP_NOWARN).map_err(|_| NoMemory)?;
+        for item in self.items.drain_all() {
+            // `capacity` holds all of them.
+            let _ = items.push_within_capacity(item);
+        }
+        self.items = items;
+        Ok(())
+    }
+
+    /// Appends an item for which there is room.
+    fn append(&mut self, item: T) -> Result<(), NoMemory> {
+        self.items.push_within_capacity(item).map_err(|_| NoMemory)
+    }
+}
+
+include!("list_ops.rs");

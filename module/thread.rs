@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A freezable kernel thread at the lowest priority, and the event it sleeps on.
+
+use crate::bindings as helpers;
+use core::ptr::NonNull;
+use kernel::alloc::KBox;
+use kernel::bindings;
+use kernel::prelude::*;
+use kernel::task::Task;
+
+/// What a [`Thread`] does.
+pub(crate) trait Work: Send + 'static {
+    /// Runs in the thread; returns soon after [`must_stop`] says so.
+    fn run(&mut self);
+}
+
+/// A running thread. Dropping it stops the thread, waits for it, and drops its work.
+///
+/// # Invariants
+///
+/// `task` was created by `kthread_create_on_node` and has not been stopped; `work` came from
+/// `KBox::into_raw`, and nothing but the thread uses it until the thread has been stopped.
+pub(crate) struct Thread<W: Work> {
+    task: NonNull<bindings::task_struct>,
+    work: *mut W,
+}
+
+// SAFETY: The thread may be stopped from any context that may sleep, and `W` is `Send`.
+unsafe impl<W: Work> Send for Thread<W> {}
+
+impl<W: Work> Thread<W> {
+    /// Starts a thread.
+    pub(crate) fn start(work: KBox<W>, name: &'static CStr) -> Result<Self> {
+        let work = KBox::into_raw(work);
+        // SAFETY: `entry::<W>` takes a `*mut W`, which lives until the thread has been stopped;
+        // the name is a literal without conversions.
+        let task = unsafe {
+            bindings::kthread_create_on_node(
+                Some(entry::<W>),
+                work.cast(),
+                bindings::NUMA_NO_NODE,
+                name.as_char_ptr(),
+            )
+        };
+        match kernel::error::from_err_ptr(task).map(NonNull::new) {
+            Ok(Some(task)) => {
+                // SAFETY: The thread was just created and waits to be woken.
+                unsafe { bindings::wake_up_process(task.as_ptr()) };
+                // INVARIANT: Created above; `work` is left to the thread from here on.
+                Ok(Self { task, work })
+            }
+            other => {
+                // SAFETY: No thread was created, so this is the only owner.
+                drop(unsafe { KBox::from_raw(work) });
+                Err(other.err().unwrap_or(ENOMEM))
+            }
+        }
+    }
+}
+
+impl<W: Work> Drop for Thread<W> {
+    fn drop(&mut self) {
+        // SAFETY: By the invariants the thread exists and has not been stopped; it never exits
+        // by itself, as `entry` waits to be stopped.
+        unsafe { bindings::kthread_stop(self.task.as_ptr()) };
+        // SAFETY: By the invariants this is the work, and its only other user has ended.
+        drop(unsafe { KBox::from_raw(self.work) });
+    }
+}
+
+/// # Safety
+///
+/// `work` must be valid as a `*mut W` until the thread has been stopped, and be used by nobody
+/// else until then.
+unsafe extern "C" fn entry<W: Work>(work: *mut c_void) -> c_int {
+    // SAFETY: This thread is new and belongs to us.
+    unsafe { bindings::set_freezable() };
+    // SAFETY: The current task is this thread.
+    unsafe { bindings::sched_set_normal(Task::current_raw(), 19) };
+    // SAFETY: By this function's requirements.
+    let work = unsafe { &mut *work.cast::<W>() };
+    work.run();
+    // `kthread_stop` wants a thread that still exists.
+    while !must_stop() {
+        wait(1000);
+    }
+    0
+}
+
+/// Whether the current thread has been asked to stop. Only for code that runs in a [`Thread`].
+pub(crate) fn must_stop() -> bool {
+    // SAFETY: Our callers run in a kthread.
+    unsafe { bindings::kthread_should_stop() }
+}
+
+/// Sleeps until [`kick`]ed, asked to stop, or so many milliseconds have passed; may be frozen
+/// meanwhile. Kicks while nobody sleeps are not lost. Only for code that runs in a [`Thread`].
+pub(crate) fn wait(milliseconds: u64) {
+    let milliseconds = milliseconds.min(3_600_000) as c_uint;
+    // SAFETY: Our callers run in a kthread that may sleep.
+    unsafe { helpers::pagefusion_wait(milliseconds) };
+}
+
+/// Sleeps whatever happens.
+pub(crate) fn sleep(milliseconds: u32) {
+    // SAFETY: Our callers may sleep.
+    unsafe { bindings::msleep(milliseconds) };
+}
+
+/// Wakes the thread that [`wait`]s. May be called in any context.
+pub(crate) fn kick() {
+    // SAFETY: The event is static and always valid; waking needs no context.
+    unsafe { helpers::pagefusion_kick() };
+}
+
+/// Lets others run if they need to.
+pub(crate) fn give_way() {
+    // SAFETY: Our callers may sleep and hold no lock.
+    unsafe { helpers::pagefusion_cond_resched() };
+}
+
+/// Milliseconds since boot, without time asleep.
+pub(crate) fn now_ms() -> u64 {
+    now_us() / 1000
+}
+
+/// Microseconds since boot, without time asleep.
+pub(crate) fn now_us() -> u64 {
+    // SAFETY: Always callable once timekeeping runs, which is before any module is loaded.
+    let nanoseconds = unsafe { bindings::ktime_get_mono_fast_ns() };
+    nanoseconds / 1000
+}

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The thread that does it all: it owns the session, so nothing in it needs a lock.
+
+use crate::compat;
+use crate::control::CONTROL;
+use crate::ivshmem::Ivshmem;
+use crate::pass::{self, GuestSession, Workshop};
+use crate::policy::{self, Schedule};
+use crate::ring::{Ring, State};
+use crate::session::{Geometry, Session};
+use crate::thread::{self, Work};
+use crate::wire::{MAX_FILES, PAGE_SIZE};
+use kernel::prelude::*;
+
+/// Longest sleep with an interrupt to end it, and with none.
+const LONGEST_SLEEP_MS: u64 = 3_600_000;
+const LONGEST_POLL_MS: u64 = 100;
+
+/// The worker of one device.
+pub(crate) struct Worker {
+    session: GuestSession,
+    workshop: Workshop,
+    schedule: Schedule,
+    has_interrupt: bool,
+    warned: bool,
+}
+
+impl Worker {
+    pub(crate) fn new(device: Ivshmem) -> Result<Self> {
+        let scale = kernel::page::PAGE_SIZE as u64 / PAGE_SIZE;
+        let geometry = Geometry { memory_pages: compat::memory_pages(), scale };
+        let has_interrupt = device.has_interrupt();
+        let (layout, features) = (device.layout(), device.features());
+        let ring = Ring::new(device, layout, features);
+        Ok(Self {
+            session: Session::new(ring, geometry, MAX_FILES as usize),
+            workshop: Workshop::new()?,
+            schedule: Schedule::new(),
+            has_interrupt,
+            warned: false,
+        })
+    }
+
+    fn pass(&mut self) {
+        let began = thread::now_us();
+        let scans = CONTROL.full_scans.get() + 1;
+        let result = pass::run(&mut self.session, &mut self.workshop, scans);
+        let now = thread::now_ms();
+        CONTROL.last_pass_usecs.set(thread::now_us() - began);
+        let news = match result {
+            Ok(findings) => {
+                CONTROL.full_scans.set(scans);
+                CONTROL.pages_eligible.set(findings.eligible);
+                CONTROL.mms_visited.set(findings.seen.mms);
+                CONTROL.vmas_visited.set(findings.seen.vmas);
+                CONTROL.mms_skipped.set(findings.seen.skipped);
+                CONTROL.max_mmap_lock_nsecs.raise(findings.seen.longest_hold_ns);
+                if findings.again {
+                    self.schedule.hurry();
+                    return;
+                }
+                findings.news
+            }
+            Err(_) => true,
+        };
+        let (sleep, most) = (CONTROL.sleep_millisecs.get(), CONTROL.max_sleep_millisecs.get());
+        self.schedule.pass_ended(now, news, sleep, most);
+    }
+
+    /// How long nothing needs to be done, unless somebody wakes us.
+    fn idle_ms(&self, now_ms: u64) -> u64 {
+        let runs = CONTROL.run.get() == 1 && self.session.is_open();
+        let pass = if runs { self.schedule.wait_ms(now_ms) } else { LONGEST_SLEEP_MS };
+        let host = match self.session.ring().state() {
+            State::Detached => policy::ATTACH_POLL_MS,
+            // Interrupts may get lost with a host that dies, so look now and then.
+            _ if self.has_interrupt && self.session.is_waiting() => policy::ATTACH_POLL_MS,
+            State::Attaching if self.has_interrupt => policy::ATTACH_POLL_MS,
+            State::Attached if self.has_interrupt => LONGEST_SLEEP_MS,
+            State::Attached if !self.session.is_waiting() => LONGEST_POLL_MS,
+            _ => policy::POLL_MS,
+        };
+        pass.min(host)
+    }
+
+    fn publish_statistics(&mut self) {
+        let (session, totals) = (&self.session, &self.session.totals);
+        CONTROL.pages_reported.set(totals.reported);
+        CONTROL.runs_reported.set(totals.runs);
+        CONTROL.pages_acknowledged.set(totals.acknowledged);
+        CONTROL.pages_remembered.set(totals.remembered);
+        CONTROL.pages_refused.set(totals.refused);
+        CONTROL.pages_retracted.set(totals.retracted);
+        CONTROL.revocations.set(totals.revocations);
+        CONTROL.pages_in_flight.set(session.pages_in_flight());
+        CONTROL.pages_tracked.set(session.tracker.pages());
+        CONTROL.tracker_bytes.set(session.tracker.bytes() as u64);
+        CONTROL.files_tracked.set(session.tracker.files() as u64);
+        CONTROL.pages_shared.set(session.ring().pages_shared());
+        let attached = session.ring().state() == State::Attached;
+        CONTROL.host_instance.set(if attached { session.ring().instance() } else { 0 });
+        let lies = session.ring().lies();
+        CONTROL.host_errors.set(lies);
+        if lies != 0 && !self.warned {
+            self.warned = true;
+            pr_warn!("the host wrote positions that cannot be; they are ignored\n");
+        }
+    }
+
+    /// Waits until the host has answered, at most so long.
+    fn settle(&mut self, most_ms: u64) -> bool {
+        let began = thread::now_ms();
+        while !self.session.is_settled() {
+            if thread::now_ms() - began > most_ms {
+                return false;
+            }
+            thread::sleep(2);
+        }
+        true
+    }
+
+    /// Lets go of everything, or, when the host may still be working on a page, of all but that.
+    fn farewell(&mut self) {
+        if self.settle(policy::GOODBYE_WAIT_MS) {
+            self.session.say_goodbye();
+            self.settle(policy::GOODBYE_WAIT_MS);
+        }
+        if !self.session.is_settled() {
+            self.session.revoke();
+            if !self.settle(policy::UNLOAD_WAIT_MS) {
+                let pages = self.session.abandon();
+                pr_warn!("the host has claimed {} pages and does not answer: they stay\n", pages);
+            }
+        }
+        self.session.leave();
+    }
+}
+
+impl Work for Worker {
+    fn run(&mut self) {
+        while !thread::must_stop() {
+            let now = thread::now_ms();
+            let serviced = self.session.service(now);
+            if serviced.wants_pass || serviced.restarted {
+                self.schedule.hurry();
+            }
+            let runs = CONTROL.run.get() == 1 && self.session.is_open();
+            if runs && self.schedule.wait_ms(now) == 0 {
+                self.pass();
+                self.publish_statistics();
+            } else {
+                self.publish_statistics();
+                let idle = self.idle_ms(now);
+                if self.session.ask_to_be_woken(true) {
+                    thread::wait(idle);
+                }
+            }
+        }
+        self.farewell();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        CONTROL.host_instance.set(0);
+        CONTROL.pages_shared.set(0);
+    }
+}
