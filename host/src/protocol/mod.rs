@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What engines, the daemon and its operators say to each other.
+//!
+//! An engine keeps two connections to the daemon, both to its own VM's `engine.sock`: one on
+//! which it asks ([`EngineRequest`]) and one on which it is asked ([`ControlRequest`]). The
+//! first message of a connection says which it is. Operators use `admin.sock`
+//! ([`AdminRequest`]). The VM, and with it the trust group, follows from the socket and is
+//! never what a message says.
+
+use pagefusion_abi::wire;
+use serde::{Deserialize, Serialize};
+
+/// Both sides must speak the same version.
+pub const VERSION: u32 = 1;
+/// Largest encoded message, bytes, payload excluded.
+pub const MAX_MESSAGE: usize = 1 << 20;
+/// Most pages in one [`EngineRequest::Publish`].
+pub const MAX_PUBLISH_PAGES: usize = 64;
+
+/// Index of a page in the group's store file, in 4 KiB.
+pub type StorePage = u32;
+
+/// [`wire::FileIdentity`], serializable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FileKey {
+    /// UUID of the file system.
+    pub fs_uuid: [u8; 16],
+    /// Inode number.
+    pub inode: u64,
+    /// Size, bytes.
+    pub size: u64,
+    /// Modification time, nanoseconds.
+    pub mtime_ns: u64,
+    /// Inode generation.
+    pub generation: u32,
+    /// [`wire::file_kind`].
+    pub kind: u32,
+}
+
+impl From<wire::FileIdentity> for FileKey {
+    fn from(id: wire::FileIdentity) -> Self {
+        let wire::FileIdentity { fs_uuid, inode, size, mtime_ns, generation, kind } = id;
+        Self { fs_uuid, inode, size, mtime_ns, generation, kind }
+    }
+}
+
+/// Pages `page .. page + pages` of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileSpan {
+    /// The file.
+    pub file: FileKey,
+    /// First page.
+    pub page: u64,
+    /// Number of pages; in [`ControlRequest::Report`] 0 means the whole file.
+    pub pages: u32,
+}
+
+/// Pages `page .. page + pages` of the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreSpan {
+    /// First page.
+    pub page: StorePage,
+    /// Number of pages.
+    pub pages: u32,
+}
+
+/// Part of a looked-up span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Length, pages.
+    pub pages: u32,
+    /// Where in the store it begins, if it is there.
+    pub store: Option<StorePage>,
+}
+
+/// What to do with a page nobody has looked up successfully.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// Noted; nobody else has it.
+    Remembered,
+    /// The same content may be here; compare.
+    Found(StorePage),
+    /// Somebody else has it: send the bytes.
+    Publish,
+}
+
+/// Hashes of consecutive pages of a file, as [`crate::store::hash_page`] makes them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sighting {
+    /// The file.
+    pub file: FileKey,
+    /// First page.
+    pub page: u64,
+    /// One hash per page.
+    pub hashes: Vec<u64>,
+}
+
+/// Store pages that an engine has mapped, told to a new daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// The file pages they hold.
+    pub span: FileSpan,
+    /// Where in the store.
+    pub store: StorePage,
+}
+
+/// Role of a connection, its first message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// The engine asks: [`EngineRequest`], answered by [`EngineReply`].
+    Requests,
+    /// The daemon asks: [`ControlRequest`], answered by [`ControlReply`].
+    Control,
+}
+
+/// First message on an `engine.sock` connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What this connection is for.
+    pub role: Role,
+}
+
+/// Answer to [`Hello`] in the role [`Role::Requests`]. Descriptors come with it, in this
+/// order: store (read-only), shared memory of the device, eventfd that the guest rings,
+/// eventfd that rings the guest, and `/dev/userfaultfd` if `has_uffd_device`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Number of the VM, never used twice in the life of the runtime directory.
+    pub vm: u32,
+    /// Its name.
+    pub name: String,
+    /// Its trust group; `None` shares with nobody.
+    pub group: Option<String>,
+    /// Seed for [`crate::store::hash_page`].
+    pub hash_seed: u64,
+    /// Whether `/dev/userfaultfd` came along.
+    pub has_uffd_device: bool,
+    /// Whether sharing is paused for this VM.
+    pub paused: bool,
+}
+
+/// Engine to daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EngineRequest {
+    /// What this process has mapped from the store; first request after connecting again.
+    /// Answered by [`EngineReply::Done`]. The last part has `last` set.
+    Announce {
+        /// Mapped store pages.
+        holdings: Vec<Holding>,
+        /// Nothing follows.
+        last: bool,
+    },
+    /// Are these pages in the store? Answered by [`EngineReply::Segments`], which cover the
+    /// spans in order; what is found counts as mapped by this process from now on.
+    Lookup {
+        /// What to look up.
+        spans: Vec<FileSpan>,
+    },
+    /// Notes pages the lookup did not find. Answered by [`EngineReply::Verdicts`], one per
+    /// page in order; what is found counts as mapped.
+    Sight {
+        /// What was seen.
+        sightings: Vec<Sighting>,
+    },
+    /// Puts pages into the store. `pages * 4096` bytes follow the message. Answered by
+    /// [`EngineReply::Published`], one per page; they count as mapped.
+    Publish {
+        /// Which pages these are.
+        span: FileSpan,
+    },
+    /// This process does not map these any more. Answered by [`EngineReply::Done`].
+    Release {
+        /// Store pages, each of them granted before.
+        spans: Vec<StoreSpan>,
+    },
+    /// The guest does not have these file pages any more. Answered by [`EngineReply::Done`].
+    Forget {
+        /// File pages; `pages == 0` is the whole file.
+        span: FileSpan,
+    },
+}
+
+/// Daemon to engine, in answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EngineReply {
+    /// Nothing to say.
+    Done,
+    /// To [`EngineRequest::Lookup`].
+    Segments(Vec<Segment>),
+    /// To [`EngineRequest::Sight`].
+    Verdicts(Vec<Verdict>),
+    /// To [`EngineRequest::Publish`]: where each page is, or `None` when the store is full.
+    Published(Vec<Option<StorePage>>),
+    /// The request was refused.
+    Error(String),
+}
+
+/// Daemon to engine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlRequest {
+    /// Answered by [`ControlReply::Status`].
+    Status,
+    /// Ask the guest to report these pages again. Answered by [`ControlReply::Done`].
+    Report {
+        /// File pages that have become worth sharing.
+        spans: Vec<FileSpan>,
+    },
+    /// Turn every overlay back into ordinary memory and stop sharing until
+    /// [`ControlRequest::Resume`]. Answered by [`ControlReply::Done`] when it is done and the
+    /// store pages are released.
+    Undo,
+    /// Share (again). The guest is asked to report everything. Answered by
+    /// [`ControlReply::Done`].
+    Resume,
+}
+
+/// Engine to daemon, in answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ControlReply {
+    /// Done.
+    Done,
+    /// To [`ControlRequest::Status`].
+    Status(Box<EngineStatus>),
+    /// It could not be done.
+    Error(String),
+}
+
+/// Counters of one engine. Pages are 4 KiB. Sums, unless said otherwise, are since the
+/// engine started.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// Whether a guest module is attached now.
+    pub guest_attached: bool,
+    /// Where guest memory was found: `kvm`, `qmp`, `vm-memory` or `none`.
+    pub memory_source: String,
+    /// Guest memory that the engine knows, bytes, now.
+    pub memory_bytes: u64,
+    /// Pages reported by the guest.
+    pub pages_reported: u64,
+    /// Pages on overlays that are intact, now.
+    pub pages_shared: u64,
+    /// Pages on overlays that the guest has written since, now.
+    pub pages_broken: u64,
+    /// Pages noted because nobody else had them.
+    pub pages_remembered: u64,
+    /// Pages refused.
+    pub pages_refused: u64,
+    /// Pages refused by [`wire::reason::name`].
+    pub refusals: std::collections::BTreeMap<String, u64>,
+    /// Runs on overlays, now.
+    pub overlays: u64,
+    /// Mappings of the whole process, now, and how many the engine may cause.
+    pub mappings: u64,
+    /// Limit of the kernel on mappings of a process.
+    pub mappings_limit: u64,
+    /// Mappings that overlays added, now.
+    pub overlay_mappings: u64,
+    /// Seconds from the guest's attaching to its last newly shared page.
+    pub seconds_sharing: f64,
+    /// CPU seconds of the engine's threads.
+    pub cpu_seconds: f64,
+    /// Malformed records and other violations of the protocol by the guest.
+    pub guest_errors: u64,
+    /// Passes that the guest has told of.
+    pub guest_passes: u64,
+    /// Why this VM shares nothing at all, if so.
+    pub disabled: Option<String>,
+}
+
+/// Scope of an operator's request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Scope {
+    /// Every VM of this host.
+    All,
+    /// VMs of a trust group.
+    Group(String),
+    /// One VM by name or number.
+    Vm(String),
+}
+
+/// Operator to daemon, on `admin.sock`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    /// Registers the calling process (by the socket's peer credentials) as a VM.
+    CreateVm {
+        /// [`VERSION`].
+        version: u32,
+        /// Name for the operator; unique among living VMs, made up when `None`.
+        name: Option<String>,
+        /// Trust group.
+        group: Option<String>,
+    },
+    /// Everything [`Status`] has.
+    Status {
+        /// [`VERSION`].
+        version: u32,
+    },
+    /// [`ControlRequest::Undo`] for a scope; sharing stays off there until resumed.
+    Undo(Scope),
+    /// [`ControlRequest::Resume`] for a scope.
+    Resume(Scope),
+}
+
+/// Daemon to operator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum AdminReply {
+    /// Done, for this many VMs.
+    Done {
+        /// VMs in the scope.
+        vms: usize,
+        /// VMs that failed, by name, with the reason.
+        failed: Vec<(String, String)>,
+    },
+    /// To [`AdminRequest::CreateVm`].
+    Created {
+        /// Number of the VM.
+        vm: u32,
+        /// Its name.
+        name: String,
+        /// Directory with `ivshmem.sock`, `engine.sock` and room for `qmp.sock`.
+        directory: std::path::PathBuf,
+    },
+    /// To [`AdminRequest::Status`].
+    Status(Box<Status>),
+    /// Refused, with cause and cure.
+    Error(String),
+}
+
+/// The whole host.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the daemon.
+    pub version: String,
+    /// Trust groups with a living VM or a page in store.
+    pub groups: Vec<GroupStatus>,
+    /// Living VMs.
+    pub vms: Vec<VmStatus>,
+    /// Sum over the VMs.
+    pub pages_shared: u64,
+    /// Sum over the groups.
+    pub store_pages: u64,
+    /// Memory kept back from the kernel by sharing, bytes, less store and metadata.
+    pub bytes_saved: i64,
+    /// Memory that sharing itself takes, bytes: index, mappings, page tables, rings.
+    pub bytes_metadata: u64,
+}
+
+/// One trust group.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Its name; VMs without a group have one each, named after the VM.
+    pub name: String,
+    /// Living VMs.
+    pub vms: usize,
+    /// Canonical pages.
+    pub store_pages: u64,
+    /// Pages of VMs on them.
+    pub pages_shared: u64,
+    /// Pages noted and in one VM only.
+    pub pages_remembered: u64,
+    /// As in [`Status`].
+    pub bytes_saved: i64,
+}
+
+/// One VM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Number.
+    pub id: u32,
+    /// Name.
+    pub name: String,
+    /// Trust group.
+    pub group: Option<String>,
+    /// Process.
+    pub pid: i32,
+    /// Whether its engine is connected.
+    pub connected: bool,
+    /// Whether the operator has paused it.
+    pub paused: bool,
+    /// The engine's counters, all zero while it is not connected.
+    #[serde(flatten)]
+    pub engine: EngineStatus,
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The memory of a store: a sparse file on tmpfs, written only by its owner.
+
+use super::PAGE;
+use crate::protocol::StorePage;
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+/// The memory of a store. Pages are written with `pwrite`, never through a mapping: a full
+/// tmpfs is an error here and would be a SIGBUS there.
+#[derive(Debug)]
+pub struct StoreFile {
+    fd: OwnedFd,
+}
+
+impl StoreFile {
+    /// Memory without a name, for a store in one process.
+    pub fn anonymous() -> io::Result<Self> {
+        let fd = rustix::fs::memfd_create("pagefusion-store", MemfdFlags::CLOEXEC)?;
+        // Others may get a descriptor, and only what they get: no second one by /proc.
+        rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+        Ok(Self { fd })
+    }
+
+    /// Opens the file at `path`, which is created with mode 0600 if it is not there.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
+        rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+        Ok(Self { fd })
+    }
+
+    #[cfg(test)]
+    pub(super) fn from_descriptor(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    /// A descriptor of its own that can only read.
+    pub fn read_only(&self) -> io::Result<OwnedFd> {
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
+    /// Memory that the file takes, bytes.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.fd)?.st_blocks as u64 * 512)
+    }
+
+    /// Reads whole pages into `bytes`. Holes and what lies behind the end read as zeros.
+    pub(super) fn read(&self, page: StorePage, bytes: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::pread(&self.fd, &mut bytes[done..], offset(page) + done as u64) {
+                Ok(0) => {
+                    bytes[done..].fill(0);
+                    break;
+                }
+                Ok(read) => done += read,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes one page. On an error nothing of it is left behind.
+    pub(super) fn write(&self, page: StorePage, bytes: &[u8; PAGE]) -> io::Result<()> {
+        let mut done = 0;
+        while done < PAGE {
+            let error = match rustix::io::pwrite(&self.fd, &bytes[done..], offset(page) + done as u64)
+            {
+                Ok(0) => io::ErrorKind::WriteZero.into(),
+                Ok(written) => {
+                    done += written;
+                    continue;
+                }
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => io::Error::from(error),
+            };
+            if let Err(punch) = self.punch(page, 1) {
+                log::warn!("cannot remove a page that could not be written: {punch}");
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Gives the memory of pages back to the host.
+    pub(super) fn punch(&self, page: StorePage, pages: u32) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let bytes = u64::from(pages) * PAGE as u64;
+        Ok(rustix::fs::fallocate(&self.fd, flags, offset(page), bytes)?)
+    }
+
+    /// Ranges of pages that take memory, in order.
+    pub(super) fn data(&self) -> io::Result<Vec<Range<StorePage>>> {
+        let mut ranges = Vec::new();
+        let mut at = 0;
+        loop {
+            let start = match rustix::fs::seek(&self.fd, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                Err(rustix::io::Errno::NXIO) => return Ok(ranges),
+                Err(error) => return Err(error.into()),
+            };
+            let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start))?;
+            let page = |bytes: u64| StorePage::try_from(bytes).unwrap_or(StorePage::MAX);
+            ranges.push(page(start / PAGE as u64)..page(end.div_ceil(PAGE as u64)));
+            at = end;
+        }
+    }
+}
+
+fn offset(page: StorePage) -> u64 {
+    u64::from(page) * PAGE as u64
+}

@@ -1,0 +1,578 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One trust group's store: pages, who is granted them, and who has seen what.
+
+use super::adoption::Adoption;
+use super::file::StoreFile;
+use super::files::Files;
+use super::index::{Index, MAX_CANDIDATES};
+use super::sightings::{Reporter, Sightings};
+use super::{PAGE, StoreError, hash_page, whole_pages};
+use crate::protocol::{
+    FileKey, FileSpan, Holding, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, StoreSpan, Verdict,
+};
+use roaring::RoaringBitmap;
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::os::fd::OwnedFd;
+
+/// Most pages in one request other than a publication.
+pub const MAX_REQUEST_PAGES: u64 = 1 << 16;
+
+/// What a group may take of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Canonical pages of the whole group.
+    pub store_pages: u64,
+    /// Canonical pages that one VM has published.
+    pub store_pages_per_vm: u64,
+    /// Pages noted for one VM. Further ones are not noted, so they are shared only when
+    /// somebody else notes them.
+    pub sightings_per_vm: usize,
+    /// Files of which pages are noted for one VM.
+    pub files_per_vm: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            store_pages: u64::MAX,
+            store_pages_per_vm: u64::MAX,
+            // 16 GiB of page cache; takes about 64 MiB when it is full.
+            sightings_per_vm: 1 << 22,
+            files_per_vm: 1 << 18,
+        }
+    }
+}
+
+/// Figures of a group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GroupStatistics {
+    /// Canonical pages.
+    pub store_pages: u64,
+    /// Pages noted that only one reporter has.
+    pub remembered: u64,
+    /// Files that either belong to.
+    pub files: u64,
+    /// Memory of the index, bytes, estimated.
+    pub index_bytes: u64,
+    /// Pages that could not be written or were refused by a limit, ever.
+    pub store_full: u64,
+    /// Whether VMs of an earlier daemon are still to announce what they map.
+    pub adopting: bool,
+}
+
+/// Figures of one VM in a group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VmStatistics {
+    /// Canonical pages granted to it.
+    pub granted: u64,
+    /// Canonical pages it has published.
+    pub published: u64,
+    /// Pages noted for it.
+    pub remembered: u64,
+}
+
+#[derive(Debug, Default)]
+struct Vm {
+    granted: RoaringBitmap,
+    published: u64,
+}
+
+/// The page store of one trust group.
+#[derive(Debug)]
+pub struct Group {
+    file: StoreFile,
+    seed: u64,
+    limits: Limits,
+    index: Index,
+    files: Files,
+    sightings: Sightings,
+    vms: BTreeMap<u32, Vm>,
+    adoption: Option<Adoption>,
+    reports: Vec<(u32, FileKey, u64)>,
+    store_full: u64,
+}
+
+impl Group {
+    /// A store in `file`. Pages that are in it already are adopted: those that none of the
+    /// VMs `waiting` [announces](Self::announce) are given back to the host.
+    pub fn new(file: StoreFile, limits: Limits, waiting: HashSet<u32>) -> io::Result<Self> {
+        let mut seed = [0; 8];
+        rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
+        let seed = u64::from_ne_bytes(seed);
+        let mut index = Index::new();
+        let vms = waiting.iter().map(|&vm| (vm, Vm::default())).collect();
+        let adoption = Adoption::begin(&file, seed, waiting, |page, hash| {
+            index.insert_foreign(page, hash);
+        })?;
+        let mut group = Self {
+            file,
+            seed,
+            limits,
+            index,
+            files: Files::default(),
+            sightings: Sightings::default(),
+            vms,
+            adoption: Some(adoption),
+            reports: Vec::new(),
+            store_full: 0,
+        };
+        group.finish_adoption();
+        Ok(group)
+    }
+
+    /// A store in anonymous memory.
+    pub fn anonymous() -> io::Result<Self> {
+        Self::new(StoreFile::anonymous()?, Limits::default(), HashSet::new())
+    }
+
+    /// Seed for [`hash_page`].
+    pub fn hash_seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// A descriptor of the store that can only be read.
+    pub fn read_only(&self) -> io::Result<OwnedFd> {
+        self.file.read_only()
+    }
+
+    /// Memory that the canonical pages take, bytes, as the host's kernel counts it.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        self.file.allocated_bytes()
+    }
+
+    #[cfg(test)]
+    pub(super) fn replace_file(&mut self, file: StoreFile) {
+        self.file = file;
+    }
+
+    /// A VM has joined.
+    pub fn add_vm(&mut self, vm: u32) {
+        self.vms.entry(vm).or_default();
+    }
+
+    /// A VM's process has ended: it maps nothing any more.
+    pub fn end_vm(&mut self, vm: u32) {
+        self.sightings.remove_vm(&mut self.files, vm);
+        self.reports.retain(|&(of, ..)| of != vm);
+        if let Some(ended) = self.vms.remove(&vm) {
+            self.drop_references(&ended.granted);
+        }
+        if let Some(adoption) = &mut self.adoption {
+            adoption.settle(vm);
+        }
+        self.finish_adoption();
+    }
+
+    /// Whether no VM is left.
+    pub fn is_empty(&self) -> bool {
+        self.vms.is_empty()
+    }
+
+    /// [`crate::protocol::EngineRequest::Lookup`]
+    pub fn lookup(
+        &mut self,
+        vm: u32,
+        spans: &[FileSpan],
+        out: &mut Vec<Segment>,
+    ) -> Result<(), StoreError> {
+        self.known(vm)?;
+        check_pages(spans.iter().map(|span| u64::from(span.pages)))?;
+        let begin = out.len();
+        for span in spans {
+            let file = self.files.find(&span.file);
+            for page in span.page..span.page.saturating_add(u64::from(span.pages)) {
+                let store = file.and_then(|file| self.index.lookup(&self.files, file, page));
+                append(&mut out[..], begin, store).unwrap_or_else(|segment| out.push(segment));
+            }
+        }
+        for segment in &out[begin..] {
+            if let Some(first) = segment.store {
+                self.grant_range(vm, first, segment.pages);
+            }
+        }
+        Ok(())
+    }
+
+    /// [`crate::protocol::EngineRequest::Sight`]
+    pub fn sight(
+        &mut self,
+        vm: u32,
+        sightings: &[Sighting],
+        out: &mut Vec<Verdict>,
+    ) -> Result<(), StoreError> {
+        self.known(vm)?;
+        check_pages(sightings.iter().map(|sighting| sighting.hashes.len() as u64))?;
+        if sightings.iter().any(|it| it.page.checked_add(it.hashes.len() as u64).is_none()) {
+            return Err(StoreError::Refused("a sighting behind the last page there can be".into()));
+        }
+        for sighting in sightings {
+            for (&hash, page) in sighting.hashes.iter().zip(sighting.page..) {
+                out.push(self.sight_page(vm, &sighting.file, page, hash));
+            }
+        }
+        Ok(())
+    }
+
+    /// [`crate::protocol::EngineRequest::Publish`]. The bytes are copied page by page before
+    /// they are hashed, compared and written.
+    pub fn publish(
+        &mut self,
+        vm: u32,
+        span: FileSpan,
+        bytes: &[u8],
+        out: &mut Vec<Option<StorePage>>,
+    ) -> Result<(), StoreError> {
+        self.known(vm)?;
+        let pages = span.pages as usize;
+        if pages > MAX_PUBLISH_PAGES
+            || bytes.len() != pages * PAGE
+            || span.page.checked_add(u64::from(span.pages)).is_none()
+        {
+            return Err(StoreError::Refused(format!(
+                "{} bytes for {pages} pages; at most {MAX_PUBLISH_PAGES} pages can be published at once",
+                bytes.len()
+            )));
+        }
+        for (bytes, page) in whole_pages(bytes).zip(span.page..) {
+            let copy: Box<[u8; PAGE]> = Box::new(*bytes);
+            out.push(self.publish_page(vm, &span.file, page, &copy));
+        }
+        Ok(())
+    }
+
+    /// [`crate::protocol::EngineRequest::Release`]. What was not granted is passed over.
+    pub fn release(&mut self, vm: u32, spans: &[StoreSpan]) -> Result<(), StoreError> {
+        self.known(vm)?;
+        let granted = &mut self.vms.entry(vm).or_default().granted;
+        let mut released = RoaringBitmap::new();
+        for span in spans {
+            let end = span.page.saturating_add(span.pages);
+            let mut pages = granted.iter();
+            pages.advance_to(span.page);
+            released.extend(pages.take_while(|&page| page < end));
+            granted.remove_range(span.page..end);
+        }
+        self.drop_references(&released);
+        Ok(())
+    }
+
+    /// [`crate::protocol::EngineRequest::Announce`]. Only pages that are in the store can be
+    /// announced; anything else is passed over.
+    pub fn announce(
+        &mut self,
+        vm: u32,
+        holdings: &[Holding],
+        last: bool,
+    ) -> Result<(), StoreError> {
+        self.known(vm)?;
+        check_pages(holdings.iter().map(|holding| u64::from(holding.span.pages)))?;
+        for Holding { span, store } in holdings {
+            let pages = span.page..span.page.saturating_add(u64::from(span.pages));
+            let stores = *store..store.saturating_add(span.pages);
+            if !stores.clone().any(|store| self.index.page(store).is_some()) {
+                continue;
+            }
+            let file = self.files.intern(&span.file);
+            for (page, store) in pages.zip(stores) {
+                if self.index.page(store).is_some() {
+                    self.index.restore_chunk(&mut self.files, file, page, store);
+                    self.index.name(&mut self.files, file, page, store);
+                    self.grant(vm, store);
+                }
+            }
+            self.files.prune(file);
+        }
+        if last {
+            if let Some(adoption) = &mut self.adoption {
+                adoption.settle(vm);
+            }
+            self.finish_adoption();
+        }
+        Ok(())
+    }
+
+    /// [`crate::protocol::EngineRequest::Forget`]
+    pub fn forget(&mut self, vm: u32, span: FileSpan) -> Result<(), StoreError> {
+        self.known(vm)?;
+        if let Some(file) = self.files.find(&span.file) {
+            let end = match span.pages {
+                0 => u64::MAX,
+                pages => span.page.saturating_add(u64::from(pages)),
+            };
+            self.sightings.remove_range(&mut self.files, vm, file, span.page, end);
+        }
+        Ok(())
+    }
+
+    /// File pages that have become worth sharing, and the VMs whose guests should report
+    /// them again. Each is told once.
+    pub fn take_reports(&mut self) -> BTreeMap<u32, Vec<FileSpan>> {
+        let mut pages = std::mem::take(&mut self.reports);
+        pages.sort_unstable();
+        pages.dedup();
+        let mut reports = BTreeMap::<u32, Vec<FileSpan>>::new();
+        for (vm, file, page) in pages {
+            let spans = reports.entry(vm).or_default();
+            match spans.last_mut() {
+                Some(last)
+                    if last.file == file
+                        && last.page + u64::from(last.pages) == page
+                        && last.pages < u32::MAX =>
+                {
+                    last.pages += 1;
+                }
+                _ => spans.push(FileSpan { file, page, pages: 1 }),
+            }
+        }
+        reports
+    }
+
+    /// [`Self::take_reports`] for one VM; those for others stay.
+    pub fn take_reports_of(&mut self, vm: u32) -> Vec<FileSpan> {
+        let others = self.reports.iter().copied().filter(|&(of, ..)| of != vm).collect();
+        self.reports.retain(|&(of, ..)| of == vm);
+        let spans = self.take_reports().remove(&vm).unwrap_or_default();
+        self.reports = others;
+        spans
+    }
+
+    /// Whether [`Self::take_reports`] has any.
+    pub fn has_reports(&self) -> bool {
+        !self.reports.is_empty()
+    }
+
+    /// Figures of the group.
+    pub fn statistics(&self) -> GroupStatistics {
+        let granted: u64 = self.vms.values().map(|vm| vm.granted.serialized_size() as u64).sum();
+        let index = self.index.bytes() + self.files.bytes() + self.sightings.bytes();
+        GroupStatistics {
+            store_pages: self.index.len() as u64,
+            remembered: self.sightings.len() as u64,
+            files: self.files.len() as u64,
+            index_bytes: index as u64 + granted,
+            store_full: self.store_full,
+            adopting: self.adoption.is_some(),
+        }
+    }
+
+    /// Figures of one VM.
+    pub fn vm_statistics(&self, vm: u32) -> VmStatistics {
+        self.vms.get(&vm).map_or_else(VmStatistics::default, |it| VmStatistics {
+            granted: it.granted.len(),
+            published: it.published,
+            remembered: self.sightings.pages_of(vm) as u64,
+        })
+    }
+
+    fn known(&self, vm: u32) -> Result<(), StoreError> {
+        if self.vms.contains_key(&vm) {
+            Ok(())
+        } else {
+            Err(StoreError::Refused(format!("VM {vm} does not belong to this trust group")))
+        }
+    }
+
+    fn sight_page(&mut self, vm: u32, key: &FileKey, page: u64, hash: u64) -> Verdict {
+        let found = self.index.candidates(hash).next();
+        if let Some(store) = found {
+            let file = self.files.intern(key);
+            self.index.name(&mut self.files, file, page, store);
+            self.files.prune(file);
+            self.grant(vm, store);
+            return Verdict::Found(store);
+        }
+        let file = self.files.intern(key);
+        let reporter = Reporter { vm, file, page };
+        let verdict = match self.sightings.find(hash) {
+            Some(other) if other != reporter => Verdict::Publish,
+            Some(_) => Verdict::Remembered,
+            None => {
+                if self.sightings.pages_of(vm) < self.limits.sightings_per_vm
+                    && self.sightings.files_of(vm) < self.limits.files_per_vm
+                {
+                    self.sightings.insert(&mut self.files, reporter, hash);
+                }
+                Verdict::Remembered
+            }
+        };
+        self.files.prune(file);
+        verdict
+    }
+
+    fn publish_page(
+        &mut self,
+        vm: u32,
+        key: &FileKey,
+        page: u64,
+        bytes: &[u8; PAGE],
+    ) -> Option<StorePage> {
+        let hash = hash_page(self.seed, bytes);
+        let file = self.files.intern(key);
+        let reporter = Reporter { vm, file, page };
+        let store = match self.find_equal(hash, bytes) {
+            Ok(Some(store)) => Some(store),
+            Ok(None) => self.write_new(reporter, hash, bytes),
+            Err(error) => {
+                log::error!("cannot read the page store: {error}");
+                None
+            }
+        };
+        if let Some(store) = store {
+            self.index.name(&mut self.files, file, page, store);
+            self.grant(vm, store);
+            self.consume_sighting(reporter, hash);
+        }
+        // It may be forgotten already, with the last sighting in it.
+        if let Some(file) = self.files.find(key) {
+            self.files.prune(file);
+        }
+        store
+    }
+
+    /// A page of the store with the same bytes.
+    fn find_equal(&self, hash: u64, bytes: &[u8; PAGE]) -> io::Result<Option<StorePage>> {
+        let mut stored = [0; PAGE];
+        for store in self.index.candidates(hash) {
+            self.file.read(store, &mut stored)?;
+            if stored == *bytes {
+                return Ok(Some(store));
+            }
+        }
+        Ok(None)
+    }
+
+    fn write_new(&mut self, by: Reporter, hash: u64, bytes: &[u8; PAGE]) -> Option<StorePage> {
+        match self.sightings.find(hash) {
+            Some(other) if other != by => {}
+            // The other reporter has gone in the meantime, or there never was one.
+            Some(_) => return None,
+            None => {
+                let key = self.files.get(by.file).key;
+                self.sight_page(by.vm, &key, by.page, hash);
+                return None;
+            }
+        }
+        if self.index.candidates(hash).count() >= MAX_CANDIDATES {
+            return None;
+        }
+        let published = self.vms.get(&by.vm).map_or(0, |vm| vm.published);
+        if self.index.len() as u64 >= self.limits.store_pages
+            || published >= self.limits.store_pages_per_vm
+        {
+            self.store_full += 1;
+            return None;
+        }
+        let Some(store) = self.index.take(&mut self.files, by.file, by.page) else {
+            self.store_full += 1;
+            return None;
+        };
+        if let Err(error) = self.file.write(store, bytes) {
+            log::debug!("cannot write to the page store: {error}");
+            self.store_full += 1;
+            self.index.give(&mut self.files, store);
+            return None;
+        }
+        self.index.insert(store, hash, by.vm);
+        self.vms.entry(by.vm).or_default().published += 1;
+        Some(store)
+    }
+
+    /// The page is in the store now: whoever else has it shall report it again.
+    fn consume_sighting(&mut self, by: Reporter, hash: u64) {
+        if let Some(first) = self.sightings.find(hash) {
+            if first != by {
+                self.reports.push((first.vm, self.files.get(first.file).key, first.page));
+            }
+            self.sightings.remove(&mut self.files, first);
+        }
+    }
+
+    fn grant(&mut self, vm: u32, store: StorePage) {
+        let Some(page) = self.index.page_mut(store) else { return };
+        if self.vms.entry(vm).or_default().granted.insert(store) {
+            page.references += 1;
+        }
+    }
+
+    fn grant_range(&mut self, vm: u32, first: StorePage, pages: u32) {
+        for store in first..first + pages {
+            self.grant(vm, store);
+        }
+    }
+
+    /// Takes a reference from each page and gives back to the host what has none left.
+    fn drop_references(&mut self, pages: &RoaringBitmap) {
+        let mut unused = Vec::new();
+        for store in pages {
+            let Some(page) = self.index.page_mut(store) else { continue };
+            page.references -= 1;
+            let kept = self.adoption.as_ref().is_some_and(|adoption| adoption.keeps(store));
+            if page.references == 0 && !kept {
+                unused.push(store);
+            }
+        }
+        self.free(&unused);
+    }
+
+    fn finish_adoption(&mut self) {
+        let Some(pages) = self.adoption.as_ref().and_then(Adoption::finished) else { return };
+        let unused: Vec<_> = pages
+            .iter()
+            .filter(|&store| self.index.page(store).is_some_and(|page| page.references == 0))
+            .collect();
+        self.adoption = None;
+        self.free(&unused);
+    }
+
+    /// Frees pages, in ascending order, that nobody maps.
+    fn free(&mut self, pages: &[StorePage]) {
+        let mut rest = pages;
+        while let Some(&first) = rest.first() {
+            let count = rest.iter().zip(first..).take_while(|(at, next)| *at == next).count();
+            // First the memory, then the numbers: they may be written again from here on.
+            if let Err(error) = self.file.punch(first, count as u32) {
+                log::error!("cannot give memory of the page store back: {error}");
+            }
+            for &store in &rest[..count] {
+                let removed = self.index.remove(&mut self.files, store);
+                let publisher = removed.and_then(|page| self.vms.get_mut(&page.publisher));
+                if let Some(publisher) = publisher {
+                    publisher.published = publisher.published.saturating_sub(1);
+                }
+            }
+            rest = &rest[count..];
+        }
+    }
+}
+
+/// Extends the last segment by one page if `store` continues it.
+fn append(
+    segments: &mut [Segment],
+    begin: usize,
+    store: Option<StorePage>,
+) -> Result<(), Segment> {
+    let new = Segment { pages: 1, store };
+    let Some(last) = segments[begin..].last_mut() else { return Err(new) };
+    let continues = match (last.store, store) {
+        (None, None) => true,
+        (Some(first), Some(store)) => first.checked_add(last.pages) == Some(store),
+        _ => false,
+    };
+    if !continues {
+        return Err(new);
+    }
+    last.pages += 1;
+    Ok(())
+}
+
+fn check_pages(pages: impl Iterator<Item = u64>) -> Result<(), StoreError> {
+    let pages: u64 = pages.sum();
+    if pages > MAX_REQUEST_PAGES {
+        return Err(StoreError::Refused(format!(
+            "{pages} pages in one request; the most is {MAX_REQUEST_PAGES}"
+        )));
+    }
+    Ok(())
+}

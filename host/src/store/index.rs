@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is where in the store: by file and page, by content hash, by store page.
+//!
+//! The first content of a file page lies in the file's own *chunk*, a range of store pages
+//! in the order of the file, so that a run of a file is a run in the store and neighbouring
+//! overlays become one VMA. A chunk is only numbers until its pages are written. Any other
+//! content of the page lies elsewhere and is found by an *alias*, and so is a page whose
+//! content the store already had under another name.
+
+use super::files::{FileId, Files};
+use super::space::Space;
+use crate::protocol::StorePage;
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+use std::collections::BTreeMap;
+use std::hash::BuildHasher;
+
+/// Pages of a file that one chunk has room for: 64 MiB.
+pub(super) const CHUNK: u64 = 16_384;
+/// Most pages with the same hash. Without ill will there is one.
+pub(super) const MAX_CANDIDATES: usize = 4;
+/// Most names of one store page besides that of its own place.
+const MAX_NAMES: usize = 64;
+/// Below this many free page numbers new files get no chunks any more, only single pages.
+const SCARCE: u64 = 1 << 30;
+
+/// What is known of one store page.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Page {
+    /// Its content hash.
+    pub(super) hash: u64,
+    /// VMs that it is granted to.
+    pub(super) references: u32,
+    /// The VM that published it.
+    pub(super) publisher: u32,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    file: FileId,
+    number: u64,
+    pages: u32,
+    /// Pages in this range that are in the index, whatever their names.
+    used: u32,
+}
+
+/// The index of a store.
+#[derive(Debug)]
+pub(super) struct Index {
+    pages: HashMap<StorePage, Page>,
+    contents: HashTable<StorePage>,
+    names: HashMap<StorePage, Vec<(FileId, u64)>>,
+    chunks: BTreeMap<StorePage, Chunk>,
+    space: Space,
+    hasher: DefaultHashBuilder,
+}
+
+impl Index {
+    pub(super) fn new() -> Self {
+        Self {
+            pages: HashMap::new(),
+            contents: HashTable::new(),
+            names: HashMap::new(),
+            chunks: BTreeMap::new(),
+            space: Space::new(),
+            hasher: DefaultHashBuilder::default(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    pub(super) fn page(&self, store: StorePage) -> Option<&Page> {
+        self.pages.get(&store)
+    }
+
+    pub(super) fn page_mut(&mut self, store: StorePage) -> Option<&mut Page> {
+        self.pages.get_mut(&store)
+    }
+
+    /// The content of a file page that most VMs use.
+    pub(super) fn lookup(&self, files: &Files, file: FileId, page: u64) -> Option<StorePage> {
+        let record = files.get(file);
+        let own = record
+            .chunks
+            .get(&(page / CHUNK))
+            .and_then(|&base| self.in_chunk(base, page))
+            .filter(|store| self.pages.contains_key(store));
+        if !record.has_aliases() {
+            return own;
+        }
+        let uses = |store: &StorePage| self.pages.get(store).map_or(0, |page| page.references);
+        // The last of equals wins: the latest alias.
+        own.into_iter().chain(record.aliases(page).iter().copied()).max_by_key(uses)
+    }
+
+    /// Pages with this content hash.
+    pub(super) fn candidates(&self, hash: u64) -> impl Iterator<Item = StorePage> {
+        let spread = self.hasher.hash_one(hash);
+        let has_hash =
+            move |store: &StorePage| self.pages.get(store).is_some_and(|page| page.hash == hash);
+        self.contents.iter_hash(spread).copied().filter(has_hash)
+    }
+
+    /// Takes a number for new content of a file page: its own place if that is free.
+    /// Numbers that do not get a page by [`Self::insert`] must be [given back](Self::give).
+    pub(super) fn take(&mut self, files: &mut Files, file: FileId, page: u64) -> Option<StorePage> {
+        let number = page / CHUNK;
+        let record = files.get_mut(file);
+        let base = record.chunks.get(&number).copied().or_else(|| {
+            let pages = chunk_pages(record.key.size, page)?;
+            if self.space.free_pages() < SCARCE {
+                return None;
+            }
+            let base = self.space.take(pages)?;
+            record.chunks.insert(number, base);
+            self.chunks.insert(base, Chunk { file, number, pages, used: 0 });
+            Some(base)
+        });
+        base.and_then(|base| self.in_chunk(base, page))
+            .filter(|store| !self.pages.contains_key(store))
+            .or_else(|| self.space.take(1))
+    }
+
+    /// Gives a number back that has no page.
+    pub(super) fn give(&mut self, files: &mut Files, store: StorePage) {
+        match self.chunk_of(store) {
+            Some((base, chunk)) if chunk.used == 0 => self.remove_chunk(files, base),
+            Some(_) => {}
+            None => self.space.give(store, 1),
+        }
+    }
+
+    /// Enters a page that has been written and that nobody is granted yet.
+    pub(super) fn insert(&mut self, store: StorePage, hash: u64, publisher: u32) {
+        self.pages.insert(store, Page { hash, references: 0, publisher });
+        if let Some(base) = self.chunk_of(store).map(|(base, _)| base) {
+            self.chunks.get_mut(&base).expect("just found").used += 1;
+        }
+        let Self { pages, contents, hasher, .. } = self;
+        contents.insert_unique(hasher.hash_one(hash), store, |other| {
+            hasher.hash_one(pages.get(other).map_or(0, |page| page.hash))
+        });
+    }
+
+    /// Enters a page of a file taken over from another daemon: its number is not free.
+    pub(super) fn insert_foreign(&mut self, store: StorePage, hash: u64) {
+        self.space.take_at(store, 1);
+        self.insert(store, hash, 0);
+    }
+
+    /// Makes `store` found as `page` of `file`, if it is not by its place.
+    pub(super) fn name(&mut self, files: &mut Files, file: FileId, page: u64, store: StorePage) {
+        let record = files.get_mut(file);
+        let base = record.chunks.get(&(page / CHUNK));
+        if base.and_then(|&base| self.in_chunk(base, page)) == Some(store) {
+            return;
+        }
+        let names = self.names.entry(store).or_insert_with(|| Vec::with_capacity(1));
+        if names.len() >= MAX_NAMES && !names.contains(&(file, page)) {
+            return;
+        }
+        let (new, dropped) = record.add_alias(page, store);
+        if new {
+            names.push((file, page));
+        }
+        if let Some(dropped) = dropped {
+            self.forget_name(dropped, file, page);
+        }
+    }
+
+    /// Gives `file` the chunk in which `store` is the place of `page`, if nothing is in its
+    /// way. So a layout is found again after the index was lost.
+    pub(super) fn restore_chunk(
+        &mut self,
+        files: &mut Files,
+        file: FileId,
+        page: u64,
+        store: StorePage,
+    ) {
+        let number = page / CHUNK;
+        let record = files.get_mut(file);
+        let Some(pages) = chunk_pages(record.key.size, page) else { return };
+        let Some(base) = store.checked_sub((page % CHUNK) as u32) else { return };
+        let Some(end) = base.checked_add(pages) else { return };
+        let before = self.chunks.range(..end).next_back();
+        let overlaps = before.is_some_and(|(&at, chunk)| at + chunk.pages > base);
+        if record.chunks.contains_key(&number) || overlaps {
+            return;
+        }
+        let used = (base..end).filter(|store| self.pages.contains_key(store)).count() as u32;
+        self.space.take_at(base, pages);
+        record.chunks.insert(number, base);
+        self.chunks.insert(base, Chunk { file, number, pages, used });
+    }
+
+    /// Forgets a page and frees its number.
+    pub(super) fn remove(&mut self, files: &mut Files, store: StorePage) -> Option<Page> {
+        let page = *self.pages.get(&store)?;
+        let spread = self.hasher.hash_one(page.hash);
+        if let Ok(entry) = self.contents.find_entry(spread, |&other| other == store) {
+            entry.remove();
+        }
+        self.pages.remove(&store);
+        for (file, page) in self.names.remove(&store).unwrap_or_default() {
+            files.get_mut(file).remove_alias(page, store);
+            files.prune(file);
+        }
+        if let Some(base) = self.chunk_of(store).map(|(base, _)| base) {
+            self.chunks.get_mut(&base).expect("just found").used -= 1;
+        }
+        self.give(files, store);
+        Some(page)
+    }
+
+    /// Estimate of the memory taken, bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.pages.capacity() * (size_of::<(StorePage, Page)>() + 1)
+            + self.contents.capacity() * (size_of::<StorePage>() + 1)
+            + self.names.capacity() * (size_of::<(StorePage, Vec<(FileId, u64)>)>() + 1 + 16)
+            + self.chunks.len() * size_of::<(StorePage, Chunk)>()
+    }
+
+    fn in_chunk(&self, base: StorePage, page: u64) -> Option<StorePage> {
+        let offset = (page % CHUNK) as u32;
+        (offset < self.chunks.get(&base)?.pages).then_some(base + offset)
+    }
+
+    fn chunk_of(&self, store: StorePage) -> Option<(StorePage, &Chunk)> {
+        let (&base, chunk) = self.chunks.range(..=store).next_back()?;
+        (store - base < chunk.pages).then_some((base, chunk))
+    }
+
+    fn remove_chunk(&mut self, files: &mut Files, base: StorePage) {
+        let Some(chunk) = self.chunks.remove(&base) else { return };
+        self.space.give(base, chunk.pages);
+        files.get_mut(chunk.file).chunks.remove(&chunk.number);
+        files.prune(chunk.file);
+    }
+
+    fn forget_name(&mut self, store: StorePage, file: FileId, page: u64) {
+        if let Some(names) = self.names.get_mut(&store) {
+            names.retain(|&name| name != (file, page));
+            if names.is_empty() {
+                self.names.remove(&store);
+            }
+        }
+    }
+}
+
+/// Length of the chunk that `page` of a file of `size` bytes belongs to; `None` for a page
+/// behind the end that the file claims to have.
+fn chunk_pages(size: u64, page: u64) -> Option<u32> {
+    let pages = size.div_ceil(super::PAGE as u64);
+    (page < pages).then(|| (pages - page / CHUNK * CHUNK).min(CHUNK) as u32)
+}

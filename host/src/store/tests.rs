@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is expected of a [`Group`], case by case. Random sequences are in `model.rs`.
+
+use super::*;
+use crate::protocol::FileKey;
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+fn key(inode: u64, pages: u64) -> FileKey {
+    FileKey {
+        fs_uuid: [7; 16],
+        inode,
+        size: pages * PAGE as u64,
+        mtime_ns: 1,
+        generation: 0,
+        kind: 1,
+    }
+}
+
+fn span(file: FileKey, page: u64, pages: u32) -> FileSpan {
+    FileSpan { file, page, pages }
+}
+
+fn content(number: u64) -> [u8; PAGE] {
+    let mut page = [0; PAGE];
+    page[..8].copy_from_slice(&number.to_le_bytes());
+    page[PAGE - 8..].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    page
+}
+
+fn sighting(group: &Group, file: FileKey, page: u64, contents: &[u64]) -> Sighting {
+    let hashes = contents.iter().map(|&it| hash_page(group.hash_seed(), &content(it))).collect();
+    Sighting { file, page, hashes }
+}
+
+fn sight(group: &mut Group, vm: u32, file: FileKey, page: u64, contents: &[u64]) -> Vec<Verdict> {
+    let mut out = Vec::new();
+    let sighting = sighting(group, file, page, contents);
+    group.sight(vm, &[sighting], &mut out).unwrap();
+    out
+}
+
+fn publish(
+    group: &mut Group,
+    vm: u32,
+    file: FileKey,
+    page: u64,
+    contents: &[u64],
+) -> Vec<Option<StorePage>> {
+    let bytes: Vec<u8> = contents.iter().flat_map(|&it| content(it)).collect();
+    let mut out = Vec::new();
+    group.publish(vm, span(file, page, contents.len() as u32), &bytes, &mut out).unwrap();
+    out
+}
+
+fn lookup(group: &mut Group, vm: u32, file: FileKey, page: u64, pages: u32) -> Vec<Segment> {
+    let mut out = Vec::new();
+    group.lookup(vm, &[span(file, page, pages)], &mut out).unwrap();
+    out
+}
+
+fn group_of(vms: u32) -> Group {
+    let mut group = Group::anonymous().unwrap();
+    for vm in 1..=vms {
+        group.add_vm(vm);
+    }
+    group
+}
+
+/// Shares `contents` at `page` of `file` between VMs 1 and 2.
+fn share(group: &mut Group, file: FileKey, page: u64, contents: &[u64]) -> Vec<StorePage> {
+    sight(group, 1, file, page, contents);
+    sight(group, 2, file, page, contents);
+    publish(group, 2, file, page, contents).into_iter().map(Option::unwrap).collect()
+}
+
+fn allocated_pages(group: &Group) -> u64 {
+    group.allocated_bytes().unwrap() / PAGE as u64
+}
+
+#[test]
+fn what_one_vm_has_takes_no_store_page() {
+    let mut group = group_of(1);
+    let file = key(1, 100);
+    assert_eq!(sight(&mut group, 1, file, 0, &[1, 2, 3]), [Verdict::Remembered; 3]);
+    assert_eq!(sight(&mut group, 1, file, 0, &[1, 2, 3]), [Verdict::Remembered; 3]);
+    assert_eq!(publish(&mut group, 1, file, 0, &[1, 2, 3]), [None; 3]);
+    assert_eq!(allocated_pages(&group), 0);
+    assert_eq!(group.statistics().remembered, 3);
+}
+
+#[test]
+fn the_second_reporter_publishes_and_the_first_is_asked_again() {
+    let mut group = group_of(2);
+    let file = key(1, 100);
+    sight(&mut group, 1, file, 10, &[1, 2, 3]);
+    assert_eq!(sight(&mut group, 2, file, 10, &[1, 2, 3]), [Verdict::Publish; 3]);
+    let pages = publish(&mut group, 2, file, 10, &[1, 2, 3]);
+    assert_eq!(pages, [Some(10), Some(11), Some(12)]);
+    let reports = group.take_reports();
+    assert_eq!(reports.into_iter().collect::<Vec<_>>(), [(1, vec![span(file, 10, 3)])]);
+    assert!(group.take_reports().is_empty());
+    assert_eq!(
+        lookup(&mut group, 1, file, 8, 8),
+        [
+            Segment { pages: 2, store: None },
+            Segment { pages: 3, store: Some(10) },
+            Segment { pages: 3, store: None }
+        ]
+    );
+    assert_eq!(group.statistics().remembered, 0);
+}
+
+#[test]
+fn duplicates_within_one_vm_count_as_two_reporters() {
+    let mut group = group_of(1);
+    let (first, second) = (key(1, 1), key(2, 1));
+    assert_eq!(sight(&mut group, 1, first, 0, &[1]), [Verdict::Remembered]);
+    assert_eq!(sight(&mut group, 1, second, 0, &[1]), [Verdict::Publish]);
+    assert!(publish(&mut group, 1, second, 0, &[1])[0].is_some());
+    assert_eq!(group.take_reports_of(1), [span(first, 0, 1)]);
+}
+
+#[test]
+fn the_same_content_under_two_names_is_stored_once() {
+    let mut group = group_of(3);
+    let pages = share(&mut group, key(1, 4), 0, &[1, 2, 3, 4]);
+    let other = key(2, 4);
+    let verdicts = sight(&mut group, 3, other, 0, &[1, 2]);
+    assert_eq!(verdicts, [Verdict::Found(pages[0]), Verdict::Found(pages[1])]);
+    assert_eq!(publish(&mut group, 3, other, 2, &[3]), [Some(pages[2])]);
+    assert_eq!(allocated_pages(&group), 4);
+    // From now on the other name is known.
+    let found = lookup(&mut group, 1, other, 0, 3);
+    assert_eq!(found, [Segment { pages: 3, store: Some(pages[0]) }]);
+}
+
+#[test]
+fn different_contents_under_one_name_live_side_by_side() {
+    let mut group = group_of(4);
+    let file = key(1, 8);
+    let first = share(&mut group, file, 0, &[1, 2]);
+    sight(&mut group, 3, file, 0, &[11, 12]);
+    assert_eq!(sight(&mut group, 4, file, 0, &[11, 12]), [Verdict::Publish; 2]);
+    let second = publish(&mut group, 4, file, 0, &[11, 12]);
+    assert!(second.iter().flatten().all(|page| !first.contains(page)));
+    assert_eq!(sight(&mut group, 3, file, 0, &[11]), [Verdict::Found(second[0].unwrap())]);
+    // Two VMs are granted the second content and one the first: it is the likelier one.
+    assert_eq!(lookup(&mut group, 2, file, 0, 1)[0].store, second[0]);
+}
+
+#[test]
+fn memory_goes_back_when_the_last_vm_lets_go() {
+    let mut group = group_of(2);
+    let file = key(1, 100);
+    let pages = share(&mut group, file, 0, &[1, 2, 3, 4]);
+    lookup(&mut group, 1, file, 0, 4);
+    group.release(2, &[StoreSpan { page: pages[0], pages: 4 }]).unwrap();
+    assert_eq!(allocated_pages(&group), 4);
+    group.release(1, &[StoreSpan { page: pages[1], pages: 2 }]).unwrap();
+    assert_eq!(allocated_pages(&group), 2);
+    group.end_vm(1);
+    assert_eq!(allocated_pages(&group), 0);
+    let statistics = group.statistics();
+    assert_eq!((statistics.store_pages, statistics.files), (0, 0));
+}
+
+#[test]
+fn releasing_what_was_not_granted_changes_nothing() {
+    let mut group = group_of(3);
+    let pages = share(&mut group, key(1, 4), 0, &[1, 2]);
+    group.release(3, &[StoreSpan { page: 0, pages: u32::MAX }]).unwrap();
+    group.release(3, &[StoreSpan { page: u32::MAX, pages: u32::MAX }]).unwrap();
+    group.release(1, &[StoreSpan { page: pages[0], pages: 2 }]).unwrap();
+    assert_eq!(allocated_pages(&group), 2);
+}
+
+#[test]
+fn forgotten_pages_are_not_asked_for() {
+    let mut group = group_of(2);
+    let file = key(1, 200);
+    sight(&mut group, 1, file, 60, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    group.forget(1, span(file, 62, 4)).unwrap();
+    let verdicts = sight(&mut group, 2, file, 60, &[1, 2, 3, 4, 5, 6, 7]);
+    let (publish, remembered) = (Verdict::Publish, Verdict::Remembered);
+    assert_eq!(
+        verdicts,
+        [publish, publish, remembered, remembered, remembered, remembered, publish]
+    );
+    group.forget(1, span(file, 0, 0)).unwrap();
+    group.end_vm(2);
+    assert_eq!(group.statistics().remembered, 0);
+    assert_eq!(group.statistics().files, 0);
+}
+
+#[test]
+fn changed_content_replaces_the_sighting_of_its_page() {
+    let mut group = group_of(2);
+    let file = key(1, 1);
+    sight(&mut group, 1, file, 0, &[1]);
+    sight(&mut group, 1, file, 0, &[2]);
+    assert_eq!(group.statistics().remembered, 1);
+    assert_eq!(sight(&mut group, 2, file, 0, &[1]), [Verdict::Remembered]);
+}
+
+#[test]
+fn a_huge_file_costs_only_what_is_published() {
+    let mut group = group_of(2);
+    let file = key(1, 1 << 50);
+    share(&mut group, file, 1 << 49, &[1]);
+    share(&mut group, file, u64::MAX - 1, &[2]);
+    assert_eq!(allocated_pages(&group), 2);
+    group.end_vm(1);
+    group.end_vm(2);
+    assert_eq!(allocated_pages(&group), 0);
+}
+
+#[test]
+fn limits_are_kept() {
+    let limits = Limits { store_pages: 3, sightings_per_vm: 4, ..Limits::default() };
+    let mut group =
+        Group::new(StoreFile::anonymous().unwrap(), limits, HashSet::new()).unwrap();
+    group.add_vm(1);
+    group.add_vm(2);
+    let file = key(1, 10);
+    sight(&mut group, 1, file, 0, &[1, 2, 3, 4, 5, 6]);
+    assert_eq!(group.statistics().remembered, 4);
+    sight(&mut group, 2, file, 0, &[1, 2, 3, 4]);
+    let pages = publish(&mut group, 2, file, 0, &[1, 2, 3, 4]);
+    assert_eq!(pages, [Some(0), Some(1), Some(2), None]);
+    assert_eq!(group.statistics().store_full, 1);
+}
+
+#[test]
+fn oversized_requests_are_refused() {
+    let mut group = group_of(1);
+    let file = key(1, 10);
+    let mut segments = Vec::new();
+    assert!(group.lookup(1, &[span(file, 0, u32::MAX)], &mut segments).is_err());
+    let bytes = vec![0; 65 * PAGE];
+    assert!(group.publish(1, span(file, 0, 65), &bytes, &mut Vec::new()).is_err());
+    assert!(group.publish(1, span(file, 0, 2), &bytes[..PAGE], &mut Vec::new()).is_err());
+    assert!(group.lookup(9, &[span(file, 0, 1)], &mut segments).is_err());
+    assert!(group.lookup(1, &[span(file, u64::MAX, 3)], &mut segments).is_ok());
+}
+
+#[test]
+fn a_full_file_system_is_no_page_and_no_crash() {
+    // The size limit of the process stands in for a full tmpfs: both fail in `pwrite`.
+    let mut group = group_of(2);
+    let file = key(1, 1);
+    let sealed = rustix::fs::SealFlags::GROW;
+    let fd = rustix::fs::memfd_create(
+        "full",
+        rustix::fs::MemfdFlags::ALLOW_SEALING | rustix::fs::MemfdFlags::CLOEXEC,
+    )
+    .unwrap();
+    rustix::fs::fcntl_add_seals(&fd, sealed).unwrap();
+    group.replace_file(StoreFile::from_descriptor(fd));
+    sight(&mut group, 1, file, 0, &[1]);
+    sight(&mut group, 2, file, 0, &[1]);
+    assert_eq!(publish(&mut group, 2, file, 0, &[1]), [None]);
+    assert_eq!(group.statistics().store_full, 1);
+    assert_eq!(group.statistics().store_pages, 0);
+    assert_eq!(lookup(&mut group, 1, file, 0, 1), [Segment { pages: 1, store: None }]);
+}
+
+fn reopened(path: &Path, waiting: &[u32]) -> Group {
+    let waiting = waiting.iter().copied().collect();
+    Group::new(StoreFile::open(path).unwrap(), Limits::default(), waiting).unwrap()
+}
+
+fn holding(file: FileKey, page: u64, pages: u32, store: StorePage) -> Holding {
+    Holding { span: span(file, page, pages), store }
+}
+
+#[test]
+fn a_new_daemon_keeps_what_is_mapped_and_only_that() {
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = directory.path().join("group.pages");
+    let file = key(1, 100);
+    let mut old = reopened(&path, &[]);
+    old.add_vm(1);
+    old.add_vm(2);
+    let pages = share(&mut old, file, 20, &[1, 2, 3, 4, 5, 6]);
+    drop(old);
+
+    let mut group = reopened(&path, &[1, 2]);
+    group.announce(1, &[holding(file, 20, 2, pages[0])], true).unwrap();
+    // Nobody has named the fourth page yet; still it is neither lost nor stored twice.
+    group.add_vm(3);
+    assert_eq!(sight(&mut group, 3, key(9, 9), 0, &[4]), [Verdict::Found(pages[3])]);
+    assert_eq!(allocated_pages(&group), 6);
+    group.announce(2, &[holding(file, 22, 1, pages[2])], false).unwrap();
+    group.announce(2, &[], true).unwrap();
+    assert_eq!(allocated_pages(&group), 4);
+    // The layout is back: a new page of the file goes to its own place.
+    sight(&mut group, 1, file, 26, &[7]);
+    sight(&mut group, 2, file, 26, &[7]);
+    assert_eq!(publish(&mut group, 2, file, 26, &[7]), [Some(pages[0] + 6)]);
+    for vm in 1..=3 {
+        group.end_vm(vm);
+    }
+    assert_eq!(allocated_pages(&group), 0);
+    assert_eq!(group.statistics().files, 0);
+}
+
+#[test]
+fn a_vm_that_ends_is_not_waited_for() {
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = directory.path().join("group.pages");
+    let mut old = reopened(&path, &[]);
+    old.add_vm(1);
+    old.add_vm(2);
+    share(&mut old, key(1, 4), 0, &[1, 2]);
+    drop(old);
+    let mut group = reopened(&path, &[1, 2]);
+    group.end_vm(1);
+    assert_eq!(allocated_pages(&group), 2);
+    group.end_vm(2);
+    assert_eq!(allocated_pages(&group), 0);
+}
+
+#[test]
+fn announced_rubbish_is_passed_over() {
+    let mut group = group_of(3);
+    let file = key(1, 4);
+    let pages = share(&mut group, file, 0, &[1, 2]);
+    let rubbish = [
+        holding(key(5, 4), 0, 1, 3),
+        holding(key(5, 4), u64::MAX, 7, u32::MAX - 2),
+        holding(key(6, 1 << 40), 9, 1000, 1_000_000),
+    ];
+    group.announce(3, &rubbish, true).unwrap();
+    assert_eq!(group.vm_statistics(3).granted, 0);
+    assert_eq!(group.statistics().files, 1);
+    // Even a true page under a false name only gives a wrong hint.
+    group.announce(3, &[holding(file, 1, 1, pages[0])], true).unwrap();
+    group.end_vm(3);
+    group.end_vm(2);
+    group.end_vm(1);
+    assert_eq!(group.statistics().files, 0);
+    assert_eq!(allocated_pages(&group), 0);
+}
+
+#[test]
+fn a_dropped_local_store_ends_its_vm() {
+    let group = Arc::new(Mutex::new(Group::anonymous().unwrap()));
+    let file = key(1, 1);
+    let mut first = LocalStore::new(group.clone(), 1);
+    let mut second = LocalStore::new(group.clone(), 2);
+    let sighting = sighting(&group.lock().unwrap(), file, 0, &[1]);
+    let mut verdicts = Vec::new();
+    first.sight(vec![sighting.clone()], &mut verdicts).unwrap();
+    second.sight(vec![sighting], &mut verdicts).unwrap();
+    assert_eq!(verdicts, [Verdict::Remembered, Verdict::Publish]);
+    let mut pages = Vec::new();
+    second.publish(span(file, 0, 1), &content(1), &mut pages).unwrap();
+    assert_eq!(first.take_reports(), [span(file, 0, 1)]);
+    assert_eq!(allocated_pages(&group.lock().unwrap()), 1);
+    drop(second);
+    assert_eq!(allocated_pages(&group.lock().unwrap()), 0);
+}
+
+#[test]
+fn the_descriptor_for_engines_cannot_write() {
+    let group = Group::anonymous().unwrap();
+    let fd = group.read_only().unwrap();
+    assert_eq!(rustix::io::pwrite(&fd, &[1], 0), Err(rustix::io::Errno::BADF));
+}
