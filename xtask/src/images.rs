@@ -55,12 +55,6 @@ const GUEST_ASSETS: &[Asset] = &[
     },
 ];
 
-const LAB_ASSETS: &[Asset] = &[Asset {
-    path: "usr/sbin/init",
-    mode: 0o755,
-    content: include_str!("../assets/lab/init"),
-}];
-
 const GUEST_FINISH: &str = r#"
     echo "I: customizing"
     cp -r "$dir/assets/." "$dir/root/"
@@ -77,13 +71,12 @@ const GUEST_FINISH: &str = r#"
 
 const LAB_FINISH: &str = r#"
     echo "I: adding the kernel's modules"
-    cp -r "$dir/assets/." "$dir/root/"
     mkdir -p "$dir/root/usr/lib/modules"
     cp -r "$dir/modules/." "$dir/root/usr/lib/modules/"
     printf 'lab\n' > "$dir/root/etc/hostname"
     echo "I: making the file system"
     mkfs.ext4 -q -L lab -m 0 -E lazy_itable_init=0,lazy_journal_init=0 -d "$dir/root" "$dir/image.ext4" 2560M
-    rm -rf "$dir/root" "$dir/assets" "$dir/modules"
+    rm -rf "$dir/root" "$dir/modules"
 "#;
 
 pub(crate) fn guest(cache: &Cache) -> Result<GuestImage> {
@@ -100,13 +93,13 @@ pub(crate) fn guest(cache: &Cache) -> Result<GuestImage> {
     })
 }
 
+/// The lab host needs no services: the tests bring their own first process.
 pub(crate) fn lab(cache: &Cache, kernel: &Unpacked) -> Result<PathBuf> {
     let modules = kernel.modules.to_string_lossy().into_owned();
-    let key = |pins: &[Pin]| key("lab", pins, LAB_ASSETS, LAB_FINISH, &modules);
+    let key = |pins: &[Pin]| key("lab", pins, &[], LAB_FINISH, &modules);
     let pins = LAB.available(cache, key)?;
     let entry = cache.entry(&key(&pins), "the lab host's image", |build| {
         space::require(cache.root(), 3000 * space::MIB, "the lab host's image")?;
-        write_assets(&build.dir.join("assets"), LAB_ASSETS)?;
         std::os::unix::fs::symlink(
             kernel.modules.parent().unwrap_or(Path::new("/")),
             build.dir.join("modules"),

@@ -17,10 +17,13 @@ use crate::{
     provision::Project,
 };
 
+/// Set for tests that can try harder when there is time.
+const DEEP: &str = "PAGEFUSION_DEEP_TESTS";
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct DemoArguments {
     /// How many guests share their memory
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
     vms: u32,
     /// Where the guests run: in emulation here, in KVM inside an emulated machine, or in KVM here
     #[arg(long, default_value = "tcg", value_parser = ["tcg", "kvm-lab", "kvm"])]
@@ -64,7 +67,7 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
     let mut unit = cargo(project);
     unit.args(["test", "--workspace", "--no-fail-fast"]);
     if arguments.deep {
-        unit.env("PAGEFUSION_DEEP_TESTS", "1");
+        unit.env(DEEP, "1");
     }
     total += counted("cargo test", &mut unit, Tally::Sum)?;
 
@@ -76,7 +79,7 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
                 qemu.arg("--quick");
             }
             if arguments.deep {
-                qemu.arg("--deep");
+                qemu.env(DEEP, "1");
             }
             total += counted("qemu-tests", &mut qemu, Tally::Last)?;
         }
@@ -163,14 +166,31 @@ pub(crate) fn lint_module(project: &Project) -> Result<()> {
     module::lint(&project.cache, &project.checkout, &project.build_root()?)
 }
 
+/// The programs that run on hosts and in guests.
 fn build_release(project: &Project) -> Result<()> {
-    let status = cargo(project)
-        .args(["build", "--release", "--workspace", "--exclude", "xtask"])
-        .status()
-        .context("cannot start cargo")?;
-    stop_if_interrupted()?;
-    anyhow::ensure!(status.success(), "the workspace does not build");
-    Ok(())
+    let build = |arguments: &[&str]| -> Result<()> {
+        let status = cargo(project)
+            .args(arguments)
+            .status()
+            .context("cannot start cargo")?;
+        stop_if_interrupted()?;
+        anyhow::ensure!(status.success(), "the workspace does not build");
+        Ok(())
+    };
+    build(&["build", "--release", "--workspace", "--exclude", "xtask"])?;
+    // Alone in an initramfs, the guests' first program has no shared libraries.
+    build(&[
+        "rustc",
+        "--quiet",
+        "--release",
+        "--package",
+        "qemu-tests",
+        "--bin",
+        "pf-init",
+        "--",
+        "-C",
+        "target-feature=+crt-static",
+    ])
 }
 
 fn cargo(project: &Project) -> Command {

@@ -11,6 +11,8 @@ import json
 import logging
 import lzma
 import multiprocessing
+import os
+import socket
 import sqlite3
 import ssl
 import subprocess
@@ -47,4 +49,7 @@ class Status(http.server.BaseHTTPRequestHandler):
         pass
 
 
-http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Status).serve_forever()
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Status)
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+    ready.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
+server.serve_forever()
