@@ -54,7 +54,8 @@ impl Lab {
             accelerator: Accelerator::Tcg,
             memory_mib: 6144,
             cpus: 2,
-            cpu: "max,svm=on,npt=on",
+            // Without five-level page tables: every level is walked twice, and in software.
+            cpu: "max,svm=on,npt=on,la57=off",
             kernel,
             initramfs,
             disks: vec![image, payload, artifacts.guest_image.clone()],

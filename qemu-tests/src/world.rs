@@ -167,7 +167,7 @@ impl World {
             accelerator: self.host.accelerator,
             memory_mib,
             cpus: 1,
-            cpu: if self.host.accelerator == Accelerator::Kvm { "host" } else { "max" },
+            cpu: if self.host.accelerator == Accelerator::Kvm { "host" } else { "max,la57=off" },
             kernel: self.artifacts.kernel.clone(),
             initramfs: self.initramfs.clone(),
             disks,

@@ -54,10 +54,7 @@ fn systemd() -> Result<Infallible> {
     mount_disk("vda", ROOT, MountFlags::empty())?;
     mount_at("tmpfs", "tmpfs", &format!("{ROOT}/run"), MountFlags::NODEV | MountFlags::NOSUID, "mode=0755")?;
     copy_run(&format!("{ROOT}{RUN}"))?;
-    for directory in ["dev", "proc", "sys"] {
-        mount_move(format!("/{directory}"), format!("{ROOT}/{directory}"))
-            .with_context(|| format!("move /{directory} to the new root"))?;
-    }
+    move_to_root(&["dev", "proc", "sys"])?;
     enter_root()?;
     Err(Command::new("/sbin/init").exec()).context("start /sbin/init")
 }
@@ -68,19 +65,25 @@ fn agent() -> Result<Infallible> {
 }
 
 fn lab() -> Result<Infallible> {
-    mount_disk("vda", ROOT, MountFlags::empty())?;
+    let plain = MountFlags::NODEV | MountFlags::NOSUID;
     let under = |path: &str| format!("{ROOT}{path}");
-    for directory in ["dev", "proc", "sys"] {
+    mount_disk("vda", ROOT, MountFlags::empty())?;
+    mount_at("tmpfs", "tmpfs", &under("/run"), plain, "")?;
+    mount_disk("vdb", &under(RUN), MountFlags::RDONLY)?;
+    move_to_root(&["dev", "proc", "sys"])?;
+    mount_at("tmpfs", "tmpfs", &under("/tmp"), plain, "")?;
+    mount_at("tmpfs", "tmpfs", &under("/dev/shm"), plain, "")?;
+    mount_at("cgroup2", "cgroup2", &under("/sys/fs/cgroup"), MountFlags::empty(), "")?;
+    enter_root()?;
+    serve(&format!("{RUN}/bin/pf-agent"))
+}
+
+fn move_to_root(directories: &[&str]) -> Result<()> {
+    for directory in directories {
         mount_move(format!("/{directory}"), format!("{ROOT}/{directory}"))
             .with_context(|| format!("move /{directory} to the new root"))?;
     }
-    for path in ["/run", "/tmp", "/dev/shm"] {
-        mount_at("tmpfs", "tmpfs", &under(path), MountFlags::NODEV | MountFlags::NOSUID, "")?;
-    }
-    mount_at("cgroup2", "cgroup2", &under("/sys/fs/cgroup"), MountFlags::empty(), "")?;
-    mount_disk("vdb", &under(RUN), MountFlags::RDONLY)?;
-    enter_root()?;
-    serve(&format!("{RUN}/bin/pf-agent"))
+    Ok(())
 }
 
 /// Runs the agent to its end, reaping whatever else ends meanwhile, and switches the machine off.

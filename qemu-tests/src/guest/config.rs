@@ -65,8 +65,9 @@ impl Config {
             Mode::Agent => "agent",
             Mode::Lab => "lab",
         };
-        // Warnings and worse reach the console; the first oops ends the machine.
-        let kernel = format!("console=ttyS0 loglevel=5 panic=-1 oops=panic rdinit=/init pf.mode={mode}");
+        // Warnings and worse reach the console; the first oops ends the machine. Mitigations of hardware that is not
+        // there only cost time.
+        let kernel = format!("console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off rdinit=/init pf.mode={mode}");
         add(&["-append", &kernel]);
         arguments.extend(["-kernel".into(), self.kernel.clone().into()]);
         arguments.extend(["-initrd".into(), self.initramfs.clone().into()]);

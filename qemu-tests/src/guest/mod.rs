@@ -11,7 +11,7 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     time::{Duration, Instant},
@@ -53,6 +53,7 @@ pub struct Guest {
     qmp: Qmp,
     events: Receiver<Event>,
     tail: Tail,
+    own_log: PathBuf,
     next_id: u64,
     failure: Option<String>,
 }
@@ -71,7 +72,8 @@ impl Guest {
         }
         launcher.args(["-serial", "chardev:pf-console", "-serial", "chardev:pf-agent"]);
         launcher.args(["-mon", "chardev=pf-monitor,mode=control"]);
-        let log = std::fs::File::create(logs.join(format!("{}.qemu", config.name))).context("create QEMU's log")?;
+        let own_log = logs.join(format!("{}.qemu", config.name));
+        let log = std::fs::File::create(&own_log).context("create QEMU's log")?;
         launcher.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let procs = cgroup.map(MemoryCgroup::procs).transpose()?;
         let process = Process::spawn(&mut launcher, procs, vec![console_end, agent_end, monitor_end])?;
@@ -81,7 +83,7 @@ impl Guest {
         let tail = lines::watch_console(console, &logs.join(format!("{}.console", config.name)), sender)?;
         agent.set_write_timeout(Some(REQUEST_LIMIT)).context("limit writes")?;
         let name = config.name.clone();
-        Ok(Self { name, process, agent, qmp: Qmp::new(monitor)?, events, tail, next_id: 1, failure: None })
+        Ok(Self { name, process, agent, qmp: Qmp::new(monitor)?, events, tail, own_log, next_id: 1, failure: None })
     }
 
     /// Its name.
@@ -284,7 +286,14 @@ impl Guest {
     fn note(&mut self, event: &Event) {
         let failure = match event {
             Event::Fatal(line) => line.clone(),
-            Event::Closed => "QEMU has ended".to_owned(),
+            Event::Closed => {
+                let said = std::fs::read_to_string(&self.own_log).unwrap_or_default();
+                let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+                // Its sockets close just before it is a zombie.
+                let status = self.process.wait(SLICE).ok().flatten();
+                let status = status.map_or_else(|| "not gone yet".to_owned(), |status| status.to_string());
+                format!("QEMU has ended ({status}): {last}")
+            }
             Event::Agent(_) => return,
         };
         self.failure.get_or_insert(failure);
