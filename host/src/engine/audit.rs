@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! How much of what was overlaid still is: the kernel breaks overlays on its own when the
+//! guest writes, and only the page tables know.
+
+use std::fs::File;
+use std::io;
+
+use super::mapped;
+use super::memory::WINDOW_PAGES;
+use super::sharing::Sharing;
+use crate::store::PAGE;
+
+/// What overlays are worth now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// Pages that lie on store pages.
+    pub intact: u64,
+    /// Pages the guest has written since; they have a copy of their own.
+    pub broken: u64,
+    /// Overlays that continue no other.
+    pub overlays: u64,
+}
+
+/// Looks at every overlay, without holding up anybody: an overlay that comes or goes
+/// meanwhile may or may not be counted.
+pub fn audit(sharing: &Sharing) -> io::Result<Audit> {
+    let overlays: Vec<(usize, usize)> = {
+        let memory = sharing.memory();
+        memory.overlays().iter().map(|(address, o)| (address, o.pages as usize)).collect()
+    };
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut audit = Audit { overlays: overlays.len() as u64, ..Audit::default() };
+    for (address, pages) in overlays {
+        for from in (0..pages).step_by(WINDOW_PAGES) {
+            let count = WINDOW_PAGES.min(pages - from);
+            let intact = mapped::intact(&pagemap, address + from * PAGE, count)?;
+            let intact = u64::from(intact.count_ones());
+            audit.intact += intact;
+            audit.broken += count as u64 - intact;
+        }
+    }
+    Ok(audit)
+}

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One guest behind its ring: turns records into work for [`Sharing`] and its results into
+//! outcomes and requests.
+
+use std::borrow::Borrow;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::AtomicU64;
+
+use pagefusion_abi::wire::{Layout, Outcome, Record, Request, reason};
+
+use super::ring::{Attachment, RingConsumer};
+use super::sharing::{Progress, ReportedRun, Sharing};
+use crate::protocol::{EngineStatus, FileKey, FileSpan};
+
+/// Records in one batch: bounds how long a guest that wants its pages back waits, and how
+/// often the store is asked.
+const BATCH_RECORDS: usize = 256;
+/// Files one guest may have announced at a time.
+const MAX_FILES: usize = 1 << 16;
+
+/// What a call of [`Guest::progress`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progressed {
+    /// The guest is to be rung.
+    pub ring: bool,
+    /// There was something to do; there may be more.
+    pub busy: bool,
+}
+
+/// A guest, its ring and what it has announced.
+#[derive(Debug)]
+pub struct Guest<M> {
+    ring: RingConsumer<M>,
+    files: HashMap<u32, FileKey>,
+    numbers: HashMap<FileKey, u32>,
+    /// Requests that found the ring full; `Rescan` stands for any number of them.
+    waiting: Vec<Request>,
+    attached: bool,
+    paused: bool,
+    counts: Counts,
+    progress: Progress,
+}
+
+/// Sums since the engine started.
+#[derive(Clone, Debug, Default)]
+struct Counts {
+    reported: u64,
+    remembered: u64,
+    refused: u64,
+    refusals: BTreeMap<&'static str, u64>,
+    errors: u64,
+    passes: u64,
+}
+
+impl<M: Borrow<[AtomicU64]>> Guest<M> {
+    /// A guest behind the shared memory `memory` of this `layout`. `instance` is new for
+    /// every host that takes over the same memory.
+    pub fn new(memory: M, layout: Layout, instance: u64, max_inflight_pages: u64) -> Self {
+        Self {
+            ring: RingConsumer::new(memory, layout, instance, max_inflight_pages),
+            files: HashMap::new(),
+            numbers: HashMap::new(),
+            waiting: Vec::new(),
+            attached: false,
+            paused: false,
+            counts: Counts::default(),
+            progress: Progress::start(),
+        }
+    }
+
+    /// Handles at most one batch of what the guest has reported.
+    pub fn progress(&mut self, sharing: &Sharing) -> Progressed {
+        let mut done = Progressed::default();
+        match self.ring.attach() {
+            Attachment::Absent => {
+                self.attached = false;
+                return done;
+            }
+            Attachment::New => {
+                log::info!("the guest attached, epoch {}", self.ring.epoch());
+                self.attached = true;
+                self.files.clear();
+                self.numbers.clear();
+                self.waiting.clear();
+                self.progress = Progress::start();
+                self.ring.set_paused(self.paused);
+                self.ring.set_pages_shared(sharing.memory().overlays().pages());
+                done.ring = true;
+            }
+            Attachment::Same => self.attached = true,
+        }
+        done.ring |= self.post_waiting();
+        let mut runs: Vec<(u64, ReportedRun)> = Vec::new();
+        let mut outcomes: Vec<(u64, Outcome)> = Vec::new();
+        let mut forgotten: Vec<FileSpan> = Vec::new();
+        let (files, numbers, counts) = (&mut self.files, &mut self.numbers, &mut self.counts);
+        let claimed = self.ring.claim(BATCH_RECORDS, |claimed| {
+            let answer = match claimed.record {
+                Ok(Record::Run(run)) => match files.get(&run.file) {
+                    Some(file) => {
+                        counts.reported += u64::from(run.pages);
+                        let (page, gfn, pages) = (run.page, run.gfn, run.pages);
+                        runs.push((claimed.position, ReportedRun { file: *file, page, gfn, pages }));
+                        return;
+                    }
+                    None => {
+                        counts.errors += 1;
+                        refused(reason::UNKNOWN_FILE)
+                    }
+                },
+                Ok(Record::File { file, identity, .. }) => {
+                    if files.len() >= MAX_FILES && !files.contains_key(&file) {
+                        refused(reason::TOO_MANY_FILES)
+                    } else {
+                        let key = FileKey::from(identity);
+                        if let Some(old) = files.insert(file, key) {
+                            numbers.remove(&old);
+                        }
+                        numbers.insert(key, file);
+                        Outcome::default()
+                    }
+                }
+                Ok(Record::Retract { file, page, pages }) => match files.get(&file).copied() {
+                    Some(key) => {
+                        if pages == 0 {
+                            files.remove(&file);
+                            numbers.remove(&key);
+                        }
+                        // Longer than any file: the store takes it as the whole file.
+                        let pages = u32::try_from(pages).unwrap_or(0);
+                        forgotten.push(FileSpan { file: key, page, pages });
+                        Outcome::default()
+                    }
+                    None => refused(reason::UNKNOWN_FILE),
+                },
+                Ok(Record::EndOfPass { .. }) => {
+                    counts.passes += 1;
+                    Outcome::default()
+                }
+                Ok(Record::Hello { .. } | Record::Goodbye) => Outcome::default(),
+                Err(_) => {
+                    counts.errors += 1;
+                    refused(reason::MALFORMED)
+                }
+            };
+            outcomes.push((claimed.position, answer));
+        });
+        let batch = match claimed {
+            Ok(Some(batch)) => batch,
+            Ok(None) => return done,
+            Err(e) => {
+                self.counts.errors += 1;
+                log::warn!("{e}; the guest is ignored until it attaches again");
+                return done;
+            }
+        };
+        done.busy = true;
+        self.answer(sharing, batch.is_revoked(), &runs);
+        for (position, outcome) in outcomes {
+            self.ring.set_outcome(position, outcome);
+        }
+        for span in forgotten {
+            sharing.forget(span);
+        }
+        done.ring |= self.ring.acknowledge(batch);
+        done
+    }
+
+    fn answer(&mut self, sharing: &Sharing, revoked: bool, runs: &[(u64, ReportedRun)]) {
+        if runs.is_empty() {
+            return;
+        }
+        let results = if revoked {
+            vec![refused(reason::REVOKED); runs.len()]
+        } else {
+            let reported: Vec<ReportedRun> = runs.iter().map(|(_, run)| *run).collect();
+            sharing.share(&reported)
+        };
+        let mut shared = 0;
+        for ((position, run), outcome) in runs.iter().zip(results) {
+            self.ring.set_outcome(*position, outcome);
+            let answered = u32::from(outcome.shared) + u32::from(outcome.remembered);
+            let missing = u64::from(run.pages.saturating_sub(answered));
+            shared += u64::from(outcome.shared);
+            self.counts.remembered += u64::from(outcome.remembered);
+            if missing > 0 {
+                self.counts.refused += missing;
+                *self.counts.refusals.entry(reason::name(outcome.reason)).or_default() += missing;
+            }
+        }
+        if shared > 0 {
+            self.progress.shared();
+            self.ring.set_pages_shared(sharing.memory().overlays().pages());
+        }
+    }
+
+    fn post_waiting(&mut self) -> bool {
+        let mut posted = false;
+        while let Some(request) = self.waiting.pop() {
+            if !self.ring.post(request) {
+                self.waiting.push(request);
+                break;
+            }
+            posted = true;
+        }
+        posted
+    }
+
+    /// Asks the guest to report these file pages again; whether it is to be rung.
+    pub fn request_report(&mut self, spans: &[FileSpan]) -> bool {
+        for span in spans {
+            let Some(file) = self.numbers.get(&span.file) else { continue };
+            let (page, pages) = (span.page, u64::from(span.pages));
+            self.request(Request::Report { file: *file, page, pages });
+        }
+        self.post_waiting()
+    }
+
+    fn request(&mut self, request: Request) {
+        /// As many as the ring of requests holds; beyond it, asking for all is cheaper.
+        const MOST: usize = 128;
+        if self.waiting.contains(&Request::Rescan) {
+            return;
+        }
+        if request == Request::Rescan || self.waiting.len() >= MOST {
+            self.waiting.clear();
+            self.waiting.push(Request::Rescan);
+        } else {
+            self.waiting.push(request);
+        }
+    }
+
+    /// Asks the guest to stop reporting, or to report everything again; it is to be rung.
+    pub fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+        self.ring.set_paused(paused);
+        if !paused {
+            self.request(Request::Rescan);
+            self.post_waiting();
+        }
+    }
+
+    /// Asks the guest to report everything again; it is to be rung.
+    pub fn request_rescan(&mut self) {
+        self.request(Request::Rescan);
+        self.post_waiting();
+    }
+
+    /// Tells the guest how much of it is shared.
+    pub fn publish_shared(&self, pages: u64) {
+        self.ring.set_pages_shared(pages);
+    }
+
+    /// Adds what is known here to `status`.
+    pub fn fill_status(&self, status: &mut EngineStatus) {
+        status.guest_attached = self.attached;
+        status.pages_reported = self.counts.reported;
+        status.pages_remembered = self.counts.remembered;
+        status.pages_refused = self.counts.refused;
+        status.refusals =
+            self.counts.refusals.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect();
+        status.seconds_sharing = self.progress.seconds();
+        status.guest_errors = self.counts.errors;
+        status.guest_passes = self.counts.passes;
+    }
+}
+
+fn refused(reason: u8) -> Outcome {
+    Outcome { reason, ..Outcome::default() }
+}

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The few operations that touch guest memory: compare, copy out, map over, map back.
+//!
+//! Guest memory is never seen through a Rust reference: vCPUs and devices write to it while
+//! we look. Every access here is a raw copy or comparison of whole pages.
+
+#![expect(unsafe_code, reason = "guest memory and fixed mappings")]
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr;
+
+use rustix::mm::{
+    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap,
+};
+
+use super::regions::Attributes;
+use super::uffd::Uffd;
+use crate::protocol::StorePage;
+use crate::store::PAGE;
+
+/// Pages of one window through which store pages are compared.
+const WINDOW_PAGES: u32 = 1 << 18;
+
+/// A read-only descriptor of the store, and windows onto it for comparing.
+#[derive(Debug)]
+pub struct StoreView {
+    fd: OwnedFd,
+    windows: HashMap<u32, usize>,
+    identity: (u64, u64),
+}
+
+impl StoreView {
+    /// Takes the read-only descriptor of a store.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let stat = rustix::fs::fstat(&fd)?;
+        Ok(Self { fd, windows: HashMap::new(), identity: (stat.st_dev, stat.st_ino) })
+    }
+
+    /// Device and inode of the store.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// Address of a store page and how many pages follow it in the same window.
+    fn address(&mut self, page: StorePage) -> io::Result<(usize, usize)> {
+        let window = page / WINDOW_PAGES;
+        let base = match self.windows.get(&window) {
+            Some(base) => *base,
+            None => {
+                let bytes = WINDOW_PAGES as usize * PAGE;
+                // SAFETY: a fresh read-only mapping where the kernel likes, no other memory.
+                let base = unsafe {
+                    mmap(
+                        ptr::null_mut(),
+                        bytes,
+                        ProtFlags::READ,
+                        MapFlags::SHARED | MapFlags::NORESERVE,
+                        &self.fd,
+                        u64::from(window) * bytes as u64,
+                    )
+                }? as usize;
+                for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+                    // SAFETY: the mapping just made; these only concern fork and core dumps.
+                    let _ = unsafe { madvise(base as *mut c_void, bytes, advice) };
+                }
+                self.windows.insert(window, base);
+                base
+            }
+        };
+        let offset = page % WINDOW_PAGES;
+        Ok((base + offset as usize * PAGE, (WINDOW_PAGES - offset) as usize))
+    }
+
+    /// Which of `pages` (at most 64) pages at `address` are equal to the store's from `store`
+    /// on: bit i is page i.
+    ///
+    /// # Safety
+    ///
+    /// `address .. address + pages * 4096` must be readable memory of this process, and the
+    /// store pages must have been granted to it, so that they exist.
+    pub(super) unsafe fn compare(
+        &mut self,
+        address: usize,
+        store: StorePage,
+        pages: usize,
+    ) -> io::Result<u64> {
+        debug_assert!(pages <= 64);
+        let mut equal = 0;
+        let mut done = 0;
+        while done < pages {
+            let (canonical, room) = self.address(store + done as u32)?;
+            let part = room.min(pages - done);
+            let guest = address + done * PAGE;
+            // SAFETY: both ranges are readable for `part` pages, by the caller's promise and
+            // by `address`.
+            if unsafe { same(guest, canonical, part * PAGE) } {
+                equal |= mask(part) << done;
+            } else {
+                for i in 0..part {
+                    // SAFETY: as above, one page of it.
+                    if unsafe { same(guest + i * PAGE, canonical + i * PAGE, PAGE) } {
+                        equal |= 1 << (done + i);
+                    }
+                }
+            }
+            done += part;
+        }
+        Ok(equal)
+    }
+
+    /// Maps `pages` store pages from `store` on over `address`, private and writable.
+    ///
+    /// # Safety
+    ///
+    /// The range must be guest memory whose content is, and until this returns stays, that of
+    /// the store pages; no Rust reference may point into it.
+    pub(super) unsafe fn map_over(
+        &self,
+        address: usize,
+        store: StorePage,
+        pages: usize,
+        attributes: Attributes,
+    ) -> io::Result<()> {
+        let (at, bytes) = (address as *mut c_void, pages * PAGE);
+        // SAFETY: the caller gives this range away; its content is the same afterwards.
+        unsafe {
+            mmap(
+                at,
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                &self.fd,
+                u64::from(store) * PAGE as u64,
+            )
+        }?;
+        // SAFETY: the range mapped just now.
+        unsafe { set_attributes(at, bytes, &Attributes { huge_page: false, mergeable: false, ..attributes }) };
+        Ok(())
+    }
+}
+
+impl Drop for StoreView {
+    fn drop(&mut self) {
+        for base in self.windows.values() {
+            // SAFETY: windows belong to this value, and nothing borrows from them.
+            let _ = unsafe { munmap(*base as *mut c_void, WINDOW_PAGES as usize * PAGE) };
+        }
+    }
+}
+
+/// Lowest `pages` bits.
+pub(super) fn mask(pages: usize) -> u64 {
+    if pages >= 64 { u64::MAX } else { (1 << pages) - 1 }
+}
+
+/// # Safety
+///
+/// Both ranges must be readable.
+unsafe fn same(a: usize, b: usize, bytes: usize) -> bool {
+    // SAFETY: by contract; memcmp has no requirement on concurrent writers beyond giving some
+    // answer, and the answer is only used where the writers are stopped.
+    unsafe { libc::memcmp(a as *const c_void, b as *const c_void, bytes) == 0 }
+}
+
+/// Copies guest memory at `address` out; what is written meanwhile arrives old, new or mixed.
+///
+/// # Safety
+///
+/// The range must be readable memory of this process.
+pub(super) unsafe fn copy_out(address: usize, into: &mut [u8]) {
+    // SAFETY: by contract, and `into` is our own.
+    unsafe { ptr::copy_nonoverlapping(address as *const u8, into.as_mut_ptr(), into.len()) };
+}
+
+/// # Safety
+///
+/// The range must be a mapping that the caller may change.
+unsafe fn set_attributes(at: *mut c_void, bytes: usize, attributes: &Attributes) {
+    let wanted = [
+        (attributes.dont_fork, Advice::LinuxDontFork),
+        (attributes.dont_dump, Advice::LinuxDontDump),
+        (attributes.huge_page, Advice::LinuxHugepage),
+        (attributes.no_huge_page, Advice::LinuxNoHugepage),
+        (attributes.mergeable, Advice::LinuxMergeable),
+    ];
+    for (_, advice) in wanted.into_iter().filter(|(set, _)| *set) {
+        // SAFETY: these advices do not change content. One that the kernel does not know
+        // (no KSM, no huge pages) was not in force before either.
+        let _ = unsafe { madvise(at, bytes, advice) };
+    }
+}
+
+/// Splits huge pages that reach into `range`, so that what an overlay hides is freed.
+///
+/// # Safety
+///
+/// The range must be mapped memory of this process.
+pub(super) unsafe fn split_huge_pages(range: &Range<usize>) {
+    // SAFETY: MADV_COLD keeps content; it splits a huge page that it covers in part. Where it
+    // cannot (locked or device memory) nothing changes.
+    let _ = unsafe { madvise(range.start as *mut c_void, range.len(), Advice::LinuxCold) };
+}
+
+/// Turns `range` into ordinary anonymous memory with the same content, at once for everybody
+/// who looks: whoever touches a page before it is filled waits for it.
+///
+/// # Safety
+///
+/// `range` must be a page-aligned overlay that belongs to the engine, of at most
+/// `buffer.len()` bytes, and registered with `uffd` for missing pages like what surrounds it.
+pub(super) unsafe fn map_back(
+    uffd: &Uffd,
+    range: &Range<usize>,
+    attributes: Attributes,
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    let buffer = &mut buffer[..range.len()];
+    let mut flags = MapFlags::PRIVATE;
+    flags.set(MapFlags::NORESERVE, attributes.no_reserve);
+    // SAFETY: fresh memory where the kernel likes.
+    let fresh = unsafe {
+        mmap_anonymous(
+            ptr::null_mut(),
+            range.len(),
+            ProtFlags::READ | ProtFlags::WRITE,
+            flags,
+        )
+    }?;
+    let fresh_range = fresh as usize..fresh as usize + range.len();
+    let undo_fresh = |e: io::Error| {
+        // SAFETY: the fresh mapping above, which nobody else knows.
+        let _ = unsafe { munmap(fresh, range.len()) };
+        Err(e)
+    };
+    // SAFETY: as above.
+    unsafe { set_attributes(fresh, range.len(), &attributes) };
+    if let Err(e) = uffd.register_missing(&fresh_range) {
+        return undo_fresh(e.into());
+    }
+    if let Err(e) = uffd.protect(range) {
+        return undo_fresh(e.into());
+    }
+    // SAFETY: the overlay is readable, and nobody can write to it now.
+    unsafe { copy_out(range.start, buffer) };
+    // SAFETY: the caller gives the overlay up. The empty mapping that takes its place keeps
+    // its registration (remap events are on), so that its pages cannot be seen before they
+    // are filled. Never touched, it also takes the address as its offset, and registered like
+    // its neighbours it becomes one mapping with them again.
+    let moved = unsafe {
+        mremap_fixed(
+            fresh,
+            range.len(),
+            range.len(),
+            MremapFlags::MAYMOVE,
+            range.start as *mut c_void,
+        )
+    };
+    if let Err(e) = moved {
+        let _ = uffd.unprotect(range);
+        return undo_fresh(e.into());
+    }
+    // From here on there is no way back: a page that is not filled would hang the guest.
+    let mut tries = 0;
+    // SAFETY: guest memory, reached by nobody through a reference.
+    while let Err(e) = unsafe { uffd.copy(range.start, buffer) } {
+        tries += 1;
+        if e == rustix::io::Errno::EXIST {
+            // A part was filled by an earlier try; go on page by page.
+            fill_page_by_page(uffd, range.start, buffer);
+            break;
+        }
+        if matches!(e, rustix::io::Errno::NOENT | rustix::io::Errno::INVAL) {
+            // Somebody replaced the mapping under us: what the guest had is gone, and running
+            // on with zeros would be worse than not running.
+            log::error!("memory at {:#x} vanished while an overlay was undone", range.start);
+            std::process::abort();
+        }
+        if tries == 1 {
+            log::error!("no memory to undo an overlay ({e}); the guest waits for it");
+        }
+        std::thread::yield_now();
+    }
+    // Writers that waited for the protection of the old mapping.
+    let _ = uffd.wake(range);
+    Ok(())
+}
+
+fn fill_page_by_page(uffd: &Uffd, address: usize, bytes: &[u8]) {
+    for (i, page) in bytes.chunks(PAGE).enumerate() {
+        // SAFETY: guest memory, reached by nobody through a reference.
+        while let Err(e) = unsafe { uffd.copy(address + i * PAGE, page) } {
+            if e == rustix::io::Errno::EXIST {
+                break;
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Which pages of `range` lie on store pages still: bit i is page i, at most 64 pages.
+pub(super) fn intact(pagemap: impl AsFd, address: usize, pages: usize) -> io::Result<u64> {
+    /// `Documentation/admin-guide/mm/pagemap.rst`
+    const FILE: u64 = 1 << 61;
+    const SWAPPED: u64 = 1 << 62;
+    const PRESENT: u64 = 1 << 63;
+    let mut entries = [0_u8; 64 * 8];
+    let wanted = &mut entries[..pages.min(64) * 8];
+    let mut done = 0;
+    while done < wanted.len() {
+        let offset = (address / PAGE * 8 + done) as u64;
+        match rustix::io::pread(&pagemap, &mut wanted[done..], offset)? {
+            0 => return Err(io::Error::other("pagemap ended early")),
+            n => done += n,
+        }
+    }
+    let mut intact = 0;
+    for (i, entry) in wanted.chunks_exact(8).enumerate() {
+        let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
+        // A page that was never read through the overlay is not present, and still intact.
+        let broken = (entry & PRESENT != 0 && entry & FILE == 0) || entry & SWAPPED != 0;
+        if !broken {
+            intact |= 1 << i;
+        }
+    }
+    Ok(intact)
+}

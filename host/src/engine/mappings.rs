@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Keeps this process away from `vm.max_map_count`.
+
+use std::fs;
+use std::io::{self, BufRead};
+
+/// Part of the limit that is left to the VMM itself.
+const HEADROOM_DIVISOR: usize = 8;
+const HEADROOM_LEAST: usize = 1024;
+
+/// Counts mappings without reading `/proc` for each: adds the most a change can cause, and
+/// counts truly when that sum comes near the limit.
+#[derive(Debug)]
+pub struct MappingBudget {
+    limit: usize,
+    counted: usize,
+    added: usize,
+}
+
+impl MappingBudget {
+    /// Reads the kernel's limit and counts what is there.
+    pub fn new() -> io::Result<Self> {
+        let limit = fs::read_to_string("/proc/sys/vm/max_map_count")?;
+        let limit = limit.trim().parse().map_err(io::Error::other)?;
+        Ok(Self { limit, counted: count()?, added: 0 })
+    }
+
+    /// The kernel's limit.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// The limit that overlays respect.
+    pub fn usable(&self) -> usize {
+        self.limit.saturating_sub(HEADROOM_LEAST.max(self.limit / HEADROOM_DIVISOR))
+    }
+
+    /// Whether a run of `pages` may cost `mappings` more. As the budget shrinks, only longer
+    /// runs are let in, so that what is left saves most.
+    pub(super) fn admits(&mut self, pages: usize, mappings: usize) -> bool {
+        if self.counted + self.added + mappings > self.usable() / 2 {
+            self.recount();
+        }
+        let used = self.counted + self.added + mappings;
+        let usable = self.usable();
+        let shortest = match used {
+            _ if used > usable => return false,
+            _ if used > usable / 8 * 7 => 16,
+            _ if used > usable / 4 * 3 => 4,
+            _ => 1,
+        };
+        pages >= shortest
+    }
+
+    /// Notes that at most `mappings` were added.
+    pub(super) fn add(&mut self, mappings: usize) {
+        self.added += mappings;
+    }
+
+    fn recount(&mut self) {
+        // Only when enough was added since for the truth to differ: reading the list costs
+        // about a tenth of a microsecond per mapping.
+        if self.added > self.limit / 64
+            && let Ok(now) = count()
+        {
+            self.counted = now;
+            self.added = 0;
+        }
+    }
+}
+
+/// Mappings of this process now.
+pub(super) fn count() -> io::Result<usize> {
+    let file = fs::File::open("/proc/self/maps")?;
+    let mut reader = io::BufReader::with_capacity(1 << 16, file);
+    let mut lines = 0;
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        lines += 1;
+        line.clear();
+    }
+    Ok(lines)
+}

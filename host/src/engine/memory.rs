@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Lock order: the store's lock (see [`super::sharing`]) before [`Memory`]'s. `Memory` is
+//! held for one overlay of at most 64 pages at a time, never across a request to the store
+//! or to the VMM, so that a vCPU that faults and a VMM thread that changes its memory wait
+//! microseconds.
+//!
+//! Guest memory of one process: regions, write protection, overlays.
+
+#![expect(unsafe_code, reason = "gives guest memory ranges to the operations of `mapped`")]
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::ops::Range;
+
+use pagefusion_abi::wire::reason;
+use roaring::RoaringBitmap;
+
+use super::files::Files;
+use super::mapped::{self, StoreView, mask};
+use super::mappings::MappingBudget;
+use super::overlays::{Overlay, Overlays};
+use super::regions::{Attributes, Piece, Region, Regions, Unsuitable, inspect};
+use super::uffd::Uffd;
+use crate::protocol::{FileKey, FileSpan, Holding, StoreSpan};
+use crate::store::PAGE;
+
+/// Most pages that are write-protected at once: bounds how long a write can wait.
+pub const WINDOW_PAGES: usize = 64;
+
+/// A refusal, one of [`reason`].
+pub type Refusal = u8;
+
+/// What a region turned out to be.
+#[derive(Clone, Copy, Debug)]
+enum Suitability {
+    /// Registered for write protection.
+    Ready(Attributes),
+    Refused(Unsuitable),
+}
+
+/// Guest memory and everything that lies over it.
+#[derive(Debug)]
+pub struct Memory {
+    uffd: Uffd,
+    regions: Regions,
+    suitability: HashMap<u64, Suitability>,
+    overlays: Overlays,
+    files: Files,
+    store: Option<StoreView>,
+    budget: MappingBudget,
+    split_huge_pages: bool,
+    paused: bool,
+    /// Undos under way; while there are any, regions are registered for missing pages.
+    undoing: u32,
+    disabled: Option<String>,
+    buffer: Vec<u8>,
+}
+
+impl Memory {
+    /// Guest memory of this process; regions are added as the VMM makes them known.
+    pub fn new(uffd: Uffd, split_huge_pages: bool) -> io::Result<Self> {
+        Ok(Self {
+            uffd,
+            regions: Regions::default(),
+            suitability: HashMap::new(),
+            overlays: Overlays::default(),
+            files: Files::default(),
+            store: None,
+            budget: MappingBudget::new()?,
+            split_huge_pages,
+            paused: false,
+            undoing: 0,
+            disabled: overcommit_refusal(),
+            buffer: vec![0; WINDOW_PAGES * PAGE],
+        })
+    }
+
+    /// Sets the store whose pages are mapped. A different one than before ends every overlay.
+    pub fn set_store(&mut self, store: StoreView) -> io::Result<()> {
+        if self.store.as_ref().is_some_and(|old| old.identity() == store.identity()) {
+            return Ok(());
+        }
+        self.restore_all()?;
+        self.overlays.clear_dropped();
+        self.store = Some(store);
+        Ok(())
+    }
+
+    /// Adds or replaces the region `key`.
+    pub fn insert_region(&mut self, key: u64, region: Region) -> io::Result<()> {
+        if self.regions.get(key) == Some(region) {
+            return Ok(());
+        }
+        self.remove_region(key)?;
+        self.regions.insert(key, region);
+        Ok(())
+    }
+
+    /// Removes the region `key`; its overlays become ordinary memory first.
+    pub fn remove_region(&mut self, key: u64) -> io::Result<()> {
+        let Some(region) = self.regions.get(key) else { return Ok(()) };
+        self.restore(&region.addresses())?;
+        if let Some(Suitability::Ready(_)) = self.suitability.remove(&key) {
+            // The VMM may have unmapped it already; then there is nothing to undo.
+            let _ = self.uffd.unregister(&region.addresses());
+        }
+        self.regions.remove(key);
+        Ok(())
+    }
+
+    /// Guest memory, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.regions.bytes()
+    }
+
+    /// Cuts guest frames into pieces of this process, cut again at most 64 pages long.
+    pub fn pieces(&self, gfn: u64, pages: u64) -> Vec<Piece> {
+        self.regions.pieces(gfn, pages).collect()
+    }
+
+    /// Whether, and why, all of this VM's memory is left alone.
+    pub fn disabled(&self) -> Option<String> {
+        self.disabled.clone().or_else(|| {
+            let refused = |s: &Suitability| match s {
+                Suitability::Refused(why) => Some(why.to_string()),
+                Suitability::Ready(_) => None,
+            };
+            let all = !self.suitability.is_empty()
+                && self.suitability.values().all(|s| refused(s).is_some());
+            all.then(|| self.suitability.values().find_map(refused)).flatten()
+        })
+    }
+
+    /// Ends sharing for good, for a reason the operator can read.
+    pub fn disable(&mut self, why: &str) -> io::Result<()> {
+        self.disabled = Some(why.to_owned());
+        self.restore_all()
+    }
+
+    /// Whether the operator has paused sharing.
+    pub fn paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Allows or forbids new overlays.
+    pub fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// The overlays.
+    pub fn overlays(&self) -> &Overlays {
+        &self.overlays
+    }
+
+    /// Numbers a file.
+    pub fn file_number(&mut self, key: FileKey) -> Option<u32> {
+        self.files.number(key)
+    }
+
+    /// The mapping budget.
+    pub fn budget(&self) -> &MappingBudget {
+        &self.budget
+    }
+
+    /// What of `granted` and of earlier overlays is not needed any more.
+    pub fn take_unneeded(&mut self, granted: &RoaringBitmap) -> Vec<StoreSpan> {
+        self.overlays.take_unneeded(granted)
+    }
+
+    /// All overlays as a new daemon wants them told.
+    pub fn holdings(&self) -> Vec<Holding> {
+        let holding = |(_, o): (usize, Overlay)| Holding {
+            span: FileSpan { file: self.files.key(o.file), page: o.page, pages: o.pages },
+            store: o.store,
+        };
+        self.overlays.iter().map(holding).collect()
+    }
+
+    /// Checks a region once and prepares it.
+    fn prepare(&mut self, address: usize) -> Result<Attributes, Refusal> {
+        let region = self.regions.find(address).ok_or(reason::OUTSIDE_MEMORY)?;
+        let (key, region) = region;
+        if let Some(known) = self.suitability.get(&key) {
+            return match known {
+                Suitability::Ready(attributes) => Ok(*attributes),
+                Suitability::Refused(_) => Err(reason::UNSUITABLE_MEMORY),
+            };
+        }
+        let range = region.addresses();
+        let smaps = fs::read("/proc/self/smaps").map_err(|e| host_error("reading smaps", &e))?;
+        let smaps = String::from_utf8_lossy(&smaps);
+        match inspect(&smaps, &range, |address| self.overlays.contains(address)) {
+            Ok(attributes) => {
+                self.uffd
+                    .register(&range)
+                    .map_err(|e| host_error("registering guest memory", &e.into()))?;
+                self.suitability.insert(key, Suitability::Ready(attributes));
+                Ok(attributes)
+            }
+            Err(why) => {
+                log::warn!("guest memory at gfn {:#x} is left alone: {why}", region.gfn);
+                self.suitability.insert(key, Suitability::Refused(why));
+                Err(reason::UNSUITABLE_MEMORY)
+            }
+        }
+    }
+
+    /// Puts the store's pages over guest memory where the bytes are equal. Bit i of the
+    /// answer: page i is shared now. `overlay.pages` is at most [`WINDOW_PAGES`], and its
+    /// store pages are granted.
+    pub fn overlay(&mut self, address: usize, overlay: Overlay) -> Result<u64, Refusal> {
+        let pages = overlay.pages as usize;
+        assert!(pages <= WINDOW_PAGES, "a window is at most {WINDOW_PAGES} pages");
+        let range = address..address + pages * PAGE;
+        if self.paused || self.disabled.is_some() {
+            return Err(reason::PAUSED);
+        }
+        let attributes = self.prepare(address)?;
+        if self.regions.find(address).is_none_or(|(_, r)| r.addresses().end < range.end) {
+            return Err(reason::OUTSIDE_MEMORY);
+        }
+        // In the worst case a run cuts one mapping into three.
+        if !self.budget.admits(pages, 2) {
+            return Err(reason::MAPPING_LIMIT);
+        }
+        let Some(store) = self.store.as_mut() else { return Err(reason::NO_STORE) };
+        if self.overlays.intersects(&range) {
+            // An overlay is a mapping of its own, which lost the registration.
+            self.uffd
+                .register(&range)
+                .map_err(|e| host_error("registering an overlay", &e.into()))?;
+        }
+        if self.split_huge_pages {
+            // SAFETY: part of a region, which is mapped guest memory.
+            unsafe { mapped::split_huge_pages(&range) };
+        }
+        self.uffd.protect(&range).map_err(|e| host_error("write-protecting", &e.into()))?;
+        // SAFETY: guest memory is readable; granted store pages exist.
+        let compared = unsafe { store.compare(address, overlay.store, pages) };
+        let equal = match compared {
+            Ok(equal) => equal,
+            Err(e) => {
+                self.lift(&range);
+                return Err(host_error("mapping the store", &e));
+            }
+        };
+        let mut shared = 0;
+        let mut failure = None;
+        for (first, count) in ones(equal, pages) {
+            let part = Overlay {
+                pages: count as u32,
+                store: overlay.store + first as u32,
+                file: overlay.file,
+                page: overlay.page + first as u64,
+            };
+            let at = address + first * PAGE;
+            // SAFETY: writers are stopped and the bytes are equal; guest memory is not seen
+            // through references.
+            match unsafe { store.map_over(at, part.store, count, attributes) } {
+                Ok(()) => {
+                    self.overlays.insert(at, part);
+                    self.budget.add(2);
+                    shared |= mask(count) << first;
+                }
+                Err(e) => failure = Some(e),
+            }
+        }
+        if shared == mask(pages) {
+            let _ = self.uffd.wake(&range);
+        } else {
+            for (first, count) in ones(!shared & mask(pages), pages) {
+                let at = address + first * PAGE;
+                self.lift(&(at..at + count * PAGE));
+            }
+            let _ = self.uffd.wake(&range);
+        }
+        match failure {
+            Some(e) if shared == 0 => Err(host_error("mapping over guest memory", &e)),
+            _ => Ok(shared),
+        }
+    }
+
+    /// A page that stays protected would stop the guest for ever: this must not fail.
+    fn lift(&self, range: &Range<usize>) {
+        if let Err(e) = self.uffd.unprotect(range) {
+            log::error!("cannot lift write protection of {range:x?}: {e}");
+        }
+    }
+
+    /// Lets a thread go on that waits at `address`. No window is open while the lock is held,
+    /// so nothing is protected for a reason, and a page that is not there was never touched.
+    pub fn release_waiter(&self, address: usize) {
+        let start = address & !(PAGE - 1);
+        let page = start..start + PAGE;
+        let _ = self.uffd.unprotect(&page);
+        if self.undoing > 0 && self.regions.find(start).is_some() && !self.overlays.contains(start)
+        {
+            let _ = self.uffd.zero(&page);
+        }
+        let _ = self.uffd.wake(&page);
+    }
+
+    /// Copies guest memory out, for hashing and publishing.
+    pub fn copy_out(&self, address: usize, into: &mut [u8]) -> Result<(), Refusal> {
+        let inside = |(_, r): (u64, Region)| address + into.len() <= r.addresses().end;
+        if !self.regions.find(address).is_some_and(inside) {
+            return Err(reason::OUTSIDE_MEMORY);
+        }
+        // SAFETY: part of a region, which stays mapped while this lock is held.
+        unsafe { mapped::copy_out(address, into) };
+        Ok(())
+    }
+
+    /// Checks that guest memory at `address` may be shared at all.
+    pub fn check(&mut self, address: usize) -> Result<(), Refusal> {
+        if self.paused || self.disabled.is_some() {
+            return Err(reason::PAUSED);
+        }
+        self.prepare(address).map(drop)
+    }
+
+    /// Turns the overlays in `range` back into ordinary memory with the same content.
+    pub fn restore(&mut self, range: &Range<usize>) -> io::Result<()> {
+        if !self.overlays.intersects(range) {
+            return Ok(());
+        }
+        self.begin_undo()?;
+        let result = loop {
+            match self.restore_some(range) {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(e) => break Err(e),
+            }
+        };
+        self.end_undo();
+        result
+    }
+
+    /// Prepares for [`Memory::restore_some`]; [`Memory::end_undo`] must follow.
+    ///
+    /// Mappings become one again only if their registration is the same when their first page
+    /// is filled, so all of guest memory is registered for missing pages while an undo is
+    /// under way. Whoever serves events fills what a guest touches first meanwhile.
+    pub fn begin_undo(&mut self) -> io::Result<()> {
+        if self.undoing == 0 {
+            for range in self.ready_ranges() {
+                self.uffd.register_missing(&range)?;
+            }
+        }
+        self.undoing += 1;
+        Ok(())
+    }
+
+    /// Ends what [`Memory::begin_undo`] began.
+    pub fn end_undo(&mut self) {
+        self.undoing -= 1;
+        if self.undoing > 0 {
+            return;
+        }
+        for range in self.ready_ranges() {
+            if let Err(e) = self.uffd.register(&range) {
+                log::error!("cannot register guest memory again: {e}");
+            }
+            // Who faulted on a missing page just now would not be looked after any more.
+            let _ = self.uffd.wake(&range);
+        }
+    }
+
+    fn ready_ranges(&self) -> Vec<Range<usize>> {
+        let ready = self.suitability.iter().filter(|(_, s)| matches!(s, Suitability::Ready(_)));
+        ready.filter_map(|(key, _)| self.regions.get(*key)).map(|r| r.addresses()).collect()
+    }
+
+    /// Turns at most [`WINDOW_PAGES`] pages in `range` back into ordinary memory, from the
+    /// lowest address on; whether there was something to do. Only while an undo is under way.
+    pub fn restore_some(&mut self, range: &Range<usize>) -> io::Result<bool> {
+        let Some((address, overlay)) = self.overlays.in_range(range).next() else {
+            return Ok(false);
+        };
+        let pages = (overlay.pages as usize).min(WINDOW_PAGES);
+        let part = address..address + pages * PAGE;
+        let known = self.regions.find(address).and_then(|(key, _)| self.suitability.get(&key));
+        let Some(Suitability::Ready(attributes)) = known.copied() else {
+            return Err(io::Error::other("an overlay outside of guest memory"));
+        };
+        // An overlay made after the undo began is registered for less.
+        self.uffd.register_missing(&part)?;
+        // SAFETY: an overlay of ours, registered just now, as long as the buffer at most.
+        unsafe { mapped::map_back(&self.uffd, &part, attributes, &mut self.buffer) }?;
+        self.overlays.remove(&part);
+        Ok(true)
+    }
+
+    fn restore_all(&mut self) -> io::Result<()> {
+        self.restore(&(0..usize::MAX))?;
+        self.unregister_all();
+        Ok(())
+    }
+
+    /// Without overlays and while paused, guest memory is as the VMM made it.
+    pub fn unregister_all(&mut self) {
+        if !self.overlays.is_empty() || self.undoing > 0 {
+            return;
+        }
+        for range in self.ready_ranges() {
+            let _ = self.uffd.unregister(&range);
+        }
+        self.suitability.retain(|_, s| matches!(s, Suitability::Refused(_)));
+    }
+}
+
+/// Consecutive one bits of `bits`, as (first, count).
+fn ones(bits: u64, pages: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while at < pages && bits >> at & 1 == 0 {
+            at += 1;
+        }
+        if at >= pages {
+            return None;
+        }
+        let first = at;
+        while at < pages && bits >> at & 1 == 1 {
+            at += 1;
+        }
+        Some((first, at - first))
+    })
+}
+
+/// Under strict overcommit a private writable mapping is charged in full, so that mapping
+/// over guest memory could fail half-way.
+fn overcommit_refusal() -> Option<String> {
+    let mode = fs::read_to_string("/proc/sys/vm/overcommit_memory").ok()?;
+    (mode.trim() == "2").then(|| {
+        "vm.overcommit_memory is 2, under which every overlay is charged as if it were a copy; \
+         set it to 0 or 1"
+            .to_owned()
+    })
+}
+
+fn host_error(what: &str, error: &io::Error) -> Refusal {
+    log::warn!("{what}: {error}");
+    reason::HOST_ERROR
+}

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The engine: guest reports in, overlays out.
+//!
+//! [`Sharing`] works on the memory of the process it is in: it asks a
+//! [`PageStore`](crate::store::PageStore), compares, and maps canonical pages over guest
+//! memory. [`Guest`] drives it from the device's ring. Neither starts threads, logs anywhere
+//! but to [`log`], or keeps global state.
+
+mod audit;
+mod faults;
+mod files;
+mod guest;
+mod mapped;
+mod mappings;
+mod memory;
+mod overlays;
+mod regions;
+mod ring;
+mod shared_memory;
+mod sharing;
+mod uffd;
+
+pub use audit::{Audit, audit};
+pub use faults::serve_faults;
+pub use guest::{Guest, Progressed};
+pub use mapped::StoreView;
+pub use mappings::MappingBudget;
+pub use memory::{Memory, Refusal, WINDOW_PAGES};
+pub use overlays::{Overlay, Overlays};
+pub use regions::{Attributes, Piece, Region, Regions, Unsuitable};
+pub use ring::{Attachment, Batch, Claimed, RingConsumer, RingError};
+pub use shared_memory::SharedMemory;
+pub use sharing::{ReportedRun, Sharing};
+pub use uffd::{Event, Uffd, UffdError};

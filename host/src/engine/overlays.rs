@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Which guest memory lies on which store pages. Pure bookkeeping.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use roaring::RoaringBitmap;
+
+use crate::protocol::{StorePage, StoreSpan};
+use crate::store::PAGE;
+
+/// A canonical range mapped over guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// Length, pages.
+    pub pages: u32,
+    /// First page in the store.
+    pub store: StorePage,
+    /// The file it came from, an index into [`super::files::Files`].
+    pub file: u32,
+    /// First page in the file.
+    pub page: u64,
+}
+
+impl Overlay {
+    fn skip(self, pages: u32) -> Self {
+        Self {
+            pages: self.pages - pages,
+            store: self.store + pages,
+            file: self.file,
+            page: self.page + u64::from(pages),
+        }
+    }
+
+    fn take(self, pages: u32) -> Self {
+        Self { pages, ..self }
+    }
+
+    fn is_followed_by(&self, next: &Self) -> bool {
+        self.file == next.file
+            && self.store + self.pages == next.store
+            && self.page + u64::from(self.pages) == next.page
+    }
+}
+
+/// All overlays of a process by address, and the store pages they hold.
+#[derive(Debug, Default)]
+pub struct Overlays {
+    by_address: BTreeMap<usize, Overlay>,
+    pages: u64,
+    held: RoaringBitmap,
+    /// How often beyond the first a store page is held; duplicates within a guest.
+    more: HashMap<StorePage, u32>,
+    /// Not held any more, and the store does not know yet.
+    dropped: RoaringBitmap,
+}
+
+impl Overlays {
+    /// Number of overlays; adjacent ones that continue each other are one.
+    pub fn len(&self) -> usize {
+        self.by_address.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.by_address.is_empty()
+    }
+
+    /// Pages on overlays.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Whether the page at `address` is on an overlay.
+    pub fn contains(&self, address: usize) -> bool {
+        self.at_or_before(address).is_some_and(|(start, o)| address < end_of(start, &o))
+    }
+
+    /// Whether any page of `range` is on an overlay.
+    pub fn intersects(&self, range: &Range<usize>) -> bool {
+        self.in_range(range).next().is_some()
+    }
+
+    fn at_or_before(&self, address: usize) -> Option<(usize, Overlay)> {
+        self.by_address.range(..=address).next_back().map(|(a, o)| (*a, *o))
+    }
+
+    /// The overlays within `range`, cut to it.
+    pub fn in_range(&self, range: &Range<usize>) -> impl Iterator<Item = (usize, Overlay)> + '_ {
+        let (start, end) = (range.start, range.end);
+        let first = self
+            .at_or_before(start)
+            .filter(|(a, o)| *a < start && end_of(*a, o) > start)
+            .map(|(a, o)| (start, o.skip(((start - a) / PAGE) as u32)));
+        first
+            .into_iter()
+            .chain(self.by_address.range(start..end.max(start)).map(|(a, o)| (*a, *o)))
+            .map(move |(a, o)| {
+                let most = (end - a) / PAGE;
+                (a, o.take(o.pages.min(most as u32)))
+            })
+            .filter(|(_, o)| o.pages > 0)
+    }
+
+    /// All overlays by address.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, Overlay)> + '_ {
+        self.by_address.iter().map(|(a, o)| (*a, *o))
+    }
+
+    /// Notes an overlay; what it replaces is let go.
+    pub fn insert(&mut self, address: usize, overlay: Overlay) {
+        // Hold first: a page that is replaced by itself must not count as dropped.
+        for page in overlay.store..overlay.store + overlay.pages {
+            if !self.held.insert(page) {
+                *self.more.entry(page).or_default() += 1;
+            }
+            self.dropped.remove(page);
+        }
+        self.remove(&(address..end_of(address, &overlay)));
+        self.pages += u64::from(overlay.pages);
+        let (mut address, mut overlay) = (address, overlay);
+        if let Some((before, previous)) = self.at_or_before(address)
+            && end_of(before, &previous) == address
+            && previous.is_followed_by(&overlay)
+        {
+            overlay = Overlay { pages: previous.pages + overlay.pages, ..previous };
+            address = before;
+        }
+        let end = end_of(address, &overlay);
+        if let Some(next) = self.by_address.get(&end).copied()
+            && overlay.is_followed_by(&next)
+        {
+            self.by_address.remove(&end);
+            overlay.pages += next.pages;
+        }
+        self.by_address.insert(address, overlay);
+    }
+
+    /// Forgets what lies in `range`.
+    pub fn remove(&mut self, range: &Range<usize>) {
+        let gone: Vec<_> = self.in_range(range).collect();
+        for (address, part) in gone {
+            let (start, whole) = self.at_or_before(address).unwrap_or((address, part));
+            self.by_address.remove(&start);
+            let before = ((address - start) / PAGE) as u32;
+            if before > 0 {
+                self.by_address.insert(start, whole.take(before));
+            }
+            if before + part.pages < whole.pages {
+                let rest = whole.skip(before + part.pages);
+                self.by_address.insert(end_of(address, &part), rest);
+            }
+            self.pages -= u64::from(part.pages);
+            for page in part.store..part.store + part.pages {
+                self.let_go(page);
+            }
+        }
+    }
+
+    fn let_go(&mut self, page: StorePage) {
+        if let Some(more) = self.more.get_mut(&page) {
+            *more -= 1;
+            if *more == 0 {
+                self.more.remove(&page);
+            }
+        } else {
+            self.held.remove(page);
+            self.dropped.insert(page);
+        }
+    }
+
+    /// Store pages this process still needs.
+    pub fn held(&self) -> &RoaringBitmap {
+        &self.held
+    }
+
+    /// Of `granted` and what was dropped since the last call, what is not held, as spans.
+    pub fn take_unneeded(&mut self, granted: &RoaringBitmap) -> Vec<StoreSpan> {
+        let mut unneeded = std::mem::take(&mut self.dropped);
+        unneeded |= granted;
+        unneeded -= &self.held;
+        to_spans(&unneeded)
+    }
+
+    /// Forgets what was dropped; the store it came from is gone.
+    pub fn clear_dropped(&mut self) {
+        self.dropped.clear();
+    }
+}
+
+fn end_of(address: usize, overlay: &Overlay) -> usize {
+    address + overlay.pages as usize * PAGE
+}
+
+fn to_spans(pages: &RoaringBitmap) -> Vec<StoreSpan> {
+    let mut spans: Vec<StoreSpan> = Vec::new();
+    for page in pages {
+        match spans.last_mut() {
+            Some(last) if last.page + last.pages == page => last.pages += 1,
+            _ => spans.push(StoreSpan { page, pages: 1 }),
+        }
+    }
+    spans
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const BASE: usize = 0x10_0000;
+
+    fn at(page: usize) -> usize {
+        BASE + page * PAGE
+    }
+
+    #[test]
+    fn continuing_overlays_become_one() {
+        let mut table = Overlays::default();
+        table.insert(at(4), Overlay { pages: 4, store: 104, file: 0, page: 4 });
+        table.insert(at(0), Overlay { pages: 4, store: 100, file: 0, page: 0 });
+        assert_eq!(table.len(), 1);
+        table.insert(at(8), Overlay { pages: 4, store: 200, file: 0, page: 8 });
+        assert_eq!((table.len(), table.pages()), (2, 12));
+    }
+
+    #[test]
+    fn a_page_replaced_by_itself_is_not_given_back() {
+        let mut table = Overlays::default();
+        let overlay = Overlay { pages: 4, store: 100, file: 0, page: 0 };
+        table.insert(at(0), overlay);
+        table.insert(at(0), overlay);
+        assert_eq!(table.take_unneeded(&RoaringBitmap::new()), []);
+        table.remove(&(at(1)..at(2)));
+        assert_eq!(
+            table.take_unneeded(&RoaringBitmap::new()),
+            [StoreSpan { page: 101, pages: 1 }]
+        );
+    }
+
+    proptest! {
+        /// The table against one store page per guest page.
+        #[test]
+        fn the_table_agrees_with_a_plain_array(
+            steps in prop::collection::vec((0_usize..64, 1_u32..16, 0_u32..32, any::<bool>()), 1..80)
+        ) {
+            let mut table = Overlays::default();
+            let mut model: [Option<StorePage>; 96] = [None; 96];
+            let mut given_back = RoaringBitmap::new();
+            for (first, pages, store, insert) in steps {
+                let range = at(first)..at(first + pages as usize);
+                if insert {
+                    let page = u64::from(store);
+                    table.insert(range.start, Overlay { pages, store, file: 0, page });
+                    for i in 0..pages {
+                        model[first + i as usize] = Some(store + i);
+                        given_back.remove(store + i);
+                    }
+                } else {
+                    table.remove(&range);
+                    model[first..first + pages as usize].fill(None);
+                }
+                for span in table.take_unneeded(&RoaringBitmap::new()) {
+                    given_back.insert_range(span.page..span.page + span.pages);
+                }
+            }
+            let held: RoaringBitmap = model.iter().flatten().copied().collect();
+            prop_assert_eq!(table.held(), &held);
+            prop_assert!(given_back.is_disjoint(&held));
+            prop_assert_eq!(table.pages(), model.iter().flatten().count() as u64);
+            for (i, expected) in model.iter().enumerate() {
+                let found = table.in_range(&(at(i)..at(i + 1))).next().map(|(_, o)| o.store);
+                prop_assert_eq!(found, *expected);
+                prop_assert_eq!(table.contains(at(i)), expected.is_some());
+            }
+        }
+    }
+}

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Guest memory in the test's own process, and a store with something in it.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+#![expect(unsafe_code, reason = "maps memory and reads and writes it like a vCPU")]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use pagefusion_host::engine::{Memory, Region, Sharing, StoreView, Uffd, serve_faults};
+use pagefusion_host::protocol::{FileKey, FileSpan, Sighting};
+use pagefusion_host::store::{Group, LocalStore, PAGE, PageStore, hash_page};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+/// A file key that only differs by inode.
+pub fn file(inode: u64) -> FileKey {
+    FileKey { fs_uuid: [7; 16], inode, size: 1 << 30, mtime_ns: 1, generation: 1, kind: 0 }
+}
+
+/// Anonymous memory that stands for a guest's.
+pub struct GuestRam {
+    pub base: usize,
+    pub pages: usize,
+}
+
+impl GuestRam {
+    pub fn new(pages: usize, huge: bool) -> Self {
+        const HUGE: usize = 2 << 20;
+        let bytes = pages * PAGE;
+        let (read, write) = (ProtFlags::READ, ProtFlags::WRITE);
+        // SAFETY: fresh memory.
+        let raw = unsafe {
+            mmap_anonymous(ptr::null_mut(), bytes + HUGE, read | write, MapFlags::PRIVATE).unwrap()
+        } as usize;
+        let base = raw.next_multiple_of(HUGE);
+        let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+        // SAFETY: the memory just mapped; the ends that alignment leaves over go.
+        unsafe {
+            madvise(base as *mut _, bytes, advice).unwrap();
+            if base > raw {
+                munmap(raw as *mut _, base - raw).unwrap();
+            }
+            let end = base + bytes;
+            if raw + bytes + HUGE > end {
+                munmap(end as *mut _, raw + bytes + HUGE - end).unwrap();
+            }
+        }
+        Self { base, pages }
+    }
+
+    pub fn region(&self) -> Region {
+        Region { gfn: 0, pages: self.pages as u64, hva: self.base }
+    }
+
+    pub fn at(&self, page: usize) -> usize {
+        assert!(page <= self.pages);
+        self.base + page * PAGE
+    }
+
+    /// One word of guest memory, as a vCPU sees it.
+    pub fn word(&self, page: usize, word: usize) -> &AtomicU64 {
+        assert!(page < self.pages && word < PAGE / 8);
+        // SAFETY: mapped for the test's whole life and only reached through atomics.
+        unsafe { &*((self.at(page) + word * 8) as *const AtomicU64) }
+    }
+
+    pub fn write_page(&self, page: usize, bytes: &[u8]) {
+        for (i, word) in bytes.chunks_exact(8).enumerate() {
+            let value = u64::from_ne_bytes(word.try_into().unwrap());
+            self.word(page, i).store(value, Ordering::Relaxed);
+        }
+    }
+
+    pub fn read_page(&self, page: usize) -> Vec<u8> {
+        let word = |i| self.word(page, i).load(Ordering::Relaxed).to_ne_bytes();
+        (0..PAGE / 8).flat_map(word).collect()
+    }
+}
+
+/// Memory, sharing and the thread that reads events.
+pub struct Vm {
+    pub ram: GuestRam,
+    pub sharing: Arc<Sharing>,
+    pub store: Arc<Mutex<Group>>,
+    stop: Option<OwnedFd>,
+    faults: Option<JoinHandle<()>>,
+}
+
+impl Vm {
+    pub fn new(group: &Arc<Mutex<Group>>, vm: u32, pages: usize, huge: bool) -> Self {
+        let ram = GuestRam::new(pages, huge);
+        let uffd = Uffd::open(None).expect("userfaultfd (root, or vm.unprivileged_userfaultfd)");
+        let events = uffd.try_clone().unwrap();
+        let mut memory = Memory::new(uffd, true).unwrap();
+        memory.insert_region(0, ram.region()).unwrap();
+        let sharing = Arc::new(Sharing::new(memory));
+        let local = LocalStore::new(group.clone(), vm);
+        let view = StoreView::new(local.read_only().unwrap()).unwrap();
+        let seed = local.hash_seed();
+        sharing.connect(Box::new(local), view, seed).unwrap();
+        let (stop_read, stop) = rustix::pipe::pipe().unwrap();
+        let faults = std::thread::spawn({
+            let sharing = sharing.clone();
+            move || serve_faults(&events, &sharing, stop_read.as_fd()).unwrap()
+        });
+        Self { ram, sharing, store: group.clone(), stop: Some(stop), faults: Some(faults) }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.sharing.undo_all();
+        self.sharing.disconnect();
+        drop(self.stop.take());
+        if let Some(faults) = self.faults.take() {
+            faults.join().unwrap();
+        }
+    }
+}
+
+/// Puts pages into the store as two VMs that nobody else is would: keep the answer alive as
+/// long as the pages shall stay.
+pub fn fill(group: &Arc<Mutex<Group>>, file: FileKey, bytes: &[u8]) -> [LocalStore; 2] {
+    let mut stores = [LocalStore::new(group.clone(), 1000), LocalStore::new(group.clone(), 1001)];
+    let seed = stores[0].hash_seed();
+    let hashes: Vec<u64> =
+        bytes.chunks_exact(PAGE).map(|p| hash_page(seed, p.try_into().unwrap())).collect();
+    for (first, some) in (0_u64..).step_by(64).zip(hashes.chunks(64)) {
+        for store in &mut stores {
+            let sighting = Sighting { file, page: first, hashes: some.to_vec() };
+            store.sight(vec![sighting], &mut Vec::new()).unwrap();
+        }
+        let from = first as usize * PAGE;
+        let span = FileSpan { file, page: first, pages: some.len() as u32 };
+        let mut at = Vec::new();
+        stores[1].publish(span, &bytes[from..from + some.len() * PAGE], &mut at).unwrap();
+        assert!(at.iter().all(Option::is_some), "the store took every page");
+    }
+    stores
+}
+
+/// Small deterministic random numbers (SplitMix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len / 8).flat_map(|_| self.next().to_ne_bytes()).collect()
+    }
+}

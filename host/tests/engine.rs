@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The engine on real memory with real write protection, without a VM.
+
+mod common;
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use common::{GuestRam, Random, Vm, file, fill};
+use pagefusion_abi::wire::reason;
+use pagefusion_host::engine::{ReportedRun, audit};
+use pagefusion_host::store::{Group, PAGE};
+
+fn group() -> Arc<Mutex<Group>> {
+    Arc::new(Mutex::new(Group::anonymous().unwrap()))
+}
+
+fn run(page: u64, gfn: usize, pages: usize) -> ReportedRun {
+    ReportedRun { file: file(1), page, gfn: gfn as u64, pages: pages as u32 }
+}
+
+/// Permuted runs of a file over guest memory: (first page of the file, first guest frame).
+fn permuted(random: &mut Random, pages: usize, run: usize) -> Vec<(usize, usize)> {
+    let mut places: Vec<usize> = (0..pages / run).collect();
+    for i in (1..places.len()).rev() {
+        places.swap(i, random.below(i + 1));
+    }
+    places.iter().enumerate().map(|(i, place)| (i * run, place * run)).collect()
+}
+
+#[test]
+fn equal_pages_are_shared_and_undone_without_a_trace() {
+    let group = group();
+    let bytes = Random(1).bytes(256 * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, 512, true);
+    for page in 0..512 {
+        vm.ram.write_page(page, &bytes[page % 256 * PAGE..][..PAGE]);
+    }
+    let maps_before = maps_of(&vm.ram);
+    let outcomes = vm.sharing.share(&[run(0, 0, 256), run(0, 256, 256)]);
+    assert!(outcomes.iter().all(|o| o.shared == 256 && o.reason == reason::NONE), "{outcomes:?}");
+    assert_eq!(audit(&vm.sharing).unwrap().intact, 512);
+    assert!(maps_of(&vm.ram).len() > maps_before.len());
+    vm.sharing.undo_all().unwrap();
+    assert_eq!(maps_of(&vm.ram), maps_before);
+    for page in 0..512 {
+        assert_eq!(vm.ram.read_page(page), &bytes[page % 256 * PAGE..][..PAGE], "page {page}");
+    }
+    assert_eq!(vm.sharing.memory().overlays().pages(), 0);
+}
+
+/// Start, end and permissions of every mapping in guest memory.
+fn maps_of(ram: &GuestRam) -> Vec<String> {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let inside = |line: &&str| {
+        let start = line.split('-').next().unwrap();
+        let start = usize::from_str_radix(start, 16).unwrap();
+        (ram.at(0)..ram.at(ram.pages)).contains(&start)
+    };
+    maps.lines().filter(inside).map(|l| l.split(' ').take(2).collect::<Vec<_>>().join(" ")).collect()
+}
+
+#[test]
+fn a_difference_in_the_last_byte_of_a_page_is_found() {
+    let group = group();
+    let bytes = Random(2).bytes(64 * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, 64, false);
+    for page in 0..64 {
+        let mut content = bytes[page * PAGE..][..PAGE].to_vec();
+        if page == 17 || page == 63 {
+            content[PAGE - 1] ^= 1;
+        }
+        vm.ram.write_page(page, &content);
+    }
+    let outcome = vm.sharing.share(&[run(0, 0, 64)])[0];
+    assert_eq!((outcome.shared, outcome.remembered), (62, 2));
+    let overlays = vm.sharing.memory().overlays().iter().map(|(_, o)| o.pages).collect::<Vec<_>>();
+    assert_eq!(overlays, [17, 45]);
+    // Neither is left protected: this would hang.
+    vm.ram.word(17, 0).store(1, Ordering::Relaxed);
+    vm.ram.word(63, 0).store(1, Ordering::Relaxed);
+}
+
+#[test]
+fn frames_outside_of_guest_memory_are_refused() {
+    let group = group();
+    let vm = Vm::new(&group, 1, 16, false);
+    for page in 0..16 {
+        vm.ram.word(page, 0).store(page as u64 + 1, Ordering::Relaxed);
+    }
+    let outcomes = vm.sharing.share(&[run(0, 16, 4), run(0, 14, 4), run(0, usize::MAX - 8, 4)]);
+    let reasons: Vec<u8> = outcomes.iter().map(|o| o.reason).collect();
+    assert_eq!(reasons, [reason::OUTSIDE_MEMORY; 3]);
+    assert_eq!(outcomes[1].remembered, 2, "the part inside is looked at");
+}
+
+#[test]
+fn what_one_guest_has_costs_no_memory_until_a_second_one_reports_it() {
+    let group = group();
+    let bytes = Random(3).bytes(32 * PAGE);
+    let vms = [Vm::new(&group, 1, 64, false), Vm::new(&group, 2, 64, false)];
+    for vm in &vms {
+        for page in 0..32 {
+            vm.ram.write_page(page + 8, &bytes[page * PAGE..][..PAGE]);
+        }
+    }
+    let first = vms[0].sharing.share(&[run(0, 8, 32)])[0];
+    assert_eq!((first.shared, first.remembered), (0, 32));
+    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 0);
+    let second = vms[1].sharing.share(&[run(0, 8, 32)])[0];
+    assert_eq!((second.shared, second.remembered), (32, 0));
+    let reports = group.lock().unwrap().take_reports();
+    assert_eq!(reports[&1].iter().map(|s| s.pages).sum::<u32>(), 32);
+    let again = vms[0].sharing.share(&[run(0, 8, 32)])[0];
+    assert_eq!(again.shared, 32);
+    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 32 * PAGE as u64);
+    // A write of one is seen by it alone.
+    vms[0].ram.word(8, 0).store(42, Ordering::Relaxed);
+    assert_eq!(vms[1].ram.read_page(8), &bytes[..PAGE]);
+    assert_eq!(audit(&vms[0].sharing).unwrap().broken, 1);
+    drop(vms);
+    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 0, "all memory went back");
+}
+
+/// Writers hammer random pages while the same pages are overlaid and undone, round after
+/// round. Each word has one writer; a lost write shows as an older value.
+fn no_write_is_lost(huge: bool, run_pages: usize) {
+    const PAGES: usize = 1024;
+    const ROUNDS: usize = 12;
+    let group = group();
+    let mut random = Random(0x5eed + run_pages as u64);
+    let bytes = random.bytes(PAGES * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, PAGES, huge);
+    let places = permuted(&mut random, PAGES, run_pages);
+    let mut source = vec![0; PAGES];
+    for (from, to) in &places {
+        for i in 0..run_pages {
+            source[to + i] = from + i;
+            vm.ram.write_page(to + i, &bytes[(from + i) * PAGE..][..PAGE]);
+        }
+    }
+    let stop = AtomicBool::new(false);
+    let expected: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
+    let writes = AtomicU64::new(0);
+    let mut shared = 0;
+    std::thread::scope(|scope| {
+        for writer in 0..2_usize {
+            let (vm, stop, expected, writes) = (&vm, &stop, &expected, &writes);
+            scope.spawn(move || {
+                let mut random = Random(writer as u64);
+                let mut last = vec![0; PAGES];
+                while !stop.load(Ordering::Relaxed) {
+                    // The last quarter is never written to.
+                    let page = random.below(PAGES / 8 * 3) * 2 + writer;
+                    let word = vm.ram.word(page, 1);
+                    if last[page] != 0 {
+                        assert_eq!(word.load(Ordering::Relaxed), last[page], "page {page}");
+                    }
+                    last[page] = random.next() | 1;
+                    word.store(last[page], Ordering::Relaxed);
+                    expected[page].store(last[page], Ordering::Relaxed);
+                    writes.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for round in 0..ROUNDS {
+            for batch in places.chunks(16) {
+                let runs: Vec<_> =
+                    batch.iter().map(|(from, to)| run(*from as u64, *to, run_pages)).collect();
+                let outcomes = vm.sharing.share(&runs);
+                shared += outcomes.iter().map(|o| u64::from(o.shared)).sum::<u64>();
+            }
+            if round % 3 == 2 {
+                vm.sharing.undo_all().unwrap();
+            }
+        }
+        // Overlay work must meet writes, and writes must meet overlays, by the million.
+        while writes.load(Ordering::Relaxed) < 2_000_000 {
+            for (from, to) in &places {
+                vm.sharing.share(&[run(*from as u64, *to, run_pages)]);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(shared >= (PAGES / 4 * ROUNDS) as u64, "only {shared} pages were ever shared");
+    for page in 0..PAGES {
+        let mut content = bytes[source[page] * PAGE..][..PAGE].to_vec();
+        let written = expected[page].load(Ordering::Relaxed);
+        if written != 0 {
+            content[8..16].copy_from_slice(&written.to_ne_bytes());
+        }
+        assert_eq!(vm.ram.read_page(page), content, "page {page}");
+    }
+}
+
+#[test]
+fn no_write_is_lost_in_single_pages() {
+    no_write_is_lost(false, 1);
+}
+
+#[test]
+fn no_write_is_lost_in_runs_out_of_huge_pages() {
+    no_write_is_lost(true, 16);
+}
+
+/// Pages that nobody ever touched have no page-table entry: without the kernel's help they
+/// are not protected, and a first write in the window would be lost.
+#[test]
+fn a_first_write_to_an_untouched_page_is_never_lost() {
+    const PAGES: usize = 64;
+    let group = group();
+    let zeros = vec![0; PAGES * PAGE];
+    let _held = fill(&group, file(1), &zeros);
+    for round in 0..400_u64 {
+        let vm = Vm::new(&group, 1, PAGES, false);
+        let go = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (ram, go) = (&vm.ram, &go);
+            let writer = scope.spawn(move || {
+                let mut random = Random(round);
+                while !go.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
+                }
+                for _ in 0..random.below(200) {
+                    std::hint::spin_loop();
+                }
+                for page in 0..PAGES {
+                    ram.word(page, 5).store(round + 1, Ordering::Relaxed);
+                }
+            });
+            go.store(true, Ordering::Release);
+            vm.sharing.share(&[run(0, 0, PAGES)]);
+            writer.join().unwrap();
+        });
+        for page in 0..PAGES {
+            let found = vm.ram.word(page, 5).load(Ordering::Relaxed);
+            assert_eq!(found, round + 1, "page {page}, round {round}");
+        }
+    }
+}
+
+#[test]
+fn untouched_pages_are_covered_and_saved() {
+    let group = group();
+    let _held = fill(&group, file(1), &vec![0; 128 * PAGE]);
+    let vm = Vm::new(&group, 1, 128, false);
+    let outcome = vm.sharing.share(&[run(0, 0, 128)])[0];
+    assert_eq!(outcome.shared, 128);
+    assert_eq!(vm.ram.read_page(127), vec![0; PAGE]);
+}
+
+#[test]
+fn nothing_is_shared_while_paused_and_undo_gives_the_store_its_pages_back() {
+    let group = group();
+    let bytes = Random(5).bytes(16 * PAGE);
+    let held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, 16, false);
+    for page in 0..16 {
+        vm.ram.write_page(page, &bytes[page * PAGE..][..PAGE]);
+    }
+    assert_eq!(vm.sharing.share(&[run(0, 0, 16)])[0].shared, 16);
+    drop(held);
+    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 16 * PAGE as u64);
+    vm.sharing.memory().set_paused(true);
+    vm.sharing.undo_all().unwrap();
+    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 0);
+    let outcome = vm.sharing.share(&[run(0, 0, 16)])[0];
+    assert_eq!((outcome.shared, outcome.reason), (0, reason::PAUSED));
+    assert_eq!(vm.ram.read_page(7), &bytes[7 * PAGE..][..PAGE]);
+}
