@@ -16,7 +16,7 @@ use crate::{
     apt::{PrivateApt, mirror, network_trouble},
     cache::Cache,
     key::hex,
-    pins::{Pin, total_size},
+    pins::{Pin, decoded, total_size},
     process::{self, Log},
     space,
     trouble::Trouble,
@@ -163,7 +163,7 @@ fn gone(output: &str) -> Option<String> {
         .lines()
         .find(|line| line.contains("Failed to fetch") && line.contains("404 "))?;
     let url = line.split_whitespace().find(|word| word.contains("://"))?;
-    Some(url.rsplit('/').next().unwrap_or(url).to_owned())
+    Some(decoded(url.rsplit('/').next().unwrap_or(url)))
 }
 
 fn mismatch(output: &str, wanted: &[Pin]) -> Option<Trouble> {
@@ -186,4 +186,59 @@ fn mismatch(output: &str, wanted: &[Pin]) -> Option<Trouble> {
         expected: pin.sha256.clone(),
         actual: actual.to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_the_mirror_does_not_have_is_named_as_it_is_written() {
+        let output = "E: Failed to fetch http://m/debian/pool/main/l/linux-x_1%2b2%7e3_all.deb  404  Not Found [IP: 1.2.3.4 80]\n";
+        assert_eq!(gone(output).unwrap(), "linux-x_1+2~3_all.deb");
+        assert_eq!(gone("E: Failed to fetch http://m/x  503  Busy\n"), None);
+    }
+
+    #[test]
+    fn a_wrong_checksum_is_told_with_file_and_both_sums() {
+        let pin = Pin {
+            sha256: "ab".repeat(32),
+            size: 3,
+            path: "pool/x_1_all.deb".into(),
+        };
+        let output = "E: Failed to fetch http://m/debian/pool/x_1_all.deb  Hash Sum mismatch\n   Hashes of expected file:\n    - SHA256:abab\n   Hashes of received file:\n    - SHA256:cdcd\n";
+        let trouble = mismatch(output, &[pin]).unwrap();
+        let Trouble::Checksum { file, actual, .. } = trouble else {
+            panic!("{trouble}");
+        };
+        assert_eq!((file.as_str(), actual.as_str()), ("x_1_all.deb", "cdcd"));
+    }
+
+    #[test]
+    fn what_arrived_whole_is_kept_and_what_differs_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path().join("cache")).unwrap();
+        let from = dir.path().join("from");
+        fs::create_dir(&from).unwrap();
+        let pin = |name: &str, content: &[u8]| Pin {
+            sha256: hex(&Sha256::digest(content)),
+            size: content.len() as u64,
+            path: format!("pool/{name}_1_all.deb"),
+        };
+        let pins = [
+            pin("good", b"good"),
+            pin("bad", b"bad!"),
+            pin("late", b"late"),
+        ];
+        fs::write(from.join(pins[0].store_name()), "good").unwrap();
+        fs::write(from.join(pins[1].store_name()), "evil").unwrap();
+        let error = keep(&cache, &from, &pins).unwrap_err();
+        assert!(matches!(
+            error.downcast_ref(),
+            Some(Trouble::Checksum { file, .. }) if file == "bad_1_all.deb"
+        ));
+        assert!(stored(&cache, &pins[0]).exists());
+        assert!(!stored(&cache, &pins[1]).exists());
+        assert!(!stored(&cache, &pins[2]).exists());
+    }
 }

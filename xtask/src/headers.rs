@@ -28,6 +28,8 @@ use crate::{
 /// The layers of a root in which modules for one kernel can be built.
 #[derive(Debug)]
 pub(crate) struct BuildRoot {
+    /// The name of the headers' entry, which stands for the content of both layers.
+    pub(crate) key: String,
     pub(crate) release: String,
     /// Debian's headers with what they lacked.
     pub(crate) headers: PathBuf,
@@ -40,8 +42,8 @@ impl BuildRoot {
     }
 }
 
-/// The root with the compilers; returns the entry's name too, which stands for its content.
-pub(crate) fn tools(cache: &Cache, kernel: &Kernel) -> Result<PathBuf> {
+/// The root with the compilers, and the name of its entry.
+pub(crate) fn tools(cache: &Cache, kernel: &Kernel) -> Result<(Key, PathBuf)> {
     const FINISH: &str = r#"rm -rf "$dir"/root/var/cache/apt/*.bin "$dir"/root/usr/share/doc/*"#;
     let set = kernel.tools;
     let key = |pins: &[Pin]| -> Key {
@@ -53,7 +55,8 @@ pub(crate) fn tools(cache: &Cache, kernel: &Kernel) -> Result<PathBuf> {
             .finish()
     };
     let pins = set.available(cache, key)?;
-    let entry = cache.entry(&key(&pins), "the root with the kernel's tools", |build| {
+    let key = key(&pins);
+    let entry = cache.entry(&key, "the root with the kernel's tools", |build| {
         space::require(
             cache.root(),
             2500 * space::MIB,
@@ -61,12 +64,11 @@ pub(crate) fn tools(cache: &Cache, kernel: &Kernel) -> Result<PathBuf> {
         )?;
         rootfs::make(cache, build, set, &pins, FINISH)
     })?;
-    Ok(entry.join("root"))
+    Ok((key, entry.join("root")))
 }
 
 pub(crate) fn provision(cache: &Cache, kernel: &Kernel) -> Result<BuildRoot> {
-    let tools = tools(cache, kernel)?;
-    let tools_name = tools.to_string_lossy().into_owned();
+    let (tools_key, tools) = tools(cache, kernel)?;
     let key = |pins: &[Pin]| {
         chosen(pins, HEADER_PACKAGES)
             .iter()
@@ -74,18 +76,20 @@ pub(crate) fn provision(cache: &Cache, kernel: &Kernel) -> Result<BuildRoot> {
                 KeyBuilder::new("headers")
                     .with(PREPARE)
                     .with(kernel.cc)
-                    .with(tools_name.rsplit('/').nth(1).unwrap_or(&tools_name)),
+                    .with(tools_key.as_str()),
                 |key, pin| key.with(&pin.sha256),
             )
             .finish()
     };
     let pins = kernel.packages.available(cache, key)?;
     let release = kernel_release(&pins)?;
-    let entry = cache.entry(&key(&pins), "the kernel's headers", |build| {
+    let key = key(&pins);
+    let entry = cache.entry(&key, "the kernel's headers", |build| {
         space::require(cache.root(), 3500 * space::MIB, "the kernel's headers")?;
         make(cache, build, kernel, &tools, &release, &pins)
     })?;
     Ok(BuildRoot {
+        key: key.to_string(),
         release,
         headers: entry.join("tree"),
         tools,

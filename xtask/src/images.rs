@@ -95,8 +95,7 @@ pub(crate) fn guest(cache: &Cache) -> Result<GuestImage> {
 
 /// The lab host needs no services: the tests bring their own first process.
 pub(crate) fn lab(cache: &Cache, kernel: &Unpacked) -> Result<PathBuf> {
-    let modules = kernel.modules.to_string_lossy().into_owned();
-    let key = |pins: &[Pin]| key("lab", pins, &[], LAB_FINISH, &modules);
+    let key = |pins: &[Pin]| key("lab", pins, &[], LAB_FINISH, &kernel.key);
     let pins = LAB.available(cache, key)?;
     let entry = cache.entry(&key(&pins), "the lab host's image", |build| {
         space::require(cache.root(), 3000 * space::MIB, "the lab host's image")?;

@@ -47,6 +47,8 @@ pub(crate) fn find(series: &str) -> Result<&'static Kernel> {
 /// A kernel ready to boot.
 #[derive(Debug)]
 pub(crate) struct Unpacked {
+    /// The entry's name, which stands for its content.
+    pub(crate) key: String,
     pub(crate) release: String,
     pub(crate) image: PathBuf,
     /// `lib/modules/RELEASE`, with dependencies computed.
@@ -66,7 +68,8 @@ impl Kernel {
         };
         let pins = self.packages.available(cache, key)?;
         let release = kernel_release(&pins)?;
-        let entry = cache.entry(&key(&pins), "the stock kernel", |build| {
+        let key = key(&pins);
+        let entry = cache.entry(&key, "the stock kernel", |build| {
             space::require(cache.root(), 400 * space::MIB, "the stock kernel")?;
             let step = Step::start("stock kernel", Measure::Unknown);
             for pin in chosen(&pins, &["linux-binary-", "linux-modules-"]) {
@@ -89,6 +92,7 @@ impl Kernel {
         })?;
         let modules = entry.join("lib/modules").join(&release);
         Ok(Unpacked {
+            key: key.to_string(),
             image: modules.join("vmlinuz"),
             modules,
             release,

@@ -33,7 +33,7 @@ const LINT: &str = r#"
 pub(crate) fn build(cache: &Cache, checkout: &Path, root: &BuildRoot) -> Result<PathBuf> {
     let key = KeyBuilder::new("module")
         .with(MAKE)
-        .with(root.headers.as_os_str().as_encoded_bytes())
+        .with(&root.key)
         .with_files(checkout, SOURCES)?
         .finish();
     let entry = cache.entry(&key, "the kernel module", |build| {

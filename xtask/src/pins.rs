@@ -18,10 +18,7 @@ pub(crate) struct Pin {
 impl Pin {
     /// `name_version_arch.deb`
     pub(crate) fn file_name(&self) -> String {
-        let name = self.path.rsplit('/').next().unwrap_or(&self.path);
-        name.replace("%2b", "+")
-            .replace("%3a", ":")
-            .replace("%7e", "~")
+        decoded(self.path.rsplit('/').next().unwrap_or(&self.path))
     }
 
     pub(crate) fn name(&self) -> String {
@@ -51,6 +48,13 @@ impl fmt::Display for Pin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {} {}", self.sha256, self.size, self.path)
     }
+}
+
+/// Undoes the percent-encoding of what occurs in names of packages.
+pub(crate) fn decoded(name: &str) -> String {
+    name.replace("%2b", "+")
+        .replace("%3a", ":")
+        .replace("%7e", "~")
 }
 
 /// Reads a pins file: one pin per line, `#` begins a comment line.
