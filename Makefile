@@ -13,7 +13,7 @@ clean:
 	$(MAKE) -C $(KDIR) M=$(CURDIR) clean
 
 check:
-	$(RUSTFMT) --check --edition 2021 --config-path module module/main.rs
+	$(RUSTFMT) --check --edition 2021 module/main.rs
 	$(MAKE) -C $(KDIR) M=$(CURDIR) CLIPPY=1 modules
 
 .PHONY: modules modules_install install clean check

@@ -38,7 +38,11 @@ pub(crate) struct Knob {
 
 impl Knob {
     const fn new(value: u64, least: u64, most: u64) -> Self {
-        Self { value: Number::new(value), least, most }
+        Self {
+            value: Number::new(value),
+            least,
+            most,
+        }
     }
 
     pub(crate) fn get(&self) -> u64 {
@@ -92,6 +96,8 @@ control! {
         max_sleep_millisecs: 5000, 10, 3_600_000;
         /// Pages looked at before others get a chance to run.
         pages_to_scan: 65_536, 1, 1 << 32;
+        /// 1 reports the kernel's text and read-only data, too.
+        kernel_text: 1, 0, 1;
     }
     statistics {
         /// Passes that have ended.
@@ -142,7 +148,10 @@ control! {
 impl Control {
     /// Takes the one place for a worker. False when there is one already.
     pub(crate) fn claim(&self) -> bool {
-        self.owner.0.cmpxchg(0, 1, kernel::sync::atomic::ordering::Full).is_ok()
+        self.owner
+            .0
+            .cmpxchg(0, 1, kernel::sync::atomic::ordering::Full)
+            .is_ok()
     }
 
     /// Gives the place back.

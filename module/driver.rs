@@ -32,20 +32,29 @@ pub(crate) struct Driver {
 kernel::pci_device_table!(
     PCI_TABLE,
     <Driver as pci::Driver>::IdInfo,
-    [(pci::DeviceId::from_id(pci::Vendor::REDHAT_QUMRANET, DEVICE), ())]
+    [(
+        pci::DeviceId::from_id(pci::Vendor::REDHAT_QUMRANET, DEVICE),
+        ()
+    )]
 );
 
 impl Driver {
     fn start(device: &pci::Device<Core<'_>>) -> Result<Self> {
         let memory = Ivshmem::probe(device)?;
         if !CONTROL.claim() {
-            dev_err!(device, "there is a pagefusion device already; this one is left alone\n");
+            dev_err!(
+                device,
+                "there is a pagefusion device already; this one is left alone\n"
+            );
             return Err(EBUSY);
         }
         let claim = Claim;
         let worker = KBox::new(Worker::new(memory)?, GFP_KERNEL)?;
         let thread = Thread::start(worker, c"pagefusion")?;
-        Ok(Self { _thread: thread, _claim: claim })
+        Ok(Self {
+            _thread: thread,
+            _claim: claim,
+        })
     }
 }
 

@@ -13,7 +13,10 @@ const S_IFMT: u16 = 0o170_000;
 const S_IFREG: u16 = 0o100_000;
 const S_DAX: u32 = 1 << 13;
 /// Memory that nobody but its owner may see, behind inodes that look regular.
-const SECRET_MAGICS: [u64; 2] = [0x5345_434d /* secretmem */, 0x474d_454d /* guest_memfd */];
+const SECRET_MAGICS: [u64; 2] = [
+    0x5345_434d, /* secretmem */
+    0x474d_454d, /* guest_memfd */
+];
 
 /// A reference to an open file that is mapped somewhere.
 ///
@@ -103,6 +106,10 @@ impl MappedFile {
             fs_uuid[..8].copy_from_slice(&magic.to_le_bytes());
             fs_uuid[8..12].copy_from_slice(&device.to_le_bytes());
         }
+        #[allow(
+            clippy::unnecessary_cast,
+            reason = "inode numbers are `unsigned long` on older kernels"
+        )]
         // SAFETY: The inode is valid. Times may be torn by a concurrent change, which changes
         // the identity once more.
         let (seconds, nanoseconds, inode_number, generation, size) = unsafe {
@@ -126,21 +133,32 @@ impl MappedFile {
             kind: file_kind::REGULAR,
         };
         let pages = size.div_ceil(kernel::page::PAGE_SIZE as u64);
-        Some(Facts { stamp: stamp(&identity, device), identity, pages })
+        Some(Facts {
+            stamp: stamp(&identity, device),
+            identity,
+            pages,
+        })
     }
 
     /// The file's path as its own mount sees it, written into `buffer`; empty when it has none.
     pub(crate) fn name<'a>(&self, buffer: &'a mut [u8]) -> &'a [u8] {
         // SAFETY: The file is valid and the buffer is as long as we say.
         let path = unsafe {
-            bindings::file_path(self.0.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len() as c_int)
+            bindings::file_path(
+                self.0.as_ptr(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len() as c_int,
+            )
         };
         let Ok(path) = from_err_ptr(path) else {
             return &[];
         };
         let start = (path as usize).wrapping_sub(buffer.as_ptr() as usize);
         let rest = buffer.get(start..).unwrap_or_default();
-        let end = rest.iter().position(|&byte| byte == 0).unwrap_or(rest.len());
+        let end = rest
+            .iter()
+            .position(|&byte| byte == 0)
+            .unwrap_or(rest.len());
         &rest[..end]
     }
 }
@@ -161,6 +179,8 @@ fn stamp(identity: &FileIdentity, device: u32) -> u64 {
         identity.mtime_ns,
     ];
     words.iter().fold(0, |hash: u64, word| {
-        (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+        (hash ^ word)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(29)
     })
 }

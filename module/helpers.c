@@ -11,7 +11,9 @@
 #include <linux/kthread.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
+#include <linux/preempt.h>
 #include <linux/sched.h>
+#include <linux/utsname.h>
 #include <linux/wait.h>
 
 #include "helpers.h"
@@ -36,6 +38,16 @@ void pagefusion_wait(unsigned int milliseconds)
 void pagefusion_cond_resched(void)
 {
 	cond_resched();
+}
+
+void pagefusion_preempt_disable(void)
+{
+	preempt_disable();
+}
+
+void pagefusion_preempt_enable(void)
+{
+	preempt_enable();
 }
 
 void pagefusion_vma_iter_init(struct vma_iterator *iterator, struct mm_struct *mm,
@@ -82,4 +94,14 @@ void pagefusion_folio_get(struct folio *folio)
 void pagefusion_folio_put(struct folio *folio)
 {
 	folio_put(folio);
+}
+
+const char *pagefusion_kernel_release(void)
+{
+	return init_utsname()->release;
+}
+
+const char *pagefusion_kernel_version(void)
+{
+	return init_utsname()->version;
 }

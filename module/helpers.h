@@ -8,6 +8,8 @@
 void pagefusion_kick(void);
 void pagefusion_wait(unsigned int milliseconds);
 void pagefusion_cond_resched(void);
+void pagefusion_preempt_disable(void);
+void pagefusion_preempt_enable(void);
 void pagefusion_vma_iter_init(struct vma_iterator *iterator, struct mm_struct *mm,
 			      unsigned long address);
 loff_t pagefusion_i_size_read(const struct inode *inode);
@@ -18,5 +20,7 @@ bool pagefusion_folio_maybe_dma_pinned(struct folio *folio);
 bool pagefusion_folio_contain_hwpoisoned_page(struct folio *folio);
 void pagefusion_folio_get(struct folio *folio);
 void pagefusion_folio_put(struct folio *folio);
+const char *pagefusion_kernel_release(void);
+const char *pagefusion_kernel_version(void);
 
 #endif

@@ -16,7 +16,11 @@ impl<T> Fifo<T> {
     const KEEP: usize = 64;
 
     pub(crate) const fn new() -> Self {
-        Self { slots: List::new(), head: 0, len: 0 }
+        Self {
+            slots: List::new(),
+            head: 0,
+            len: 0,
+        }
     }
 
     pub(crate) const fn is_empty(&self) -> bool {

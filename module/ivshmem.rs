@@ -38,15 +38,23 @@ impl SharedMemory {
         // SAFETY: The range is a BAR that we have requested; it is memory on the host's side.
         let base = unsafe { bindings::memremap(start, bytes as usize, flags) };
         // INVARIANT: Just mapped.
-        Ok(Self { base: NonNull::new(base).ok_or(ENOMEM)?, bytes })
+        Ok(Self {
+            base: NonNull::new(base).ok_or(ENOMEM)?,
+            bytes,
+        })
     }
 
     /// Where the word at `offset` is.
     fn word(&self, offset: u64) -> Option<*mut u64> {
         let inside = offset.checked_add(8).is_some_and(|end| end <= self.bytes);
         // `wrapping` as the pointer is only followed where it is inside.
-        (inside && offset % 8 == 0)
-            .then(|| self.base.as_ptr().cast::<u8>().wrapping_add(offset as usize).cast())
+        (inside && offset % 8 == 0).then(|| {
+            self.base
+                .as_ptr()
+                .cast::<u8>()
+                .wrapping_add(offset as usize)
+                .cast()
+        })
     }
 
     fn read(&self, offset: u64) -> u64 {
@@ -105,7 +113,12 @@ impl Interrupt {
         let pdev = raw(device);
         // SAFETY: The device is valid and bound to us.
         let vectors = unsafe {
-            bindings::pci_alloc_irq_vectors(pdev, 1, 1, bindings::PCI_IRQ_MSIX | bindings::PCI_IRQ_MSI)
+            bindings::pci_alloc_irq_vectors(
+                pdev,
+                1,
+                1,
+                bindings::PCI_IRQ_MSIX | bindings::PCI_IRQ_MSI,
+            )
         };
         if vectors < 1 {
             return None;
@@ -129,7 +142,10 @@ impl Interrupt {
             return None;
         }
         // INVARIANT: As just set up.
-        Some(Self { device: device.into(), irq: irq as c_uint })
+        Some(Self {
+            device: device.into(),
+            irq: irq as c_uint,
+        })
     }
 }
 
@@ -218,7 +234,12 @@ impl Ivshmem {
                 return Err(ENODEV);
             }
             Err(LayoutError::Version(major, minor)) => {
-                dev_err!(device, "host speaks version {}.{}, which is not ours\n", major, minor);
+                dev_err!(
+                    device,
+                    "host speaks version {}.{}, which is not ours\n",
+                    major,
+                    minor
+                );
                 return Err(ENODEV);
             }
             Err(LayoutError::Areas) => {
@@ -229,8 +250,19 @@ impl Ivshmem {
         let host_peer = memory.read(header::HOST_PEER as u64) as u16;
         device.set_master();
         let interrupt = Interrupt::request(device);
-        let registers = if interrupt.is_some() { Self::registers(device)? } else { None };
-        Ok(Self { interrupt, registers, memory, _enabled: enabled, host_peer, layout })
+        let registers = if interrupt.is_some() {
+            Self::registers(device)?
+        } else {
+            None
+        };
+        Ok(Self {
+            interrupt,
+            registers,
+            memory,
+            _enabled: enabled,
+            host_peer,
+            layout,
+        })
     }
 
     fn registers(device: &pci::Device<Core<'_>>) -> Result<Option<Registers>> {
@@ -240,7 +272,10 @@ impl Ivshmem {
         // SAFETY: The device is valid and the BAR was requested.
         let base = unsafe { bindings::pci_iomap(raw(device), REGISTERS_BAR, 0) };
         // INVARIANT: Just mapped.
-        Ok(NonNull::new(base).map(|base| Registers { device: device.into(), base }))
+        Ok(NonNull::new(base).map(|base| Registers {
+            device: device.into(),
+            base,
+        }))
     }
 
     /// Where everything is.

@@ -3,7 +3,7 @@
 //! A growable array over the kernel's allocator, with the few operations that the pure files
 //! need. `list_std.rs` is its twin for `cargo test`; both include `list_ops.rs`.
 
-use kernel::alloc::flags::{GFP_KERNEL, __GFP_NOWARN};
+use kernel::alloc::flags::{__GFP_NOWARN, GFP_KERNEL};
 use kernel::alloc::KVVec;
 
 /// Memory could not be had. The caller drops what it was about to remember.
@@ -18,7 +18,9 @@ pub(crate) struct List<T> {
 impl<T> List<T> {
     /// An empty list, which owns no memory.
     pub(crate) const fn new() -> Self {
-        Self { items: KVVec::new() }
+        Self {
+            items: KVVec::new(),
+        }
     }
 
     /// Makes the capacity exactly `capacity`, which must hold all items.

@@ -87,17 +87,6 @@ impl<T: Copy> List<T> {
         *self = fresh;
         Ok(())
     }
-
-    /// Gives memory back when less than half of it is used.
-    pub(crate) fn shrink(&mut self) {
-        let (len, capacity) = (self.items.len(), self.items.capacity());
-        if len == 0 {
-            self.clear();
-        } else if capacity > 4 * len {
-            // Without memory for the smaller copy it stays as large as it is.
-            let _ = self.reallocate(len + len / 4);
-        }
-    }
 }
 
 impl<T> core::ops::Deref for List<T> {

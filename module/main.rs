@@ -14,6 +14,7 @@ mod driver;
 mod file;
 mod inflight;
 mod ivshmem;
+mod kernel_memory;
 mod list;
 mod page_cache;
 mod pass;
@@ -28,6 +29,7 @@ mod tracker;
 mod walk;
 // The host's side of it is not used here.
 #[allow(dead_code, unreachable_pub)]
+#[rustfmt::skip] // Formatted with its own crate.
 #[path = "../abi/src/wire/mod.rs"]
 mod wire;
 mod worker;
@@ -53,7 +55,11 @@ impl kernel::InPlaceModule for PageFusion {
         if compat::is_confidential() {
             pr_err!("this guest's memory is hidden from its host: there is nothing to share\n");
         }
-        let allowed = if compat::is_confidential() { Err(EOPNOTSUPP) } else { Ok(()) };
+        let allowed = if compat::is_confidential() {
+            Err(EOPNOTSUPP)
+        } else {
+            Ok(())
+        };
         try_pin_init!(Self {
             directory: allowed.and_then(|()| sysfs::Directory::new())?,
             driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),

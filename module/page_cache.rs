@@ -35,9 +35,11 @@ unsafe impl Send for FolioBatch {}
 impl FolioBatch {
     /// An empty batch.
     pub(crate) fn new() -> Self {
-        let mut raw = bindings::folio_batch::default();
-        // Our folios come from the page cache, not from this CPU's queues: nothing to drain.
-        raw.percpu_pvec_drained = true;
+        let raw = bindings::folio_batch {
+            // Our folios come from the page cache, not from this CPU's queues: nothing to drain.
+            percpu_pvec_drained: true,
+            ..Default::default()
+        };
         // INVARIANT: It has no entries.
         Self { raw }
     }
@@ -67,7 +69,9 @@ impl FolioBatch {
     /// The folios.
     pub(crate) fn folios(&self) -> impl Iterator<Item = Folio<'_>> {
         let folios = self.raw.folios[..usize::from(self.raw.nr)].iter();
-        folios.filter_map(|&folio| NonNull::new(folio)).map(|folio| Folio { folio, batch: self })
+        folios
+            .filter_map(|&folio| NonNull::new(folio))
+            .map(|folio| Folio { folio, batch: self })
     }
 
     /// Lets go of all folios.
@@ -118,11 +122,20 @@ impl Folio<'_> {
         }
         // SAFETY: We hold a reference, so the folio is not split or freed.
         let (pages, frame) = unsafe {
-            (helpers::pagefusion_folio_nr_pages(folio), helpers::pagefusion_folio_pfn(folio))
+            (
+                helpers::pagefusion_folio_nr_pages(folio),
+                helpers::pagefusion_folio_pfn(folio),
+            )
         };
         let start = index as u64;
-        let range = Range { start, end: start + pages as u64 };
-        Some(Place { range, frame: frame as u64 })
+        let range = Range {
+            start,
+            end: start + pages as u64,
+        };
+        Some(Place {
+            range,
+            frame: frame as u64,
+        })
     }
 
     /// Whether a device may be writing to the folio, or a page of it is broken.
@@ -156,6 +169,13 @@ pub(crate) struct PinnedFrames {
     pages: u64,
 }
 
+impl PinnedFrames {
+    /// A pin that holds nothing.
+    pub(crate) const fn none() -> Self {
+        Self { frame: 0, pages: 0 }
+    }
+}
+
 impl Pin for PinnedFrames {
     fn join(&mut self, next: Self) {
         if self.pages != 0 && next.pages != 0 {
@@ -187,7 +207,10 @@ impl Drop for PinnedFrames {
             let folio = unsafe { helpers::pagefusion_pfn_folio(frame as usize) };
             // SAFETY: As above.
             let (first, pages) = unsafe {
-                (helpers::pagefusion_folio_pfn(folio), helpers::pagefusion_folio_nr_pages(folio))
+                (
+                    helpers::pagefusion_folio_pfn(folio),
+                    helpers::pagefusion_folio_nr_pages(folio),
+                )
             };
             // SAFETY: By the invariants we own one reference to this folio, given up here.
             unsafe { helpers::pagefusion_folio_put(folio) };

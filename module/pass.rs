@@ -5,6 +5,7 @@
 use crate::control::CONTROL;
 use crate::file::{Facts, MappedFile};
 use crate::ivshmem::Ivshmem;
+use crate::kernel_memory::{self, Part};
 use crate::page_cache::{Folio, FolioBatch, PinnedFrames, Place};
 use crate::policy;
 use crate::ranges::Range;
@@ -13,7 +14,7 @@ use crate::session::{Refusal, Session};
 use crate::thread;
 use crate::tracker::{FileState, PieceState, MAX_FRAME, MAX_PAGE};
 use crate::walk::{Batch, Candidate, Seen, Walk};
-use crate::wire::MAX_NAME;
+use crate::wire::{FileIdentity, MAX_NAME};
 use kernel::alloc::KVec;
 use kernel::prelude::*;
 
@@ -34,6 +35,7 @@ pub(crate) struct Workshop {
     batch: Batch,
     folios: FolioBatch,
     path: KVec<u8>,
+    kernel: [Option<Part>; 2],
 }
 
 impl Workshop {
@@ -43,6 +45,7 @@ impl Workshop {
             folios: FolioBatch::new(),
             // Room for a path that is cut, as the kernel writes paths from their end.
             path: KVec::from_elem(0, 4 * MAX_NAME, GFP_KERNEL)?,
+            kernel: kernel_memory::parts(),
         })
     }
 }
@@ -60,6 +63,12 @@ pub(crate) struct Findings {
     pub(crate) seen: Seen,
 }
 
+/// What pages belong to.
+enum Source<'a> {
+    File(&'a MappedFile, &'a Facts),
+    Kernel(&'a FileIdentity),
+}
+
 /// A pass under way.
 pub(crate) struct Pass<'a> {
     session: &'a mut GuestSession,
@@ -68,8 +77,12 @@ pub(crate) struct Pass<'a> {
     path: &'a mut [u8],
     folios: &'a mut FolioBatch,
     looked: u64,
+    /// What is to be withdrawn before anything else of this file is reported.
+    gone: Range,
     findings: Findings,
 }
+
+const NOTHING: Range = Range { start: 0, end: 0 };
 
 /// Makes a pass. `scans` is its number since the module was loaded.
 pub(crate) fn run(
@@ -78,10 +91,24 @@ pub(crate) fn run(
     scans: u64,
 ) -> Result<Findings, Stop> {
     let (number, most) = (session.begin_pass(), session.most_run_pages());
-    let Workshop { batch, folios, path } = workshop;
-    let mut pass =
-        Pass { session, number, most, path, folios, looked: 0, findings: Findings::default() };
-    let result = pass.walk(batch).and_then(|()| pass.finish(scans));
+    let Workshop {
+        batch,
+        folios,
+        path,
+        kernel,
+    } = workshop;
+    let findings = Findings::default();
+    let mut pass = Pass {
+        session,
+        number,
+        most,
+        path,
+        folios,
+        looked: 0,
+        gone: NOTHING,
+        findings,
+    };
+    let result = pass.walk(batch, kernel).and_then(|()| pass.finish(scans));
     let findings = pass.findings;
     folios.release();
     batch.clear();
@@ -89,7 +116,7 @@ pub(crate) fn run(
 }
 
 impl Pass<'_> {
-    fn walk(&mut self, batch: &mut Batch) -> Result<(), Stop> {
+    fn walk(&mut self, batch: &mut Batch, kernel: &[Option<Part>]) -> Result<(), Stop> {
         let mut walk = Walk::new();
         loop {
             batch.clear();
@@ -109,6 +136,49 @@ impl Pass<'_> {
             }
         }
         self.findings.seen = walk.seen;
+        if CONTROL.kernel_text.get() == 1 {
+            for part in kernel.iter().flatten() {
+                self.scan_kernel(part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reports a part of the kernel. Its frames are never freed, so nothing needs to hold them.
+    fn scan_kernel(&mut self, part: &Part) -> Result<(), Stop> {
+        let Part {
+            key,
+            ref identity,
+            place,
+        } = *part;
+        let known = self.session.tracker.find(key);
+        let Some(id) = known.or_else(|| self.session.tracker.add(key, 0)) else {
+            return Ok(());
+        };
+        self.session.tracker.uncovered(id, self.number, place.range);
+        self.findings.eligible += place.range.end - place.range.start;
+        let retry = self.session.retries(id);
+        let (mut rest, mut cursor) = (place.range, 0);
+        while !rest.is_empty() {
+            let frame = place.frame + rest.start;
+            let Some(tracked) = self.session.tracker.get_mut(id) else {
+                return Ok(());
+            };
+            let mut piece = tracked.pages.compare(rest, frame, retry, &mut cursor);
+            if piece.state != PieceState::Known {
+                piece.range.end = piece.range.end.min(rest.start + self.most);
+                let pages = piece.range.end - piece.range.start;
+                let pin = PinnedFrames::none();
+                let run = PinnedRun {
+                    page: rest.start,
+                    frame,
+                    pages,
+                    pin,
+                };
+                self.report(&Source::Kernel(identity), id, run)?;
+            }
+            rest.start = piece.range.end;
+        }
         Ok(())
     }
 
@@ -116,7 +186,9 @@ impl Pass<'_> {
     fn finish(&mut self, scans: u64) -> Result<(), Stop> {
         let mut from = 0;
         while let Some(id) =
-            self.session.tracker.next_unseen(from, self.number, policy::KEEP_PASSES)
+            self.session
+                .tracker
+                .next_unseen(from, self.number, policy::KEEP_PASSES)
         {
             self.retire(id)?;
             from = id + 1;
@@ -228,19 +300,41 @@ impl Pass<'_> {
                 let Some(place) = folio.place(file).and_then(|place| clip(place, range)) else {
                     continue;
                 };
-                self.retract(id, Range { start: expected, end: place.range.start })?;
+                self.retract(
+                    id,
+                    Range {
+                        start: expected,
+                        end: place.range.start,
+                    },
+                )?;
                 expected = place.range.end;
                 let pages = place.range.end - place.range.start;
                 self.looked += pages;
                 self.findings.eligible += pages;
-                self.compare(file, facts, id, &folio, place, retry, &mut cursor, &mut runs)?;
+                self.compare(
+                    file,
+                    facts,
+                    id,
+                    &folio,
+                    place,
+                    retry,
+                    &mut cursor,
+                    &mut runs,
+                )?;
             }
             thread::give_way();
         }
         *self.folios = folios;
-        self.retract(id, Range { start: expected, end: range.end })?;
+        self.retract(
+            id,
+            Range {
+                start: expected,
+                end: range.end,
+            },
+        )?;
+        self.flush(id)?;
         if let Some(run) = runs.finish() {
-            self.report(file, facts, id, run)?;
+            self.report(&Source::File(file, facts), id, run)?;
         }
         Ok(())
     }
@@ -258,7 +352,10 @@ impl Pass<'_> {
         cursor: &mut usize,
         runs: &mut RunBuilder<PinnedFrames>,
     ) -> Result<(), Stop> {
-        let Place { range: mut rest, frame } = place;
+        let Place {
+            range: mut rest,
+            frame,
+        } = place;
         let shift = rest.start;
         while !rest.is_empty() {
             let at = frame + (rest.start - shift);
@@ -276,9 +373,14 @@ impl Pass<'_> {
                 }
                 let pages = piece.range.end - piece.range.start;
                 let pin = folio.pin(at, pages);
-                let piece = PinnedRun { page: rest.start, frame: at, pages, pin };
+                let piece = PinnedRun {
+                    page: rest.start,
+                    frame: at,
+                    pages,
+                    pin,
+                };
                 if let Some(run) = runs.push(piece) {
-                    self.report(file, facts, id, run)?;
+                    self.report(&Source::File(file, facts), id, run)?;
                 }
             }
             rest.start = piece.range.end;
@@ -286,25 +388,43 @@ impl Pass<'_> {
         Ok(())
     }
 
+    /// Withdraws pages, together with those just before them.
     fn retract(&mut self, id: u32, range: Range) -> Result<(), Stop> {
         if range.is_empty() {
             return Ok(());
         }
-        self.insist(|session| session.retract(id, range))
+        if self.gone.is_empty() || self.gone.end != range.start {
+            self.flush(id)?;
+            self.gone.start = range.start;
+        }
+        self.gone.end = range.end;
+        Ok(())
+    }
+
+    fn flush(&mut self, id: u32) -> Result<(), Stop> {
+        let gone = core::mem::replace(&mut self.gone, NOTHING);
+        if gone.is_empty() {
+            return Ok(());
+        }
+        self.insist(|session| session.retract(id, gone))
     }
 
     fn report(
         &mut self,
-        file: &MappedFile,
-        facts: &Facts,
+        source: &Source<'_>,
         id: u32,
         run: PinnedRun<PinnedFrames>,
     ) -> Result<(), Stop> {
+        self.flush(id)?;
         if self.session.needs_announcement(id) {
             let sends_names = self.session.ring().sends_names();
             let path = core::mem::take(&mut self.path);
-            let name = if sends_names { file.name(path) } else { &[] };
-            let announced = self.insist(|session| session.announce(id, facts.identity, name));
+            let (identity, name) = match *source {
+                Source::File(file, facts) if sends_names => (facts.identity, file.name(path)),
+                Source::File(_, facts) => (facts.identity, &[][..]),
+                Source::Kernel(identity) => (*identity, &[][..]),
+            };
+            let announced = self.insist(|session| session.announce(id, identity, name));
             self.path = path;
             announced?;
             let announced = self.session.tracker.get_mut(id).map(|file| file.state);
@@ -331,5 +451,8 @@ fn clip(place: Place, range: Range) -> Option<Place> {
     };
     let frame = place.frame + clipped.start.wrapping_sub(place.range.start);
     let fits = !clipped.is_empty() && frame + (clipped.end - clipped.start) <= MAX_FRAME;
-    fits.then_some(Place { range: clipped, frame })
+    fits.then_some(Place {
+        range: clipped,
+        frame,
+    })
 }

@@ -37,7 +37,11 @@ pub(crate) const fn is_retryable(why: u8) -> bool {
 
 /// Passes to let go by after the `tries`-th refusal.
 pub(crate) const fn backoff_passes(tries: u8) -> u32 {
-    1 << (if tries < MAX_BACKOFF { tries } else { MAX_BACKOFF })
+    1 << (if tries < MAX_BACKOFF {
+        tries
+    } else {
+        MAX_BACKOFF
+    })
 }
 
 /// When the next pass is due.
@@ -49,7 +53,10 @@ pub(crate) struct Schedule {
 impl Schedule {
     /// The first pass is due at once.
     pub(crate) const fn new() -> Self {
-        Self { next_ms: 0, idle: 0 }
+        Self {
+            next_ms: 0,
+            idle: 0,
+        }
     }
 
     /// Makes a pass due now.

@@ -48,7 +48,11 @@ impl Ranges {
             if known.start <= missing.start {
                 missing.start = known.end.min(range.end);
             }
-            let next = if known.start > missing.start { i } else { i + 1 };
+            let next = if known.start > missing.start {
+                i
+            } else {
+                i + 1
+            };
             if let Some(next) = self.list.get(next) {
                 missing.end = missing.end.min(next.start.max(missing.start));
             }

@@ -110,7 +110,8 @@ impl<M: Memory> Ring<M> {
     }
 
     fn set(&self, field: usize, value: u64) {
-        self.memory.write(self.layout.guest_area + field as u64, value);
+        self.memory
+            .write(self.layout.guest_area + field as u64, value);
     }
 
     pub(crate) const fn state(&self) -> State {
@@ -188,12 +189,17 @@ impl<M: Memory> Ring<M> {
     }
 
     fn attach(&mut self, instance: u64) {
-        let last = self.guest(guest_area::EPOCH).max(self.host(host_area::EPOCH));
+        let last = self
+            .guest(guest_area::EPOCH)
+            .max(self.host(host_area::EPOCH));
         self.epoch = last.checked_add(1).unwrap_or(1);
         self.instance = instance;
         (self.head, self.published, self.ack, self.request_tail) = (0, 0, 0, 0);
         self.set(guest_area::STATE, guest_state::ABSENT);
-        self.set(guest_area::VERSION, pack_version(VERSION_MAJOR, VERSION_MINOR));
+        self.set(
+            guest_area::VERSION,
+            pack_version(VERSION_MAJOR, VERSION_MINOR),
+        );
         self.set(guest_area::FEATURES, self.features);
         self.set(guest_area::HEAD, 0);
         self.set(guest_area::REVOKED, 0);

@@ -29,7 +29,10 @@ pub(crate) struct RunBuilder<P> {
 impl<P: Pin> RunBuilder<P> {
     /// A builder for runs of at most `most` pages.
     pub(crate) const fn new(most: u64) -> Self {
-        Self { current: None, most }
+        Self {
+            current: None,
+            most,
+        }
     }
 
     /// Adds a piece; returns the run before it when the piece does not continue that run.

@@ -119,7 +119,8 @@ impl<M: Memory, P> Session<M, P> {
 
     /// Most pages of one run.
     pub(crate) fn most_run_pages(&self) -> u64 {
-        self.most_in_flight().min(u64::from(wire::MAX_RUN_PAGES) / self.geometry.scale)
+        self.most_in_flight()
+            .min(u64::from(wire::MAX_RUN_PAGES) / self.geometry.scale)
     }
 
     fn most_in_flight(&self) -> u64 {
@@ -171,7 +172,10 @@ impl<M: Memory, P> Session<M, P> {
     }
 
     fn greet(&mut self) {
-        let Geometry { memory_pages, scale } = self.geometry;
+        let Geometry {
+            memory_pages,
+            scale,
+        } = self.geometry;
         // The ring is empty, and larger than any record.
         let _ = self.ring.push(&Record::Hello {
             epoch: self.ring.epoch(),
@@ -189,15 +193,27 @@ impl<M: Memory, P> Session<M, P> {
                 file.pages.clear();
             } else {
                 let end = page.saturating_add(pages).div_ceil(scale);
-                file.pages.forget(Range { start: page / scale, end });
+                file.pages.forget(Range {
+                    start: page / scale,
+                    end,
+                });
             }
         }
     }
 
     /// Takes the outcomes of what lies before `acknowledged` and lets its pages go.
     fn drain(&mut self, acknowledged: u64) {
-        while self.inflight.front().is_some_and(|first| first.position < acknowledged) {
-            let Some(InFlight { position, file, what }) = self.inflight.pop() else {
+        while self
+            .inflight
+            .front()
+            .is_some_and(|first| first.position < acknowledged)
+        {
+            let Some(InFlight {
+                position,
+                file,
+                what,
+            }) = self.inflight.pop()
+            else {
                 return;
             };
             let outcome = self.ring.outcome(position);
@@ -233,7 +249,13 @@ impl<M: Memory, P> Session<M, P> {
             file.state = FileState::Unannounced;
         }
         if policy::is_retryable(outcome.reason) {
-            file.pages.refuse(Range { start: run.page, end: run.page + run.pages }, run.frame);
+            file.pages.refuse(
+                Range {
+                    start: run.page,
+                    end: run.page + run.pages,
+                },
+                run.frame,
+            );
             // All refusals of one pass count as one.
             if self.pass.wrapping_sub(file.retry_at) as i32 >= 0 {
                 file.retry_at = self.pass.wrapping_add(policy::backoff_passes(file.backoff));
@@ -263,8 +285,16 @@ impl<M: Memory, P> Session<M, P> {
     pub(crate) fn revoke(&mut self) {
         let claim = self.ring.revoke();
         self.totals.revocations += 1;
-        while self.inflight.newest().is_some_and(|newest| newest.position >= claim) {
-            if let Some(InFlight { what: What::Run(run), .. }) = self.inflight.pop_newest() {
+        while self
+            .inflight
+            .newest()
+            .is_some_and(|newest| newest.position >= claim)
+        {
+            if let Some(InFlight {
+                what: What::Run(run),
+                ..
+            }) = self.inflight.pop_newest()
+            {
                 self.pages_in_flight -= run.pages;
             }
         }
@@ -322,7 +352,11 @@ impl<M: Memory, P> Session<M, P> {
         self.inflight.reserve().map_err(|_| Refusal::NoMemory)?;
         let position = self.ring.push(record).map_err(|Full| Refusal::Busy)?;
         // Room was made before the record became visible.
-        let _ = self.inflight.push(InFlight { position, file, what });
+        let _ = self.inflight.push(InFlight {
+            position,
+            file,
+            what,
+        });
         self.news = true;
         Ok(())
     }
@@ -330,14 +364,16 @@ impl<M: Memory, P> Session<M, P> {
     /// Whether refused pages of a file are to be tried again in this pass.
     pub(crate) fn retries(&mut self, id: u32) -> bool {
         let pass = self.pass;
-        self.tracker.get_mut(id).is_some_and(|file| {
-            file.backoff != 0 && pass.wrapping_sub(file.retry_at) as i32 >= 0
-        })
+        self.tracker
+            .get_mut(id)
+            .is_some_and(|file| file.backoff != 0 && pass.wrapping_sub(file.retry_at) as i32 >= 0)
     }
 
     /// Whether the host must be told about this file before its pages are reported.
     pub(crate) fn needs_announcement(&mut self, id: u32) -> bool {
-        self.tracker.get_mut(id).is_some_and(|file| file.state == FileState::Unannounced)
+        self.tracker
+            .get_mut(id)
+            .is_some_and(|file| file.state == FileState::Unannounced)
     }
 
     /// Tells the host what a file is.
@@ -348,7 +384,15 @@ impl<M: Memory, P> Session<M, P> {
         name: &[u8],
     ) -> Result<(), Refusal> {
         let name = if self.ring.sends_names() { name } else { &[] };
-        self.push(id, &Record::File { file: id, identity, name }, What::Announce)?;
+        self.push(
+            id,
+            &Record::File {
+                file: id,
+                identity,
+                name,
+            },
+            What::Announce,
+        )?;
         if let Some(file) = self.tracker.get_mut(id) {
             file.state = FileState::Announced;
         }
@@ -387,14 +431,24 @@ impl<M: Memory, P> Session<M, P> {
         };
         if let Some(file) = self.tracker.get_mut(id) {
             // What cannot be remembered is reported once more in the next pass.
-            let _ = file.pages.record(Range { start: run.page, end: run.page + run.pages }, run.frame);
+            let _ = file.pages.record(
+                Range {
+                    start: run.page,
+                    end: run.page + run.pages,
+                },
+                run.frame,
+            );
         }
         self.pages_in_flight += run.pages;
         self.totals.reported += run.pages * scale;
         self.totals.runs += 1;
         self.news = true;
         // Room was made before the record became visible.
-        let _ = self.inflight.push(InFlight { position, file: id, what: What::Run(run) });
+        let _ = self.inflight.push(InFlight {
+            position,
+            file: id,
+            what: What::Run(run),
+        });
         Ok(())
     }
 
@@ -408,7 +462,15 @@ impl<M: Memory, P> Session<M, P> {
         }
         let scale = self.geometry.scale;
         let (page, pages) = (range.start * scale, (range.end - range.start) * scale);
-        self.push(id, &Record::Retract { file: id, page, pages }, What::Other)?;
+        self.push(
+            id,
+            &Record::Retract {
+                file: id,
+                page,
+                pages,
+            },
+            What::Other,
+        )?;
         if let Some(file) = self.tracker.get_mut(id) {
             self.totals.retracted += file.pages.forget(range) * scale;
         }
@@ -425,7 +487,11 @@ impl<M: Memory, P> Session<M, P> {
             self.tracker.release(id);
             return Ok(());
         }
-        let record = Record::Retract { file: id, page: 0, pages: 0 };
+        let record = Record::Retract {
+            file: id,
+            page: 0,
+            pages: 0,
+        };
         self.push(id, &record, What::Retire)?;
         self.tracker.retire(id);
         Ok(())
@@ -435,7 +501,14 @@ impl<M: Memory, P> Session<M, P> {
     pub(crate) fn end_pass(&mut self, passes: u64, eligible: u64) -> Result<bool, Refusal> {
         if self.news {
             let eligible = eligible * self.geometry.scale;
-            self.push(0, &Record::EndOfPass { pass: passes, eligible }, What::Other)?;
+            self.push(
+                0,
+                &Record::EndOfPass {
+                    pass: passes,
+                    eligible,
+                },
+                What::Other,
+            )?;
         }
         self.tracker.end_of_pass();
         self.ring.publish();
@@ -456,7 +529,11 @@ impl<M: Memory, P> Session<M, P> {
             return true;
         }
         let (ack, head) = (self.ring.acknowledged(), self.ring.head());
-        let position = if all { head } else { ack + (head - ack).div_ceil(2) };
+        let position = if all {
+            head
+        } else {
+            ack + (head - ack).div_ceil(2)
+        };
         self.ring.notify_at(position);
         // The host may have passed the position before it could see that it was asked.
         self.ring.acknowledged() < position

@@ -96,7 +96,10 @@ const fn attribute(
 ) -> Constant<bindings::kobj_attribute> {
     let mode = if store.is_some() { 0o644 } else { 0o444 };
     Constant(bindings::kobj_attribute {
-        attr: bindings::attribute { name: name.as_ptr().cast(), mode },
+        attr: bindings::attribute {
+            name: name.as_ptr().cast(),
+            mode,
+        },
         __bindgen_anon_1: bindings::kobj_attribute__bindgen_ty_1 { show: Some(show) },
         __bindgen_anon_2: bindings::kobj_attribute__bindgen_ty_2 { store },
     })
@@ -190,7 +193,7 @@ static GROUP: Constant<bindings::attribute_group> = Constant(bindings::attribute
     is_bin_visible: None,
     bin_size: None,
     __bindgen_anon_2: bindings::attribute_group__bindgen_ty_2 {
-        attrs_const: &raw const POINTERS.0 as *const *const bindings::attribute,
+        attrs_const: (&raw const POINTERS.0).cast(),
     },
     bin_attrs: core::ptr::null(),
 });

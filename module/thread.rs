@@ -3,6 +3,7 @@
 //! A freezable kernel thread at the lowest priority, and the event it sleeps on.
 
 use crate::bindings as helpers;
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 use kernel::alloc::KBox;
 use kernel::bindings;
@@ -130,4 +131,22 @@ pub(crate) fn now_us() -> u64 {
     // SAFETY: Always callable once timekeeping runs, which is before any module is loaded.
     let nanoseconds = unsafe { bindings::ktime_get_mono_fast_ns() };
     nanoseconds / 1000
+}
+
+/// While this exists the current thread is not put aside for another.
+pub(crate) struct NoPreemption(PhantomData<*mut ()>);
+
+impl NoPreemption {
+    pub(crate) fn new() -> Self {
+        // SAFETY: Undone when this is dropped, on the same thread, as it is not `Send`.
+        unsafe { helpers::pagefusion_preempt_disable() };
+        Self(PhantomData)
+    }
+}
+
+impl Drop for NoPreemption {
+    fn drop(&mut self) {
+        // SAFETY: Disabled when this was made.
+        unsafe { helpers::pagefusion_preempt_enable() };
+    }
 }

@@ -57,7 +57,12 @@ impl Entry {
     fn part(self, range: Range) -> Self {
         let start = self.page().max(range.start);
         let end = self.end().min(range.end);
-        Self::new(start, self.frame() + (start - self.page()), end - start, self.refused())
+        Self::new(
+            start,
+            self.frame() + (start - self.page()),
+            end - start,
+            self.refused(),
+        )
     }
 }
 
@@ -87,18 +92,15 @@ pub(crate) struct Pages {
 
 impl Pages {
     pub(crate) const fn new() -> Self {
-        Self { entries: List::new(), pages: 0 }
+        Self {
+            entries: List::new(),
+            pages: 0,
+        }
     }
 
     /// Number of pages.
     pub(crate) const fn pages(&self) -> u64 {
         self.pages
-    }
-
-    /// From the first page to the last.
-    pub(crate) fn span(&self) -> Option<Range> {
-        let (first, last) = (self.entries.first()?, self.entries.last()?);
-        Some(Range { start: first.page(), end: last.end() })
     }
 
     /// Index of the first entry that ends after `page`. `hint` is where it was last time.
@@ -124,11 +126,20 @@ impl Pages {
         let i = self.seek(range.start, *cursor);
         *cursor = i;
         let Some(entry) = self.entries.get(i).filter(|entry| entry.page() < range.end) else {
-            return Piece { range, state: PieceState::New };
+            return Piece {
+                range,
+                state: PieceState::New,
+            };
         };
         if entry.page() > range.start {
-            let range = Range { start: range.start, end: entry.page() };
-            return Piece { range, state: PieceState::New };
+            let range = Range {
+                start: range.start,
+                end: entry.page(),
+            };
+            return Piece {
+                range,
+                state: PieceState::New,
+            };
         }
         let state = if entry.frame() + (range.start - entry.page()) != frame {
             PieceState::Moved
@@ -137,14 +148,21 @@ impl Pages {
         } else {
             PieceState::Known
         };
-        Piece { range: Range { start: range.start, end: range.end.min(entry.end()) }, state }
+        Piece {
+            range: Range {
+                start: range.start,
+                end: range.end.min(entry.end()),
+            },
+            state,
+        }
     }
 
     /// Notes that `range` was reported at contiguous frames from `frame`. All must be below
     /// [`MAX_PAGE`] and [`MAX_FRAME`].
     pub(crate) fn record(&mut self, range: Range, frame: u64) -> Result<(), NoMemory> {
         // Two entries may remain of what is cut, and one per 256 pages is new.
-        self.entries.reserve(3 + ((range.end - range.start) / MAX_COUNT) as usize)?;
+        self.entries
+            .reserve(3 + ((range.end - range.start) / MAX_COUNT) as usize)?;
         self.forget(range);
         let mut next = range.start;
         while next < range.end {
@@ -182,20 +200,31 @@ impl Pages {
             return 0;
         }
         let from = self.seek(range.start, 0);
-        let to = self.entries.partition_point(|entry| entry.page() < range.end);
+        let to = self
+            .entries
+            .partition_point(|entry| entry.page() < range.end);
         if from >= to {
             return 0;
         }
         let (first, last) = (self.entries[from], self.entries[to - 1]);
-        let gone: u64 = self.entries[from..to].iter().map(|entry| entry.part(range).count()).sum();
+        let gone: u64 = self.entries[from..to]
+            .iter()
+            .map(|entry| entry.part(range).count())
+            .sum();
         let mut rest = [first; 2];
         let mut count = 0;
         if first.page() < range.start {
-            rest[count] = first.part(Range { start: first.page(), end: range.start });
+            rest[count] = first.part(Range {
+                start: first.page(),
+                end: range.start,
+            });
             count += 1;
         }
         if last.end() > range.end {
-            rest[count] = last.part(Range { start: range.end, end: last.end() });
+            rest[count] = last.part(Range {
+                start: range.end,
+                end: last.end(),
+            });
             count += 1;
         }
         self.pages -= gone;
@@ -222,7 +251,9 @@ impl Pages {
     /// only partly refused is reported again as a whole.
     pub(crate) fn refuse(&mut self, range: Range, frame: u64) {
         let from = self.seek(range.start, 0);
-        let to = self.entries.partition_point(|entry| entry.page() < range.end);
+        let to = self
+            .entries
+            .partition_point(|entry| entry.page() < range.end);
         for entry in self.entries.get_mut(from..to).unwrap_or_default() {
             let same = entry.frame() + range.start == frame + entry.page();
             if same {
@@ -300,12 +331,20 @@ pub(crate) struct Tracker {
 impl Tracker {
     /// A tracker for at most `most` files.
     pub(crate) const fn new(most: usize) -> Self {
-        Self { files: List::new(), free: List::new(), index: List::new(), live: 0, most }
+        Self {
+            files: List::new(),
+            free: List::new(),
+            index: List::new(),
+            live: 0,
+            most,
+        }
     }
 
     /// The file with this id, if the id is in use.
     pub(crate) fn get_mut(&mut self, id: u32) -> Option<&mut File> {
-        self.files.get_mut(id as usize).filter(|file| file.state != FileState::Free)
+        self.files
+            .get_mut(id as usize)
+            .filter(|file| file.state != FileState::Free)
     }
 
     /// Files that are tracked now.
@@ -359,7 +398,12 @@ impl Tracker {
             }
             None => return None,
         };
-        self.files[id as usize] = File { key, stamp, state: FileState::Unannounced, ..FREE };
+        self.files[id as usize] = File {
+            key,
+            stamp,
+            state: FileState::Unannounced,
+            ..FREE
+        };
         let slot = self.slot(key);
         self.index[slot] = id;
         self.live += 1;
@@ -485,7 +529,8 @@ impl Tracker {
     }
 
     fn rehash(&mut self) -> Result<(), NoMemory> {
-        self.index.fill(((self.live + 1) * 2).next_power_of_two().max(16), NONE)?;
+        self.index
+            .fill(((self.live + 1) * 2).next_power_of_two().max(16), NONE)?;
         for id in 0..self.ids() {
             let file = &self.files[id as usize];
             if matches!(file.state, FileState::Unannounced | FileState::Announced) {
@@ -499,5 +544,7 @@ impl Tracker {
 
 /// Spreads addresses, whose low bits are all alike.
 const fn hash(key: usize) -> usize {
-    (key as u64 >> 3).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_right(32) as usize
+    (key as u64 >> 3)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_right(32) as usize
 }

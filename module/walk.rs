@@ -6,8 +6,9 @@
 //!
 //! - RCU read lock: finding the next process and taking a reference to its mm (which takes and
 //!   releases its `alloc_lock`);
-//! - mmap read lock, by trylock: copying up to [`BATCH`] file references. Nothing is allocated,
-//!   no page cache is looked at, nothing sleeps.
+//! - mmap read lock, by trylock and without preemption: copying up to [`BATCH`] file references.
+//!   Nothing is allocated, no page cache is looked at, nothing sleeps; and as this thread has
+//!   the lowest priority, being put aside here would make others wait for the lock.
 //!
 //! Between batches nothing is held: the walk goes on by process id and address.
 
@@ -15,6 +16,7 @@ use crate::bindings as helpers;
 use crate::file::MappedFile;
 use crate::list::List;
 use crate::ranges::{self, Range};
+use crate::thread::{give_way, NoPreemption};
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, addr_of_mut, NonNull};
 use kernel::bindings;
@@ -27,7 +29,7 @@ use kernel::sync::rcu;
 /// Most file references held at a time.
 pub(crate) const BATCH: usize = 64;
 /// VMAs looked at under one hold of an mmap lock.
-const VMAS_PER_HOLD: usize = 256;
+const VMAS_PER_HOLD: usize = 64;
 /// Processes whose mmap lock was taken that are tried again at the end of a walk.
 const MOST_SKIPPED: usize = 256;
 
@@ -124,7 +126,12 @@ impl Walk {
             shared: List::new(),
             skipped: List::new(),
             retrying: false,
-            seen: Seen { mms: 0, vmas: 0, skipped: 0, longest_hold_ns: 0 },
+            seen: Seen {
+                mms: 0,
+                vmas: 0,
+                skipped: 0,
+                longest_hold_ns: 0,
+            },
         }
     }
 
@@ -138,7 +145,7 @@ impl Walk {
                 None => break false,
                 Some((found, address)) => self.copy(&found, address, batch),
             }
-            crate::thread::give_way();
+            give_way();
         };
         batch.join();
         more
@@ -180,7 +187,9 @@ impl Walk {
     /// Copies what an address space maps from `address` on.
     fn copy(&mut self, found: &Found, address: usize, batch: &mut Batch) {
         let mm: &MmWithUser = &found.mm;
+        let undisturbed = NoPreemption::new();
         let Some(lock) = mm.mmap_read_trylock() else {
+            drop(undisturbed);
             self.skip(found.pid);
             return;
         };
@@ -201,8 +210,11 @@ impl Walk {
             // SAFETY: The VMA is valid while the mmap lock is held.
             let area = unsafe { VmaRef::from_raw(vma.as_ptr()) };
             if batch.is_full() || looked == VMAS_PER_HOLD {
-                self.place =
-                    Some(Place { pid: found.pid, mm: mm.as_raw() as usize, address: area.start() });
+                self.place = Some(Place {
+                    pid: found.pid,
+                    mm: mm.as_raw() as usize,
+                    address: area.start(),
+                });
                 break;
             }
             self.seen.vmas += 1;
@@ -214,6 +226,7 @@ impl Walk {
         }
         drop(lock);
         self.seen.longest_hold_ns = self.seen.longest_hold_ns.max(now_ns() - began);
+        drop(undisturbed);
     }
 
     fn skip(&mut self, pid: c_int) {
@@ -242,7 +255,13 @@ unsafe fn candidate(area: &VmaRef) -> Option<Candidate> {
     let file = unsafe { MappedFile::get(file) };
     let pages = (area.end() - area.start()) / kernel::page::PAGE_SIZE;
     let start = first as u64;
-    Some(Candidate { file, range: Range { start, end: start.saturating_add(pages as u64) } })
+    Some(Candidate {
+        file,
+        range: Range {
+            start,
+            end: start.saturating_add(pages as u64),
+        },
+    })
 }
 
 /// The address space of the first process whose id is at least `pid`.
@@ -275,9 +294,7 @@ fn find(mut pid: c_int) -> Option<Found> {
 /// # Safety
 ///
 /// `task` must be valid, which it is under the RCU lock it was found under.
-unsafe fn mm_of(
-    task: NonNull<bindings::task_struct>,
-) -> Option<(ARef<MmWithUserAsync>, bool)> {
+unsafe fn mm_of(task: NonNull<bindings::task_struct>) -> Option<(ARef<MmWithUserAsync>, bool)> {
     // SAFETY: By this function's requirements.
     let mm = NonNull::new(unsafe { bindings::get_task_mm(task.as_ptr()) })?;
     // SAFETY: `get_task_mm` gave us a reference that counts as a user.

@@ -29,7 +29,10 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(device: Ivshmem) -> Result<Self> {
         let scale = kernel::page::PAGE_SIZE as u64 / PAGE_SIZE;
-        let geometry = Geometry { memory_pages: compat::memory_pages(), scale };
+        let geometry = Geometry {
+            memory_pages: compat::memory_pages(),
+            scale,
+        };
         let has_interrupt = device.has_interrupt();
         let (layout, features) = (device.layout(), device.features());
         let ring = Ring::new(device, layout, features);
@@ -55,7 +58,9 @@ impl Worker {
                 CONTROL.mms_visited.set(findings.seen.mms);
                 CONTROL.vmas_visited.set(findings.seen.vmas);
                 CONTROL.mms_skipped.set(findings.seen.skipped);
-                CONTROL.max_mmap_lock_nsecs.raise(findings.seen.longest_hold_ns);
+                CONTROL
+                    .max_mmap_lock_nsecs
+                    .raise(findings.seen.longest_hold_ns);
                 if findings.again {
                     self.schedule.hurry();
                     return;
@@ -64,14 +69,21 @@ impl Worker {
             }
             Err(_) => true,
         };
-        let (sleep, most) = (CONTROL.sleep_millisecs.get(), CONTROL.max_sleep_millisecs.get());
+        let (sleep, most) = (
+            CONTROL.sleep_millisecs.get(),
+            CONTROL.max_sleep_millisecs.get(),
+        );
         self.schedule.pass_ended(now, news, sleep, most);
     }
 
     /// How long nothing needs to be done, unless somebody wakes us.
     fn idle_ms(&self, now_ms: u64) -> u64 {
         let runs = CONTROL.run.get() == 1 && self.session.is_open();
-        let pass = if runs { self.schedule.wait_ms(now_ms) } else { LONGEST_SLEEP_MS };
+        let pass = if runs {
+            self.schedule.wait_ms(now_ms)
+        } else {
+            LONGEST_SLEEP_MS
+        };
         let host = match self.session.ring().state() {
             State::Detached => policy::ATTACH_POLL_MS,
             // Interrupts may get lost with a host that dies, so look now and then.
@@ -99,7 +111,11 @@ impl Worker {
         CONTROL.files_tracked.set(session.tracker.files() as u64);
         CONTROL.pages_shared.set(session.ring().pages_shared());
         let attached = session.ring().state() == State::Attached;
-        CONTROL.host_instance.set(if attached { session.ring().instance() } else { 0 });
+        CONTROL.host_instance.set(if attached {
+            session.ring().instance()
+        } else {
+            0
+        });
         let lies = session.ring().lies();
         CONTROL.host_errors.set(lies);
         if lies != 0 && !self.warned {
@@ -128,9 +144,13 @@ impl Worker {
         }
         if !self.session.is_settled() {
             self.session.revoke();
-            if !self.settle(policy::UNLOAD_WAIT_MS) {
+            // With nothing held there is nothing to be careful about.
+            if self.session.pages_in_flight() != 0 && !self.settle(policy::UNLOAD_WAIT_MS) {
                 let pages = self.session.abandon();
-                pr_warn!("the host has claimed {} pages and does not answer: they stay\n", pages);
+                pr_warn!(
+                    "the host has claimed {} pages and does not answer: they stay\n",
+                    pages
+                );
             }
         }
         self.session.leave();
