@@ -10,7 +10,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{Read, Seek, Write},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, Result, bail};
@@ -80,7 +80,10 @@ impl Cache {
     /// The entry's path, if it is there.
     pub(crate) fn lookup(&self, key: &Key) -> Option<PathBuf> {
         let path = self.root.join("entries").join(key.as_str());
-        path.exists().then_some(path)
+        // The time of last use, for `remove`. Without write access there is none to keep.
+        let found = File::open(&path).ok()?;
+        let _ = found.set_modified(SystemTime::now());
+        Some(path)
     }
 
     /// The entry for `key`, made by `build` if it is not there yet.
@@ -178,14 +181,22 @@ impl Cache {
             .with_context(|| format!("cannot open the lock {}", path.display()))
     }
 
-    /// Removes everything but what another xtask is using; returns what each part held.
-    pub(crate) fn remove(&self) -> Result<Vec<(String, u64)>> {
+    /// Removes entries that were not used for `unused`, or with `None` everything; returns what each held.
+    /// What another xtask is making is waited for.
+    pub(crate) fn remove(&self, unused: Option<Duration>) -> Result<Vec<(String, u64)>> {
         let mut sizes = Vec::new();
         for entry in sorted(&self.root.join("entries"))? {
+            let idle = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+            if unused.is_some_and(|unused| idle < unused) {
+                continue;
+            }
             let name = entry.file_name().to_string_lossy().into_owned();
             let _lock = self.lock(&name, &name)?;
             sizes.push((name, disk_usage(&entry.path())));
             remove_entry(&entry.path())?;
+        }
+        if unused.is_some() {
+            return Ok(sizes);
         }
         let _packages = self.lock("debs", "packages")?;
         let _lists = self.lock("apt", "package lists")?;
@@ -435,19 +446,40 @@ mod tests {
     }
 
     #[test]
-    fn cleaning_tells_what_each_entry_held() {
+    fn cleaning_tells_what_each_entry_held_and_spares_what_was_just_used() {
         let (_dir, cache) = cache();
         cache
             .entry(&key(), "a thing", |build| {
                 Ok(fs::write(build.dir.join("file"), [1; 10_000])?)
             })
             .unwrap();
-        let sizes = cache.remove().unwrap();
+        let hour = Duration::from_secs(3600);
+        assert!(cache.remove(Some(hour)).unwrap().is_empty());
+        assert!(cache.lookup(&key()).is_some());
+        let sizes = cache.remove(None).unwrap();
         assert!(
             sizes
                 .iter()
                 .any(|(name, size)| *name == key().to_string() && *size >= 10_000)
         );
         assert!(cache.lookup(&key()).is_none());
+    }
+
+    #[test]
+    fn cleaning_what_is_old_removes_only_that() {
+        let (_dir, cache) = cache();
+        let old = KeyBuilder::new("old").finish();
+        for key in [&old, &key()] {
+            cache.entry(key, "a thing", |_| Ok(())).unwrap();
+        }
+        let past = SystemTime::now() - Duration::from_secs(7200);
+        File::open(cache.dir("entries").join(old.as_str()))
+            .unwrap()
+            .set_modified(past)
+            .unwrap();
+        let removed = cache.remove(Some(Duration::from_secs(3600))).unwrap();
+        assert_eq!(removed.len(), 1);
+        assert!(cache.lookup(&old).is_none());
+        assert!(cache.lookup(&key()).is_some());
     }
 }

@@ -22,7 +22,7 @@ mod space;
 mod trouble;
 mod ui;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -66,7 +66,11 @@ enum Task {
     /// Renew the pins of a set of packages, or of all sets
     Pins { set: Option<String> },
     /// Remove the cache
-    Clean,
+    Clean {
+        /// Only what was not used for so many days
+        #[arg(long, value_name = "DAYS")]
+        unused_for: Option<u32>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -85,8 +89,8 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     process::catch_interrupts().context("cannot catch signals")?;
-    if let Task::Clean = arguments.task {
-        clean()?;
+    if let Task::Clean { unused_for } = arguments.task {
+        clean(unused_for)?;
         return Ok(ExitCode::SUCCESS);
     }
     let project = Project::new(&arguments.kernel)?;
@@ -99,15 +103,16 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         Task::Artifacts => println!("{}", project.everything()?.display()),
         Task::Provision { part } => project.part(*part)?,
         Task::Pins { set } => project.renew_pins(set.as_deref())?,
-        Task::Clean => {}
+        Task::Clean { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn clean() -> Result<()> {
+fn clean(unused_for: Option<u32>) -> Result<()> {
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
     let cache = cache::Cache::open()?;
     let root = cache.root().to_owned();
-    let sizes = cache.remove()?;
+    let sizes = cache.remove(unused_for.map(|days| DAY * days))?;
     for (name, size) in &sizes {
         println!("{:>10}  {name}", space::human(*size));
     }

@@ -137,24 +137,26 @@ pub(crate) fn total_size(pins: &[Pin]) -> u64 {
 
 /// What a reader should know about new pins that had to take the place of `old` ones.
 pub(crate) fn replacements(old: &[Pin], new: &[Pin]) -> Vec<String> {
+    // A version may be part of a name too: linux-binary-7.3.4+deb13-cloud-amd64.
+    let stem = |pin: &Pin| pin.name().replace(|c: char| c.is_ascii_digit(), "");
+    let full = |pin: &Pin| format!("{} {}", pin.name(), pin.version());
     let mut lines = Vec::new();
     for pin in new {
         if old.iter().any(|was| was.sha256 == pin.sha256) {
             continue;
         }
-        match old.iter().find(|was| was.name() == pin.name()) {
-            Some(was) => lines.push(format!(
-                "{} {} instead of {}",
-                pin.name(),
-                pin.version(),
-                was.version()
-            )),
-            None => lines.push(format!("{} {} is new", pin.name(), pin.version())),
+        let was = old
+            .iter()
+            .find(|was| was.name() == pin.name())
+            .or_else(|| old.iter().find(|was| stem(was) == stem(pin)));
+        match was {
+            Some(was) => lines.push(format!("{} instead of {}", full(pin), full(was))),
+            None => lines.push(format!("{} is new", full(pin))),
         }
     }
     for was in old {
-        if !new.iter().any(|pin| pin.name() == was.name()) {
-            lines.push(format!("{} {} is gone", was.name(), was.version()));
+        if !new.iter().any(|pin| stem(pin) == stem(was)) {
+            lines.push(format!("{} is gone", full(was)));
         }
     }
     lines
@@ -227,11 +229,24 @@ mod tests {
     #[test]
     fn replacements_name_old_and_new_version() {
         let other = SUM.replace('c', "d");
-        let old = [pin("p/a_1_all.deb", SUM), pin("p/b_1_all.deb", SUM)];
-        let new = [pin("p/a_2_all.deb", &other), pin("p/c_1_all.deb", &other)];
+        let old = [
+            pin("p/a_1_all.deb", SUM),
+            pin("p/b_1_all.deb", SUM),
+            pin("p/linux-7.3.4-x_7.3.4_all.deb", SUM),
+        ];
+        let new = [
+            pin("p/a_2_all.deb", &other),
+            pin("p/c_1_all.deb", &other),
+            pin("p/linux-7.3.10-x_7.3.10_all.deb", &other),
+        ];
         assert_eq!(
             replacements(&old, &new),
-            ["a 2 instead of 1", "c 1 is new", "b 1 is gone"]
+            [
+                "a 2 instead of a 1",
+                "c 1 is new",
+                "linux-7.3.10-x 7.3.10 instead of linux-7.3.4-x 7.3.4",
+                "b 1 is gone"
+            ]
         );
         assert!(replacements(&old, &old).is_empty());
     }

@@ -1,6 +1,10 @@
 //! The sets of packages this project is built from, and what is done when a pinned one has vanished.
 
-use std::fs;
+use std::{
+    collections::BTreeSet,
+    fs,
+    sync::{Mutex, PoisonError},
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -222,12 +226,18 @@ impl PackageSet {
         }
     }
 
+    /// Once in a run is enough.
     fn tell_replacements(&self, old: &[Pin], new: &[Pin]) {
+        const SHOWN: usize = 8;
+        static TOLD: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
         let lines = pins::replacements(old, new);
-        if lines.is_empty() {
+        let first = TOLD
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(self.name);
+        if lines.is_empty() || !first {
             return;
         }
-        const SHOWN: usize = 8;
         let more = lines.len().saturating_sub(SHOWN);
         let mut text = format!(
             "the set {:?} is not the pinned one, which has vanished from the mirror:",
