@@ -7,8 +7,11 @@
 //! * [`store`] holds the canonical pages of one trust group.
 //! * [`protocol`] is what the two say to each other.
 //! * [`daemon`] serves stores and devices to many VMMs on one host.
+//! * `operator`, with the feature `cli`, is what `pagefusionctl` does.
 
 pub mod daemon;
 pub mod engine;
+#[cfg(feature = "cli")]
+pub mod operator;
 pub mod protocol;
 pub mod store;

@@ -8,6 +8,15 @@
 //! ([`AdminRequest`]). The VM, and with it the trust group, follows from the socket and is
 //! never what a message says.
 
+mod admin;
+mod client;
+mod transport;
+
+pub use admin::{AdminClient, AdminError, CreatedVm, Outcome};
+pub use client::{ControlConnection, DeviceDescriptors, StoreClient, WelcomeWithFds};
+pub(crate) use transport::peer;
+pub use transport::{Connection, Encoding};
+
 use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
 
@@ -123,9 +132,20 @@ pub struct Hello {
     pub role: Role,
 }
 
-/// Answer to [`Hello`] in the role [`Role::Requests`]. Descriptors come with it, in this
-/// order: store (read-only), shared memory of the device, eventfd that the guest rings,
-/// eventfd that rings the guest, and `/dev/userfaultfd` if `has_uffd_device`.
+/// Answer to [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HelloReply {
+    /// In the role [`Role::Requests`].
+    Welcome(Box<Welcome>),
+    /// In the role [`Role::Control`].
+    Ready,
+    /// In neither, with cause and cure.
+    Refused(String),
+}
+
+/// Part of [`HelloReply`]. Descriptors come with it, in this order: store (read-only); if
+/// `has_device`, shared memory of the device, eventfd that the guest rings and eventfd that
+/// rings the guest; if `has_uffd_device`, `/dev/userfaultfd`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
     /// Number of the VM, never used twice in the life of the runtime directory.
@@ -136,6 +156,9 @@ pub struct Welcome {
     pub group: Option<String>,
     /// Seed for [`crate::store::hash_page`].
     pub hash_seed: u64,
+    /// Whether the device's three descriptors came along. A daemon that was started after
+    /// the VM has none: the engine goes on with those it has.
+    pub has_device: bool,
     /// Whether `/dev/userfaultfd` came along.
     pub has_uffd_device: bool,
     /// Whether sharing is paused for this VM.

@@ -165,6 +165,11 @@ impl Group {
         self.finish_adoption();
     }
 
+    /// Whether the VM lived under an earlier daemon and may map pages it has not announced.
+    pub fn is_waiting_for(&self, vm: u32) -> bool {
+        self.adoption.as_ref().is_some_and(|adoption| adoption.is_waiting_for(vm))
+    }
+
     /// Whether no VM is left.
     pub fn is_empty(&self) -> bool {
         self.vms.is_empty()
@@ -236,7 +241,7 @@ impl Group {
             )));
         }
         for (bytes, page) in whole_pages(bytes).zip(span.page..) {
-            let copy: Box<[u8; PAGE]> = Box::new(*bytes);
+            let copy = *bytes;
             out.push(self.publish_page(vm, &span.file, page, &copy));
         }
         Ok(())

@@ -2,11 +2,10 @@
 
 //! A store in the process of its user.
 
+use super::batches::{batches, publications};
 use super::group::Group;
 use super::{PageStore, StoreError};
-use crate::protocol::{
-    FileSpan, Holding, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, StoreSpan, Verdict,
-};
+use crate::protocol::{FileSpan, Holding, Segment, Sighting, StorePage, StoreSpan, Verdict};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -71,7 +70,10 @@ impl Drop for LocalStore {
 
 impl PageStore for LocalStore {
     fn lookup(&mut self, spans: &[FileSpan], out: &mut Vec<Segment>) -> Result<(), StoreError> {
-        self.group().lookup(self.vm, spans, out)
+        for batch in batches(spans.iter().copied()) {
+            self.group().lookup(self.vm, &batch, out)?;
+        }
+        Ok(())
     }
 
     fn sight(
@@ -79,7 +81,10 @@ impl PageStore for LocalStore {
         sightings: Vec<Sighting>,
         out: &mut Vec<Verdict>,
     ) -> Result<(), StoreError> {
-        self.group().sight(self.vm, &sightings, out)
+        for batch in batches(sightings) {
+            self.group().sight(self.vm, &batch, out)?;
+        }
+        Ok(())
     }
 
     fn publish(
@@ -88,8 +93,10 @@ impl PageStore for LocalStore {
         bytes: &[u8],
         out: &mut Vec<Option<StorePage>>,
     ) -> Result<(), StoreError> {
-        debug_assert!(span.pages as usize <= MAX_PUBLISH_PAGES);
-        self.group().publish(self.vm, span, bytes, out)
+        for (span, bytes) in publications(span, bytes)? {
+            self.group().publish(self.vm, span, bytes, out)?;
+        }
+        Ok(())
     }
 
     fn release(&mut self, spans: Vec<StoreSpan>) -> Result<(), StoreError> {
@@ -97,7 +104,10 @@ impl PageStore for LocalStore {
     }
 
     fn announce(&mut self, holdings: Vec<Holding>) -> Result<(), StoreError> {
-        self.group().announce(self.vm, &holdings, true)
+        for batch in batches(holdings) {
+            self.group().announce(self.vm, &batch, false)?;
+        }
+        self.group().announce(self.vm, &[], true)
     }
 
     fn forget(&mut self, span: FileSpan) -> Result<(), StoreError> {

@@ -12,6 +12,7 @@
 //! back to the host.
 
 mod adoption;
+pub(crate) mod batches;
 mod file;
 mod files;
 mod group;

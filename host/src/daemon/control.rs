@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the daemon asks an engine: one thread for each connection, so that an engine that
+//! does not answer keeps nobody else waiting.
+
+use crate::protocol::{Connection, ControlReply, ControlRequest, FileSpan};
+use std::collections::VecDeque;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Longest wait for an answer that only needs a look.
+pub(super) const QUICK: Duration = Duration::from_secs(2);
+/// Longest wait for all overlays of a VM to be undone.
+pub(super) const SLOW: Duration = Duration::from_secs(120);
+/// Most spans kept for an engine that is not connected or slow; older ones are lost, and
+/// their pages are shared when the guest reports them for another reason.
+const MAX_REPORTS: usize = 4096;
+
+type Answer = Result<ControlReply, String>;
+
+enum Job {
+    Ask(ControlRequest, SyncSender<Answer>),
+    Report,
+}
+
+/// The daemon's end of one VM's control connection, if there is one.
+#[derive(Debug, Default)]
+pub(super) struct Control {
+    link: Mutex<Option<Link>>,
+    reports: Arc<Mutex<VecDeque<FileSpan>>>,
+}
+
+#[derive(Debug)]
+struct Link {
+    jobs: Sender<Job>,
+    stream: std::os::unix::net::UnixStream,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // Ends an exchange under way. That it is closed already is fine.
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+impl Control {
+    /// Takes a connection into use in place of the one before it.
+    pub(super) fn connect(&self, connection: Connection) -> std::io::Result<()> {
+        let (jobs, inbox) = mpsc::channel();
+        let stream = connection.stream().try_clone()?;
+        let reports = self.reports.clone();
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || serve(connection, &inbox, &reports))?;
+        *lock(&self.link) = Some(Link { jobs, stream });
+        self.wake();
+        Ok(())
+    }
+
+    /// Closes the connection.
+    pub(super) fn disconnect(&self) {
+        *lock(&self.link) = None;
+    }
+
+    /// Asks, and returns where the answer will come; `None` when nobody is connected.
+    pub(super) fn ask(&self, request: ControlRequest) -> Option<Receiver<Answer>> {
+        let (sender, answer) = mpsc::sync_channel(1);
+        let mut link = lock(&self.link);
+        if link.as_ref()?.jobs.send(Job::Ask(request, sender)).is_err() {
+            *link = None;
+            return None;
+        }
+        Some(answer)
+    }
+
+    /// Has the guest report these pages again, as soon as the engine listens.
+    pub(super) fn report(&self, spans: Vec<FileSpan>) {
+        let mut reports = lock(&self.reports);
+        let begins = reports.is_empty();
+        reports.extend(spans);
+        let excess = reports.len().saturating_sub(MAX_REPORTS);
+        reports.drain(..excess);
+        drop(reports);
+        if begins {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(link) = &*lock(&self.link) {
+            // If the thread has ended, the next one takes the reports.
+            let _ = link.jobs.send(Job::Report);
+        }
+    }
+}
+
+/// Waits for an answer.
+pub(super) fn wait(answer: &Receiver<Answer>, limit: Duration) -> Answer {
+    answer.recv_timeout(limit).unwrap_or_else(|_| Err("the engine does not answer".into()))
+}
+
+fn serve(
+    mut connection: Connection,
+    inbox: &Receiver<Job>,
+    reports: &Mutex<VecDeque<FileSpan>>,
+) {
+    while let Ok(job) = inbox.recv() {
+        let answer = match job {
+            Job::Ask(request, answer_to) => {
+                let answer = exchange(&mut connection, &request);
+                let failed = answer.is_err();
+                // Whoever asked may have stopped waiting.
+                let _ = answer_to.send(answer.map_err(|error| error.to_string()));
+                if failed {
+                    return;
+                }
+                continue;
+            }
+            Job::Report => {
+                let spans: Vec<_> = std::mem::take(&mut *lock(reports)).into();
+                if spans.is_empty() {
+                    continue;
+                }
+                exchange(&mut connection, &ControlRequest::Report { spans })
+            }
+        };
+        match answer {
+            Ok(ControlReply::Error(reason)) => log::debug!("a guest cannot be asked: {reason}"),
+            Ok(_) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+fn exchange(connection: &mut Connection, request: &ControlRequest) -> std::io::Result<ControlReply> {
+    connection.set_limit(match request {
+        ControlRequest::Undo | ControlRequest::Resume => SLOW,
+        ControlRequest::Status | ControlRequest::Report { .. } => QUICK * 2,
+    })?;
+    connection.send(request)?;
+    connection.receive()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One connection of an engine, on a thread of its own.
+
+use super::registry::Registry;
+use super::vm::Vm;
+use crate::protocol::{
+    Connection, EngineReply, EngineRequest, Hello, HelloReply, MAX_PUBLISH_PAGES, Role, VERSION,
+    Welcome,
+};
+use crate::protocol::{ControlRequest, Encoding};
+use crate::store::{PAGE, StoreError};
+use rustix::fs::{Mode, OFlags};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longest time for one message of an engine, once it has begun.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Serves a connection until it ends.
+pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
+    let result = stream.try_clone().and_then(|stream| {
+        let mut connection = Connection::new(stream, Encoding::Postcard, LIMIT)?;
+        match greet(&mut connection)? {
+            Role::Requests => serve_requests(registry, vm, connection),
+            Role::Control => {
+                connection.send(&HelloReply::Ready)?;
+                vm.control.connect(connection)?;
+                // Asked for after the connection is in use: an operator's request that came
+                // before it has been noted.
+                if vm.is_paused() {
+                    vm.control.ask(ControlRequest::Undo);
+                }
+                return Ok(true);
+            }
+        }
+    });
+    match result {
+        // The thread of the control connection has it.
+        Ok(true) => return,
+        Ok(false) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+        Err(error) => log::warn!("engine of VM {} ({}): {error}", vm.number, vm.name),
+    }
+    // Others hold the stream as well. That the engine has closed it already is fine.
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
+fn greet(connection: &mut Connection) -> io::Result<Role> {
+    let hello: Hello = connection.receive()?;
+    if hello.version != VERSION {
+        let reason = format!(
+            "the engine speaks version {} of the protocol and the daemon version {VERSION}; \
+             start the VM again with the library that belongs to the daemon",
+            hello.version
+        );
+        connection.send(&HelloReply::Refused(reason.clone()))?;
+        return Err(io::Error::other(reason));
+    }
+    Ok(hello.role)
+}
+
+fn serve_requests(registry: &Registry, vm: &Vm, mut connection: Connection) -> io::Result<bool> {
+    // Before it can map anything: the next daemon must wait for what it maps.
+    vm.engine_seen(registry.runtime())?;
+    welcome(vm, &mut connection)?;
+    let mut payload = Vec::new();
+    let mut first = true;
+    loop {
+        let request = connection.receive_when_it_comes()?;
+        if let EngineRequest::Publish { span } = &request {
+            let pages = span.pages as usize;
+            if pages > MAX_PUBLISH_PAGES {
+                let reason = format!("{pages} pages at once; the most is {MAX_PUBLISH_PAGES}");
+                connection.send(&EngineReply::Error(reason.clone()))?;
+                // What follows is payload and no message.
+                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+            }
+            payload.resize(pages * PAGE, 0);
+            connection.receive_payload(&mut payload)?;
+        }
+        let reply = answer(registry, vm, &request, &payload, first);
+        connection.send(&reply.unwrap_or_else(|error| EngineReply::Error(error.to_string())))?;
+        first = false;
+    }
+}
+
+fn answer(
+    registry: &Registry,
+    vm: &Vm,
+    request: &EngineRequest,
+    payload: &[u8],
+    first: bool,
+) -> Result<EngineReply, StoreError> {
+    let mut store = vm.store();
+    if first && !matches!(request, EngineRequest::Announce { .. }) {
+        // An engine that maps something says so first: this one maps nothing.
+        store.announce(vm.number, &[], true)?;
+    }
+    Ok(match request {
+        EngineRequest::Announce { holdings, last } => {
+            store.announce(vm.number, holdings, *last)?;
+            EngineReply::Done
+        }
+        EngineRequest::Lookup { spans } => {
+            let mut segments = Vec::new();
+            store.lookup(vm.number, spans, &mut segments)?;
+            EngineReply::Segments(segments)
+        }
+        EngineRequest::Sight { sightings } => {
+            let mut verdicts = Vec::new();
+            store.sight(vm.number, sightings, &mut verdicts)?;
+            EngineReply::Verdicts(verdicts)
+        }
+        EngineRequest::Publish { span } => {
+            let mut pages = Vec::new();
+            store.publish(vm.number, *span, payload, &mut pages)?;
+            let reports = store.take_reports();
+            drop(store);
+            for (number, spans) in reports {
+                if let Some(first) = registry.vm(number) {
+                    first.control.report(spans);
+                }
+            }
+            EngineReply::Published(pages)
+        }
+        EngineRequest::Release { spans } => {
+            store.release(vm.number, spans)?;
+            EngineReply::Done
+        }
+        EngineRequest::Forget { span } => {
+            store.forget(vm.number, *span)?;
+            EngineReply::Done
+        }
+    })
+}
+
+fn welcome(vm: &Vm, connection: &mut Connection) -> io::Result<()> {
+    let (store, hash_seed) = {
+        let store = vm.store();
+        (store.read_only()?, store.hash_seed())
+    };
+    let uffd = open_uffd();
+    let mut descriptors = vec![store.as_fd()];
+    if let Some(device) = &vm.device {
+        let device = [&device.memory, &device.from_guest, &device.to_guest];
+        descriptors.extend(device.map(AsFd::as_fd));
+    }
+    descriptors.extend(uffd.as_ref().map(AsFd::as_fd));
+    let welcome = Welcome {
+        vm: vm.number,
+        name: vm.name.clone(),
+        group: vm.group.clone(),
+        hash_seed,
+        has_device: vm.device.is_some(),
+        has_uffd_device: uffd.is_some(),
+        paused: vm.is_paused(),
+    };
+    connection.send_with_descriptors(&HelloReply::Welcome(Box::new(welcome)), &descriptors)
+}
+
+/// Lets a VMM without privileges handle faults that KVM takes in the kernel.
+fn open_uffd() -> Option<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open("/dev/userfaultfd", flags, Mode::empty()) {
+        Ok(uffd) => Some(uffd),
+        Err(error) => {
+            log::debug!("cannot open /dev/userfaultfd: {error}");
+            None
+        }
+    }
+}

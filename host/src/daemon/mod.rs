@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `pagefusiond`: page stores, devices and the processes that use them.
+//!
+//! One thread waits for new connections and for processes to end; every connection is
+//! served on a thread of its own. The daemon may die at any instruction: VMs go on with what
+//! they have, and the next daemon finds the VMs by their records and the pages by the store
+//! files, and learns from the engines who has mapped what.
+
+mod admin;
+mod control;
+mod device;
+mod engine;
+mod error;
+mod process;
+mod registry;
+mod runtime;
+mod status;
+mod vm;
+
+pub use error::DaemonError;
+
+use crate::protocol::peer;
+use crate::store::{Limits, PAGE};
+use registry::Registry;
+use runtime::Runtime;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use vm::Vm;
+
+/// How long nothing is accepted after an error, which is as a rule the limit on open files.
+const BREATHER: Duration = Duration::from_millis(100);
+
+/// Where a daemon works and what it may take.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory of sockets and records.
+    pub runtime_dir: PathBuf,
+    /// Directory of the page stores, on a tmpfs.
+    pub store_dir: PathBuf,
+    /// Most memory for the canonical pages of one trust group, bytes.
+    pub max_store: Option<u64>,
+}
+
+/// A daemon that has taken over what was there and can be reached.
+#[derive(Debug)]
+pub struct Daemon {
+    registry: Arc<Registry>,
+    events: Arc<EventLoop>,
+    admin: UnixListener,
+}
+
+impl Daemon {
+    /// Locks the directories, adopts the VMs of an earlier daemon and opens the sockets.
+    pub fn start(config: &Config) -> Result<Self, DaemonError> {
+        let runtime = Runtime::open(&config.runtime_dir, &config.store_dir)?;
+        let store_pages = config.max_store.map_or(u64::MAX, |bytes| bytes / PAGE as u64);
+        let limits = Limits { store_pages, ..Limits::default() };
+        let registry = Arc::new(Registry::adopt(runtime, limits)?);
+        let path = config.runtime_dir.clone();
+        let admin = registry
+            .runtime()
+            .admin_socket()
+            .map_err(|source| DaemonError::RuntimeDirectory { path, source })?;
+        let events = EventLoop::new().map_err(DaemonError::system("cannot wait for events"))?;
+        let watching = DaemonError::system("cannot watch sockets and processes");
+        events.watch(&admin, Source::Admin).map_err(&watching)?;
+        for vm in registry.vms() {
+            events.watch_vm(&vm).map_err(&watching)?;
+        }
+        Ok(Self { registry, events: Arc::new(events), admin })
+    }
+
+    /// Serves until `stop` is readable. VMs keep what they share.
+    pub fn run(&self, stop: impl AsFd) -> Result<(), DaemonError> {
+        let failed = DaemonError::system("cannot wait for events");
+        self.events.watch(&stop, Source::Stop).map_err(&failed)?;
+        let mut buffer = Vec::with_capacity(64);
+        'serve: loop {
+            for source in self.events.wait(&mut buffer).map_err(&failed)? {
+                match source {
+                    Source::Stop => break 'serve,
+                    Source::Admin => self.accept_admin(),
+                    Source::Vm(number, part) => {
+                        // It may have ended by an event before this one.
+                        if let Some(vm) = self.registry.vm(number) {
+                            self.serve_vm(&vm, part);
+                        }
+                    }
+                }
+            }
+        }
+        self.registry.vms().iter().for_each(|vm| vm.close());
+        Ok(())
+    }
+
+    fn accept_admin(&self) {
+        let Some(stream) = accept(&self.admin) else { return };
+        let (registry, events) = (self.registry.clone(), self.events.clone());
+        spawn("admin", move || admin::serve(&registry, &events, stream));
+    }
+
+    fn serve_vm(&self, vm: &Arc<Vm>, part: Part) {
+        match part {
+            Part::Process => {
+                self.events.forget_vm(vm);
+                self.registry.end(vm.number);
+            }
+            Part::Ivshmem => {
+                let Some(stream) = accept_from(&vm.ivshmem, vm) else { return };
+                if let Err(error) = vm.connect_device(stream) {
+                    log::warn!("device of VM {} ({}): {error}", vm.number, vm.name);
+                }
+            }
+            Part::Engine => {
+                let Some(stream) = accept_from(&vm.engine, vm) else { return };
+                match vm.note_connection(&stream) {
+                    Ok(true) => {
+                        let (registry, vm) = (self.registry.clone(), vm.clone());
+                        spawn("engine", move || engine::serve(&registry, &vm, stream));
+                    }
+                    Ok(false) => log::warn!("VM {} has too many connections", vm.number),
+                    Err(error) => log::warn!("connection of VM {}: {error}", vm.number),
+                }
+            }
+        }
+    }
+}
+
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Stop,
+    Admin,
+    Vm(u32, Part),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Process,
+    Ivshmem,
+    Engine,
+}
+
+impl Source {
+    fn to_token(self) -> u64 {
+        match self {
+            Source::Stop => 0,
+            Source::Admin => 1,
+            Source::Vm(number, part) => u64::from(number) << 2 | part as u64 | 1 << 63,
+        }
+    }
+
+    fn from_token(token: u64) -> Option<Self> {
+        Some(match token {
+            0 => Source::Stop,
+            1 => Source::Admin,
+            _ => {
+                let part = match token & 3 {
+                    0 => Part::Process,
+                    1 => Part::Ivshmem,
+                    2 => Part::Engine,
+                    _ => return None,
+                };
+                Source::Vm((token >> 2) as u32, part)
+            }
+        })
+    }
+}
+
+/// The descriptors that the first thread waits for.
+#[derive(Debug)]
+struct EventLoop {
+    epoll: OwnedFd,
+}
+
+impl EventLoop {
+    fn new() -> io::Result<Self> {
+        Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)? })
+    }
+
+    fn watch(&self, descriptor: impl AsFd, source: Source) -> io::Result<()> {
+        let data = EventData::new_u64(source.to_token());
+        Ok(epoll::add(&self.epoll, descriptor, data, EventFlags::IN)?)
+    }
+
+    fn watch_vm(&self, vm: &Vm) -> io::Result<()> {
+        self.watch(&vm.ivshmem, Source::Vm(vm.number, Part::Ivshmem))?;
+        self.watch(&vm.engine, Source::Vm(vm.number, Part::Engine))?;
+        self.watch(&vm.process, Source::Vm(vm.number, Part::Process))
+    }
+
+    fn forget_vm(&self, vm: &Vm) {
+        for descriptor in [vm.ivshmem.as_fd(), vm.engine.as_fd(), vm.process.as_fd()] {
+            if let Err(error) = epoll::delete(&self.epoll, descriptor) {
+                log::warn!("cannot stop watching VM {}: {error}", vm.number);
+            }
+        }
+    }
+
+    fn wait(&self, buffer: &mut Vec<Event>) -> io::Result<Vec<Source>> {
+        buffer.clear();
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(buffer), None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(buffer.iter().filter_map(|event| Source::from_token(event.data.u64())).collect())
+    }
+}
+
+fn accept(listener: &UnixListener) -> Option<UnixStream> {
+    match listener.accept() {
+        Ok((stream, _)) => Some(stream),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        Err(error) => {
+            log::error!("cannot accept a connection: {error}");
+            std::thread::sleep(BREATHER);
+            None
+        }
+    }
+}
+
+/// Accepts a connection if it comes from the VM's own process.
+fn accept_from(listener: &UnixListener, vm: &Vm) -> Option<UnixStream> {
+    let stream = accept(listener)?;
+    match peer(&stream) {
+        Ok(peer) if peer.pid.as_raw_nonzero().get() == vm.process.pid() => Some(stream),
+        Ok(peer) => {
+            log::warn!(
+                "process {} tried to connect as VM {} ({}), which is process {}",
+                peer.pid.as_raw_nonzero(),
+                vm.number,
+                vm.name,
+                vm.process.pid()
+            );
+            None
+        }
+        Err(error) => {
+            log::warn!("cannot tell who connected as VM {}: {error}", vm.number);
+            None
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = std::thread::Builder::new().name(name.into()).spawn(work) {
+        // The connection is closed with the closure; the other side tries again.
+        log::error!("cannot start a thread: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_lead_back_to_their_source() {
+        let sources = [
+            Source::Stop,
+            Source::Admin,
+            Source::Vm(0, Part::Process),
+            Source::Vm(u32::MAX, Part::Engine),
+            Source::Vm(7, Part::Ivshmem),
+        ];
+        for source in sources {
+            assert_eq!(Source::from_token(source.to_token()), Some(source));
+        }
+    }
+}

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the daemon keeps on file systems, so that the next one can go on.
+//!
+//! ```text
+//! RUNTIME/lock            held while a daemon runs
+//! RUNTIME/admin.sock      for operators, mode 0600
+//! RUNTIME/state.json      next VM number, what is paused
+//! RUNTIME/records/N.json  one living VM each
+//! RUNTIME/vms/N/          its sockets; belongs to the VM's user
+//! RUNTIME/staging/        where sockets are made before they are moved into place
+//! STORE/lock              held while a daemon runs; names the runtime directory
+//! STORE/NAME.pages        the pages of one trust group
+//! ```
+//!
+//! Records are not in the VM's own directory: its user could replace them, and choose a
+//! trust group.
+
+use super::error::DaemonError;
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+/// Longest path of a socket, its final zero excluded.
+const MAX_SOCKET_PATH: usize = 107;
+/// Longest name of a socket below the runtime directory.
+const LONGEST_SOCKET: &str = "/vms/4294967295/ivshmem.sock";
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// One VM, as the next daemon must know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct VmRecord {
+    pub(super) number: u32,
+    pub(super) name: String,
+    pub(super) group: Option<String>,
+    pub(super) pid: i32,
+    pub(super) start_time: u64,
+    pub(super) uid: u32,
+    pub(super) paused: bool,
+    /// Whether an engine has ever been told where the store is; only then can it map pages.
+    pub(super) engine_seen: bool,
+}
+
+/// What does not belong to one VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct State {
+    pub(super) next_vm: u32,
+    /// New VMs begin paused.
+    pub(super) all_paused: bool,
+    /// New VMs of these groups begin paused.
+    pub(super) paused_groups: BTreeSet<String>,
+}
+
+/// The runtime directory and the store directory, locked.
+#[derive(Debug)]
+pub(super) struct Runtime {
+    directory: PathBuf,
+    store: PathBuf,
+    _lock: fs::File,
+    _store_lock: fs::File,
+}
+
+impl Runtime {
+    pub(super) fn open(directory: &Path, store: &Path) -> Result<Self, DaemonError> {
+        let max = MAX_SOCKET_PATH - LONGEST_SOCKET.len();
+        if directory.as_os_str().len() > max {
+            return Err(DaemonError::PathTooLong { path: directory.into(), max });
+        }
+        let unusable = |source| DaemonError::RuntimeDirectory { path: directory.into(), source };
+        for (name, mode) in [("", 0o755), ("vms", 0o755), ("records", 0o700), ("staging", 0o700)] {
+            make_directory(&directory.join(name), mode).map_err(unusable)?;
+        }
+        let lock = lock(&directory.join("lock")).map_err(unusable)?;
+        let lock = lock.ok_or_else(|| DaemonError::AlreadyRunning { path: directory.into() })?;
+        let store_lock = Self::open_store(directory, store)?;
+        Ok(Self {
+            directory: directory.into(),
+            store: store.into(),
+            _lock: lock,
+            _store_lock: store_lock,
+        })
+    }
+
+    fn open_store(directory: &Path, store: &Path) -> Result<fs::File, DaemonError> {
+        let unusable = |source| DaemonError::StoreDirectory { path: store.into(), source };
+        make_directory(store, 0o700).map_err(unusable)?;
+        let file_system = rustix::fs::statfs(store).map_err(io::Error::from).map_err(unusable)?;
+        if file_system.f_type as u64 != TMPFS_MAGIC {
+            return Err(DaemonError::NotTmpfs { path: store.into() });
+        }
+        let lock = lock(&store.join("lock")).map_err(unusable)?;
+        let mut lock = lock.ok_or_else(|| DaemonError::AlreadyRunning { path: store.into() })?;
+        // Pages of VMs that another runtime directory knows are none of ours. Without a name
+        // their memory lives as long as those VMs.
+        let mut owner = Vec::new();
+        lock.read_to_end(&mut owner).map_err(unusable)?;
+        let us = fs::canonicalize(directory).map_err(unusable)?;
+        if owner != us.as_os_str().as_bytes() {
+            for path in stores(store).map_err(unusable)? {
+                fs::remove_file(path).map_err(unusable)?;
+            }
+            lock.set_len(0).map_err(unusable)?;
+            lock.rewind().map_err(unusable)?;
+            lock.write_all(us.as_os_str().as_bytes()).map_err(unusable)?;
+        }
+        Ok(lock)
+    }
+
+    pub(super) fn admin_socket(&self) -> io::Result<UnixListener> {
+        self.listen(&self.directory.join("admin.sock"), rustix::process::geteuid().as_raw())
+    }
+
+    /// Directory of a VM, made for `uid` if it is not there.
+    pub(super) fn vm_directory(&self, number: u32, uid: u32) -> io::Result<PathBuf> {
+        let path = self.directory.join("vms").join(number.to_string());
+        make_directory(&path, 0o700)?;
+        give_to(&path, uid)?;
+        Ok(path)
+    }
+
+    /// Listens on a socket that `uid` can connect to.
+    pub(super) fn listen(&self, path: &Path, uid: u32) -> io::Result<UnixListener> {
+        // Made where nobody else can interfere, then moved.
+        let staging = self.directory.join("staging").join("socket");
+        remove(&staging)?;
+        let listener = UnixListener::bind(&staging)?;
+        let made = rustix::fs::chmodat(
+            rustix::fs::CWD,
+            &staging,
+            Mode::RUSR | Mode::WUSR,
+            AtFlags::empty(),
+        )
+        .map_err(io::Error::from)
+        .and_then(|()| give_to(&staging, uid))
+        .and_then(|()| fs::rename(&staging, path));
+        if let Err(error) = made {
+            remove(&staging)?;
+            return Err(error);
+        }
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    }
+
+    pub(super) fn state(&self) -> State {
+        read_json(&self.directory.join("state.json")).unwrap_or_default()
+    }
+
+    pub(super) fn save_state(&self, state: &State) -> io::Result<()> {
+        write_json(&self.directory.join("state.json"), state)
+    }
+
+    pub(super) fn records(&self) -> io::Result<Vec<VmRecord>> {
+        let mut records = Vec::new();
+        for entry in fs::read_dir(self.directory.join("records"))? {
+            let path = entry?.path();
+            match read_json::<VmRecord>(&path) {
+                Some(record) => records.push(record),
+                None => fs::remove_file(path)?,
+            }
+        }
+        records.sort_by_key(|record| record.number);
+        Ok(records)
+    }
+
+    pub(super) fn save_record(&self, record: &VmRecord) -> io::Result<()> {
+        write_json(&self.record(record.number), record)
+    }
+
+    /// Removes all that belongs to a VM.
+    pub(super) fn remove_vm(&self, number: u32) {
+        let directory = self.directory.join("vms").join(number.to_string());
+        for result in [remove(&self.record(number)), remove_directory(&directory)] {
+            if let Err(error) = result {
+                log::warn!("cannot remove what belonged to VM {number}: {error}");
+            }
+        }
+    }
+
+    /// Removes directories of VMs that are not in `living`.
+    pub(super) fn remove_other_vms(&self, living: &BTreeSet<u32>) -> io::Result<()> {
+        for entry in fs::read_dir(self.directory.join("vms"))? {
+            let entry = entry?;
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if !number.is_some_and(|number| living.contains(&number)) {
+                remove_directory(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Path of the pages of a group.
+    pub(super) fn store_path(&self, group: &str) -> PathBuf {
+        self.store.join(format!("{group}.pages"))
+    }
+
+    /// Removes the pages of groups that are not in `living`.
+    pub(super) fn remove_other_stores(&self, living: &BTreeSet<PathBuf>) -> io::Result<()> {
+        for path in stores(&self.store)? {
+            if !living.contains(&path) {
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&self, number: u32) -> PathBuf {
+        self.directory.join("records").join(format!("{number}.json"))
+    }
+}
+
+fn stores(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "pages") {
+            paths.push(path);
+        }
+    }
+    Ok(paths)
+}
+
+fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(mode).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if fs::symlink_metadata(path)?.is_dir() { Ok(()) } else { Err(error) }
+        }
+        result => result,
+    }
+}
+
+fn give_to(path: &Path, uid: u32) -> io::Result<()> {
+    let uid = rustix::fs::Uid::from_raw(uid);
+    if uid == rustix::process::geteuid() {
+        return Ok(());
+    }
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    Ok(rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), None, flags)?)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+fn remove_directory(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Locks a file, unless somebody else has.
+fn lock(path: &Path) -> io::Result<Option<fs::File>> {
+    let flags = OFlags::NOFOLLOW.bits() as i32;
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(flags)
+        .open(path)?;
+    match rustix::fs::flock(file.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                log::warn!("cannot read {}: {error}", path.display());
+            }
+            return None;
+        }
+    };
+    let value = serde_json::from_slice(&bytes);
+    if let Err(error) = &value {
+        log::warn!("{} is damaged and passed over: {error}", path.display());
+    }
+    value.ok()
+}
+
+/// Writes a file so that it is there whole or not at all, whenever the daemon dies.
+fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
+    serde_json::to_writer(&mut file, value)?;
+    drop(file);
+    fs::rename(&new, path)
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Starts a VMM with all that it needs added to its command line and environment.
+
+use crate::protocol::{AdminClient, AdminError, CreatedVm};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The library that finds guest memory in an unmodified QEMU.
+const PRELOAD: &str = "libpagefusion_preload.so";
+/// Where packages put it.
+const PRELOAD_DIRECTORY: &str = "/usr/lib/pagefusion";
+
+/// Why a VM could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The daemon said no.
+    #[error(transparent)]
+    Daemon(#[from] AdminError),
+    /// The library is nowhere.
+    #[error(
+        "{PRELOAD} is neither beside this program nor in {PRELOAD_DIRECTORY}; \
+         install it, or name it with --preload"
+    )]
+    NoPreload,
+    /// The library that was named is not there.
+    #[error("there is no library {}", .0.display())]
+    PreloadMissing(PathBuf),
+    /// `LD_PRELOAD` cannot hold it.
+    #[error("the path {} holds a space or colon, which LD_PRELOAD cannot; move the library", .0.display())]
+    PreloadPath(PathBuf),
+    /// The VMM is not installed.
+    #[error(
+        "the command {} was not found; install it (Debian: apt install qemu-system-x86), \
+         or give its whole path", .0.display()
+    )]
+    CommandNotFound(OsString),
+    /// The VMM could not be started.
+    #[error("cannot start {}: {source}", .command.display())]
+    Command {
+        /// What was to be started.
+        command: OsString,
+        /// What went wrong.
+        source: io::Error,
+    },
+}
+
+/// A VM to be started.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// Runtime directory of the daemon.
+    pub runtime_dir: PathBuf,
+    /// Name of the VM; made up when `None`.
+    pub name: Option<String>,
+    /// Trust group; `None` shares with nobody.
+    pub group: Option<String>,
+    /// The library, unless it is where it belongs.
+    pub preload: Option<PathBuf>,
+    /// The VMM's command line.
+    pub command: Vec<OsString>,
+}
+
+impl Launch {
+    /// Makes this process the VM. Returns only when that failed.
+    pub fn exec(self) -> LaunchError {
+        match self.prepare() {
+            Ok((mut command, program)) => match command.exec() {
+                error if error.kind() == io::ErrorKind::NotFound => {
+                    LaunchError::CommandNotFound(program)
+                }
+                source => LaunchError::Command { command: program, source },
+            },
+            Err(error) => error,
+        }
+    }
+
+    fn prepare(self) -> Result<(Command, OsString), LaunchError> {
+        let preload = find_preload(self.preload.as_deref())?;
+        let mut daemon = AdminClient::connect(&self.runtime_dir)?;
+        let vm = daemon.create_vm(self.name, self.group)?;
+        let mut words = self.command.into_iter();
+        let program = words.next().unwrap_or_default();
+        let mut command = Command::new(&program);
+        command.args(words).args(device_arguments(&vm));
+        for (name, value) in environment(&vm, &preload, std::env::var_os("LD_PRELOAD")) {
+            command.env(name, value);
+        }
+        Ok((command, program))
+    }
+}
+
+fn device_arguments(vm: &CreatedVm) -> Vec<OsString> {
+    // In QEMU's option syntax a comma in a value is doubled.
+    let option = |before: &str, file: &str, after: &str| {
+        let mut option = OsString::from(before);
+        let path = vm.directory.join(file);
+        let bytes = path.as_os_str().as_bytes();
+        let doubled: Vec<u8> = bytes
+            .iter()
+            .flat_map(|&byte| std::iter::repeat_n(byte, if byte == b',' { 2 } else { 1 }))
+            .collect();
+        option.push(OsString::from_vec(doubled));
+        option.push(after);
+        option
+    };
+    vec![
+        "-chardev".into(),
+        option("socket,id=pagefusion,path=", "ivshmem.sock", ""),
+        "-device".into(),
+        "ivshmem-doorbell,chardev=pagefusion,vectors=1".into(),
+        "-qmp".into(),
+        option("unix:", "qmp.sock", ",server=on,wait=off"),
+    ]
+}
+
+fn environment(
+    vm: &CreatedVm,
+    preload: &Path,
+    inherited: Option<OsString>,
+) -> [(&'static str, OsString); 3] {
+    let mut libraries = preload.as_os_str().to_owned();
+    if let Some(inherited) = inherited.filter(|inherited| !inherited.is_empty()) {
+        libraries.push(":");
+        libraries.push(inherited);
+    }
+    [
+        ("LD_PRELOAD", libraries),
+        ("PAGEFUSION_ENGINE_SOCKET", vm.directory.join("engine.sock").into()),
+        ("PAGEFUSION_QMP_SOCKET", vm.directory.join("qmp.sock").into()),
+    ]
+}
+
+fn find_preload(named: Option<&Path>) -> Result<PathBuf, LaunchError> {
+    let found = match named {
+        Some(path) => std::path::absolute(path)
+            .ok()
+            .filter(|path| path.is_file())
+            .ok_or_else(|| LaunchError::PreloadMissing(path.into()))?,
+        None => {
+            let beside = std::env::current_exe().ok().and_then(|it| Some(it.parent()?.to_owned()));
+            beside
+                .into_iter()
+                .chain([PathBuf::from(PRELOAD_DIRECTORY)])
+                .map(|directory| directory.join(PRELOAD))
+                .find(|path| path.is_file())
+                .ok_or(LaunchError::NoPreload)?
+        }
+    };
+    let splits = |path: &OsStr| path.as_bytes().iter().any(|byte| b" :".contains(byte));
+    if splits(found.as_os_str()) { Err(LaunchError::PreloadPath(found)) } else { Ok(found) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm() -> CreatedVm {
+        CreatedVm { number: 3, name: "vm3".into(), directory: "/run/a,b/vms/3".into() }
+    }
+
+    #[test]
+    fn the_device_is_added_to_the_command_line() {
+        let arguments = device_arguments(&vm());
+        let expected = [
+            "-chardev",
+            "socket,id=pagefusion,path=/run/a,,b/vms/3/ivshmem.sock",
+            "-device",
+            "ivshmem-doorbell,chardev=pagefusion,vectors=1",
+            "-qmp",
+            "unix:/run/a,,b/vms/3/qmp.sock,server=on,wait=off",
+        ];
+        assert_eq!(arguments, expected);
+    }
+
+    #[test]
+    fn other_preloaded_libraries_are_kept() {
+        let preload = Path::new("/x/lib.so");
+        let [(_, alone), ..] = environment(&vm(), preload, None);
+        let [(_, both), ..] = environment(&vm(), preload, Some("/y/other.so".into()));
+        assert_eq!((alone.to_str(), both.to_str()), (Some("/x/lib.so"), Some("/x/lib.so:/y/other.so")));
+    }
+
+    #[test]
+    fn a_library_that_cannot_be_loaded_is_refused_before_anything_is_started() {
+        assert!(matches!(
+            find_preload(Some(Path::new("/nowhere/lib.so"))),
+            Err(LaunchError::PreloadMissing(_))
+        ));
+        let directory = tempfile::Builder::new().prefix("with space ").tempdir().unwrap();
+        let path = directory.path().join("lib.so");
+        std::fs::write(&path, "").unwrap();
+        assert!(matches!(find_preload(Some(&path)), Err(LaunchError::PreloadPath(_))));
+    }
+}

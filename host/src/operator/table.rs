@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Figures as a person reads them.
+
+use crate::protocol::{Status, VmStatus};
+use crate::store::PAGE;
+use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
+
+/// Bytes with a unit, three digits or so: `1.4 GiB`, `-12 MiB`, `0 B`.
+pub fn human_bytes(bytes: i64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value.abs() >= 999.5 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(unit > 0 && value.abs() < 99.95);
+    format!("{value:.digits$} {}", units[unit])
+}
+
+/// The whole host: groups, VMs, and what it comes to.
+pub fn status_text(status: &Status) -> String {
+    if status.vms.is_empty() {
+        return "No VM is running. Start one with: pagefusionctl run --group NAME -- \
+                qemu-system-x86_64 …\n"
+            .into();
+    }
+    let mut groups = table(&["Group", "VMs", "Shared", "Store", "Only one has", "Saved"]);
+    for group in &status.groups {
+        groups.add_row(row(
+            &[&group.name],
+            &[
+                group.vms.to_string(),
+                pages(group.pages_shared),
+                pages(group.store_pages),
+                pages(group.pages_remembered),
+                human_bytes(group.bytes_saved),
+            ],
+        ));
+    }
+    let saved = human_bytes(status.bytes_saved);
+    let metadata = human_bytes(i64::try_from(status.bytes_metadata).unwrap_or(i64::MAX));
+    format!(
+        "{groups}\n\n{}\nSaved: {saved}, with {metadata} for index, mappings and rings subtracted.\n",
+        vms_text(status)
+    )
+}
+
+/// The VMs, and below the table why some of them share little.
+pub fn vms_text(status: &Status) -> String {
+    let titles =
+        ["VM", "Name", "Group", "State", "PID", "Reported", "Shared", "Broken", "Refused", "CPU"];
+    let mut vms = table(&titles);
+    let mut notes = String::new();
+    for vm in &status.vms {
+        let engine = &vm.engine;
+        vms.add_row(row(
+            &[&vm.id.to_string(), &vm.name, vm.group.as_deref().unwrap_or("-"), state(vm)],
+            &[
+                vm.pid.to_string(),
+                pages(engine.pages_reported),
+                pages(engine.pages_shared),
+                pages(engine.pages_broken),
+                pages(engine.pages_refused),
+                format!("{:.1} s", engine.cpu_seconds),
+            ],
+        ));
+        if let Some(reason) = &engine.disabled {
+            notes += &format!("{}: {reason}\n", vm.name);
+        }
+        let refusals: Vec<_> =
+            engine.refusals.iter().map(|(reason, count)| format!("{reason} {}", pages(*count))).collect();
+        if !refusals.is_empty() {
+            notes += &format!("{}: refused: {}\n", vm.name, refusals.join(", "));
+        }
+    }
+    format!("{vms}\n{notes}")
+}
+
+fn state(vm: &VmStatus) -> &'static str {
+    if vm.paused {
+        "paused"
+    } else if !vm.connected {
+        "no engine"
+    } else if vm.engine.disabled.is_some() {
+        "disabled"
+    } else if !vm.engine.guest_attached {
+        "no guest"
+    } else {
+        "sharing"
+    }
+}
+
+fn pages(pages: u64) -> String {
+    human_bytes(i64::try_from(pages).unwrap_or(i64::MAX).saturating_mul(PAGE as i64))
+}
+
+fn table(titles: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(titles);
+    table
+}
+
+/// Words to the left, figures to the right.
+fn row(words: &[&str], figures: &[String]) -> Vec<Cell> {
+    let words = words.iter().map(Cell::new);
+    let figures = figures.iter().map(|it| Cell::new(it).set_alignment(CellAlignment::Right));
+    words.chain(figures).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        let cases = [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.0 KiB"),
+            (4096, "4.0 KiB"),
+            (-12 << 20, "-12.0 MiB"),
+            (1 << 30, "1.0 GiB"),
+            (300 << 20, "300 MiB"),
+            (i64::MAX, "8388608 TiB"),
+        ];
+        for (bytes, text) in cases {
+            assert_eq!(human_bytes(bytes), text);
+        }
+    }
+
+    #[test]
+    fn what_hinders_a_vm_is_named() {
+        let mut vm = VmStatus { name: "web".into(), ..VmStatus::default() };
+        vm.engine.disabled = Some("the engine does not answer".into());
+        vm.engine.refusals.insert("mapping-limit".into(), 256);
+        let text = vms_text(&Status { vms: vec![vm], ..Status::default() });
+        assert!(text.contains("web: the engine does not answer\n"), "{text}");
+        assert!(text.contains("web: refused: mapping-limit 1.0 MiB\n"), "{text}");
+    }
+}

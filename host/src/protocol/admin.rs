@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The operator's connection to the daemon.
+
+use super::transport::{Connection, Encoding};
+use super::{AdminReply, AdminRequest, Scope, Status, VERSION};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Longest wait for an answer. The daemon gives up on slow engines before.
+const LIMIT: Duration = Duration::from_secs(150);
+/// Largest answer: about a kilobyte for each VM.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// Why an operator's request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// Nobody listens.
+    #[error(
+        "pagefusiond does not run with the runtime directory {}; start it with: \
+         systemctl start pagefusiond, or: pagefusiond --runtime-dir {}", .0.display(), .0.display()
+    )]
+    NotRunning(PathBuf),
+    /// The socket is there and not for us.
+    #[error(
+        "may not talk to the pagefusiond of {}; run this as root or as the daemon's user",
+        .0.display()
+    )]
+    NotAllowed(PathBuf),
+    /// The connection failed.
+    #[error("the connection to pagefusiond failed: {0}")]
+    Connection(#[from] io::Error),
+    /// The daemon refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The daemon's answer does not fit the question.
+    #[error("pagefusiond gives an answer that does not fit the question; restart it, so that it has the version of this program")]
+    Unexpected,
+}
+
+/// What became of [`AdminClient::undo`] or [`AdminClient::resume`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// VMs in the scope.
+    pub vms: usize,
+    /// VMs that failed, by name, with the reason.
+    pub failed: Vec<(String, String)>,
+}
+
+/// A VM that this process has become.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreatedVm {
+    /// Its number.
+    pub number: u32,
+    /// Its name.
+    pub name: String,
+    /// Directory with `ivshmem.sock`, `engine.sock` and room for `qmp.sock`.
+    pub directory: PathBuf,
+}
+
+/// A connection to the daemon's `admin.sock`.
+#[derive(Debug)]
+pub struct AdminClient {
+    connection: Connection,
+}
+
+impl AdminClient {
+    /// Connects to the daemon that works in `runtime_dir`.
+    pub fn connect(runtime_dir: &Path) -> Result<Self, AdminError> {
+        let path = runtime_dir.join("admin.sock");
+        let connection = match Connection::connect(&path, Encoding::Json, LIMIT) {
+            Ok(connection) => connection.accepting_messages_of(MAX_ANSWER),
+            Err(error) => {
+                return Err(match error.kind() {
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                        AdminError::NotRunning(runtime_dir.into())
+                    }
+                    io::ErrorKind::PermissionDenied => AdminError::NotAllowed(runtime_dir.into()),
+                    _ => AdminError::Connection(error),
+                });
+            }
+        };
+        Ok(Self { connection })
+    }
+
+    /// Makes this process a VM. It stays one through `exec`, until it ends.
+    pub fn create_vm(
+        &mut self,
+        name: Option<String>,
+        group: Option<String>,
+    ) -> Result<CreatedVm, AdminError> {
+        match self.ask(&AdminRequest::CreateVm { version: VERSION, name, group })? {
+            AdminReply::Created { vm, name, directory } => {
+                Ok(CreatedVm { number: vm, name, directory })
+            }
+            _ => Err(AdminError::Unexpected),
+        }
+    }
+
+    /// Figures of the whole host.
+    pub fn status(&mut self) -> Result<Status, AdminError> {
+        match self.ask(&AdminRequest::Status { version: VERSION })? {
+            AdminReply::Status(status) => Ok(*status),
+            _ => Err(AdminError::Unexpected),
+        }
+    }
+
+    /// Turns what is shared back into ordinary memory and stops sharing.
+    pub fn undo(&mut self, scope: Scope) -> Result<Outcome, AdminError> {
+        self.ask_for_done(&AdminRequest::Undo(scope))
+    }
+
+    /// Shares (again).
+    pub fn resume(&mut self, scope: Scope) -> Result<Outcome, AdminError> {
+        self.ask_for_done(&AdminRequest::Resume(scope))
+    }
+
+    fn ask_for_done(&mut self, request: &AdminRequest) -> Result<Outcome, AdminError> {
+        match self.ask(request)? {
+            AdminReply::Done { vms, failed } => Ok(Outcome { vms, failed }),
+            _ => Err(AdminError::Unexpected),
+        }
+    }
+
+    fn ask(&mut self, request: &AdminRequest) -> Result<AdminReply, AdminError> {
+        self.connection.send(request)?;
+        match self.connection.receive()? {
+            AdminReply::Error(reason) => Err(AdminError::Refused(reason)),
+            reply => Ok(reply),
+        }
+    }
+}
