@@ -16,7 +16,7 @@ const GUEST_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "ext4", "virtio_rn
 /// Drivers a lab host needs on top of that.
 const LAB_MODULES: [&str; 1] = ["kvm-amd"];
 
-/// For a guest: drivers, `pf-init`, the agent and the module.
+/// For a guest: drivers, `pf-init`, `pf-init` again as the agent, and the module.
 pub fn build_guest(artifacts: &Artifacts, target: &Path) -> Result<()> {
     if let Some(ready) = &artifacts.guest_initramfs {
         fs::copy(ready, target).with_context(|| format!("copy {}", ready.display()))?;
@@ -27,8 +27,8 @@ pub fn build_guest(artifacts: &Artifacts, target: &Path) -> Result<()> {
     archive.modules(artifacts, &GUEST_MODULES)?;
     archive.directory("run")?;
     archive.directory("run/pagefusion")?;
-    let agent = artifacts.program("pf-agent")?;
-    archive.file("run/pagefusion/agent", 0o755, &read(&agent)?)?;
+    // The same program is the agent when it is not the first process.
+    archive.file("run/pagefusion/agent", 0o755, &read(&artifacts.program("pf-init")?)?)?;
     if let Some(module) = &artifacts.module_ko {
         archive.file("run/pagefusion/pagefusion.ko", 0o644, &read(module)?)?;
     }

@@ -27,8 +27,7 @@ const GUEST_DISK: &str = "/dev/vdc";
 const LIMIT: Duration = Duration::from_secs(25 * 60);
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// Our programs that run inside.
-const PROGRAMS: [&str; 6] =
-    ["qemu-tests", "pagefusiond", "pagefusionctl", "libpagefusion_preload.so", "pf-agent", "pf-init"];
+const PROGRAMS: [&str; 5] = ["qemu-tests", "pagefusiond", "pagefusionctl", "libpagefusion_preload.so", "pf-init"];
 
 /// A running lab host.
 #[derive(Debug)]

@@ -27,6 +27,7 @@ pub mod proof;
 pub mod protocol;
 pub mod report;
 pub mod scenarios;
+pub mod services;
 pub mod settle;
 pub mod suite;
 pub mod workdir;

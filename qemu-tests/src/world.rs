@@ -16,13 +16,11 @@ use crate::{
     guest::{Accelerator, Config, Guest, Mode},
     initramfs,
     manifest::Manifest,
-    workdir,
+    services, workdir,
 };
 
 /// The trust group the guests are in.
 const GROUP: &str = "tests";
-/// Services the guest image runs.
-const SERVICES: [&str; 3] = ["nginx", "postgresql@*", "pagefusion-python"];
 
 /// How long things may take on one kind of host.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +55,11 @@ pub struct Host {
 }
 
 impl Host {
+    /// What its Debian guests boot into. Under a nested host systemd's boot alone would take minutes.
+    fn mode(self) -> Mode {
+        if self.nested { Mode::Bare } else { Mode::Systemd }
+    }
+
     /// Its name in reports.
     pub fn name(self) -> &'static str {
         match (self.accelerator, self.nested) {
@@ -131,7 +134,7 @@ impl World {
 
     /// Starts QEMU for one more Debian guest; it boots while others do.
     pub fn start_guest(&mut self) -> Result<()> {
-        let config = self.config(Mode::Systemd, 1024, vec![self.artifacts.guest_image.clone()]);
+        let config = self.config(self.host.mode(), 1024, vec![self.artifacts.guest_image.clone()]);
         let launcher = self.site.launcher(GROUP, &config.name, &self.artifacts.qemu);
         let guest = Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)?;
         self.guests.push(guest);
@@ -145,7 +148,10 @@ impl World {
             uptimes.push(guest.wait_agent(self.limits.boot)?);
         }
         for guest in &mut self.guests[from..] {
-            guest.wait_services(&SERVICES, self.limits.services)?;
+            match self.host.mode() {
+                Mode::Bare => services::start(guest, self.limits.services)?,
+                _ => services::wait(guest, self.limits.services)?,
+            }
         }
         Ok(uptimes)
     }

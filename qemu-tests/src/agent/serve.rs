@@ -2,12 +2,13 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs::{self, OpenOptions},
     io::{BufRead, BufReader, Write},
     sync::{Arc, Mutex},
 };
 
 use anyhow::{Context, Result};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde_json::Value;
 
 use super::{command, files, held::Held, kernel};
@@ -16,8 +17,16 @@ use crate::protocol::{Message, Op, Request};
 /// The agent's side of the line, shared with the threads that relay a command's output.
 pub(super) type Line = Arc<Mutex<fs::File>>;
 
-/// Serves requests until the other side goes away.
-pub fn serve(port: fs::File) -> Result<()> {
+/// Serves the harness on a serial port until it goes away.
+pub fn serve(path: &str) -> Result<()> {
+    let port = OpenOptions::new().read(true).write(true).open(path).with_context(|| format!("open {path}"))?;
+    let mut settings = tcgetattr(&port).with_context(|| format!("{path} is no terminal"))?;
+    settings.make_raw();
+    tcsetattr(&port, OptionalActions::Flush, &settings).context("make the port raw")?;
+    requests(port)
+}
+
+fn requests(port: fs::File) -> Result<()> {
     let line: Line = Arc::new(Mutex::new(port.try_clone().context("duplicate the port")?));
     send(&line, &Message::Ready { kernel: kernel::release(), uptime: kernel::uptime()? })?;
     let mut agent = Agent { line: Arc::clone(&line), held: HashMap::new() };

@@ -1,8 +1,12 @@
-//! The first program of every machine the tests boot. Statically linked; it is alone in the initramfs.
+//! The first program of every machine the tests boot, and the agent in it. Statically linked; it is alone in the
+//! initramfs.
+//!
+//! Started as any process but the first, it is the agent.
 //!
 //! `pf.mode=` on the kernel command line says what becomes of the machine:
 //!
 //! * `systemd` – the disk becomes the root and its own init takes over (a Debian guest);
+//! * `bare` – the disk becomes the root, and the agent runs there alone;
 //! * `agent` – no disk, only the agent (a machine that tests one thing);
 //! * `lab` – the disk becomes the root, the second disk is mounted on `/run/pagefusion`, and the agent runs there (a
 //!   host in which KVM guests are started).
@@ -14,7 +18,7 @@ use std::{
     mem::MaybeUninit,
     os::unix::process::CommandExt,
     path::Path,
-    process::Command,
+    process::{Command, ExitCode},
 };
 
 use anyhow::{Context, Result, bail};
@@ -29,10 +33,24 @@ const ROOT: &str = "/newroot";
 /// Where agent and module are, in the initramfs as in the root.
 const RUN: &str = "/run/pagefusion";
 
-fn main() {
+/// Where the harness listens.
+const PORT: &str = "/dev/ttyS1";
+
+fn main() -> ExitCode {
+    if !rustix::process::getpid().is_init() {
+        return match qemu_tests::agent::serve(PORT) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("agent: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let Err(error) = run();
     eprintln!("pf-init: {error:#}");
     power_off();
+    // A first process that ends is a panic, which the harness sees.
+    ExitCode::FAILURE
 }
 
 fn run() -> Result<Infallible> {
@@ -44,9 +62,10 @@ fn run() -> Result<Infallible> {
     load_modules()?;
     match mode {
         Some("systemd") => systemd(),
+        Some("bare") => bare(),
         Some("agent") => agent(),
         Some("lab") => lab(),
-        other => bail!("pf.mode is {other:?}, not systemd, agent or lab"),
+        other => bail!("pf.mode is {other:?}, not systemd, bare, agent or lab"),
     }
 }
 
@@ -57,6 +76,19 @@ fn systemd() -> Result<Infallible> {
     move_to_root(&["dev", "proc", "sys"])?;
     enter_root()?;
     Err(Command::new("/sbin/init").exec()).context("start /sbin/init")
+}
+
+fn bare() -> Result<Infallible> {
+    let under = |path: &str| format!("{ROOT}{path}");
+    mount_disk("vda", ROOT, MountFlags::empty())?;
+    for path in ["/run", "/tmp"] {
+        mount_at("tmpfs", "tmpfs", &under(path), MountFlags::NODEV | MountFlags::NOSUID, "")?;
+    }
+    copy_run(&under(RUN))?;
+    move_to_root(&["dev", "proc", "sys"])?;
+    mount_at("tmpfs", "tmpfs", &under("/dev/shm"), MountFlags::NODEV | MountFlags::NOSUID, "")?;
+    enter_root()?;
+    serve(&format!("{RUN}/agent"))
 }
 
 fn agent() -> Result<Infallible> {
@@ -75,7 +107,7 @@ fn lab() -> Result<Infallible> {
     mount_at("tmpfs", "tmpfs", &under("/dev/shm"), plain, "")?;
     mount_at("cgroup2", "cgroup2", &under("/sys/fs/cgroup"), MountFlags::empty(), "")?;
     enter_root()?;
-    serve(&format!("{RUN}/bin/pf-agent"))
+    serve(&format!("{RUN}/bin/pf-init"))
 }
 
 fn move_to_root(directories: &[&str]) -> Result<()> {

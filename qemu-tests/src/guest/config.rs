@@ -16,6 +16,8 @@ pub enum Accelerator {
 pub enum Mode {
     /// A Debian system from its disk.
     Systemd,
+    /// The same Debian root, but with the agent in place of systemd.
+    Bare,
     /// Nothing but the agent.
     Agent,
     /// A host for KVM guests.
@@ -54,6 +56,7 @@ impl Config {
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
         add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         let accelerator = match self.accelerator {
+            Accelerator::Tcg if self.mode == Mode::Lab => "tcg,thread=single",
             Accelerator::Tcg => "tcg,thread=multi",
             Accelerator::Kvm => "kvm",
         };
@@ -62,6 +65,7 @@ impl Config {
         add(&["-device", "virtio-rng-pci"]);
         let mode = match self.mode {
             Mode::Systemd => "systemd",
+            Mode::Bare => "bare",
             Mode::Agent => "agent",
             Mode::Lab => "lab",
         };

@@ -105,20 +105,6 @@ impl Guest {
         })
     }
 
-    /// Waits until systemd has started everything, and makes sure that `units` run.
-    pub fn wait_services(&mut self, units: &[&str], limit: Duration) -> Result<()> {
-        let up = self.run_for(&["systemctl", "is-system-running", "--wait"], limit)?;
-        if up.stdout.trim() != "running" {
-            let failed = self.run_for(&["systemctl", "--failed", "--no-legend", "--plain"], limit)?;
-            bail!("{}: the system is {:?}: {}", self.name, up.stdout.trim(), failed.stdout);
-        }
-        for unit in units {
-            let state = self.run_for(&["systemctl", "is-active", unit], limit)?;
-            ensure!(state.status == Some(0), "{}: {unit} is {:?}", self.name, state.stdout.trim());
-        }
-        Ok(())
-    }
-
     /// Asks the agent for something and waits for its answer.
     pub fn request<T: DeserializeOwned>(&mut self, op: Op) -> Result<T> {
         self.request_for(op, REQUEST_LIMIT, |_| {})
@@ -158,7 +144,8 @@ impl Guest {
         self.run_for(argv, REQUEST_LIMIT)
     }
 
-    fn run_for(&mut self, argv: &[&str], limit: Duration) -> Result<RunOutcome> {
+    /// The same with another time limit.
+    pub fn run_for(&mut self, argv: &[&str], limit: Duration) -> Result<RunOutcome> {
         let argv = argv.iter().map(|&word| word.to_owned()).collect();
         let op = Op::Run { argv, timeout_ms: limit.as_millis() as u64, stream: false };
         let outcome: RunOutcome = self.request_for(op, limit + REQUEST_LIMIT, |_| {})?;
