@@ -94,7 +94,8 @@ control! {
         sleep_millisecs: 1000, 10, 3_600_000;
         /// Longest sleep between two passes that find nothing new, milliseconds.
         max_sleep_millisecs: 5000, 10, 3_600_000;
-        /// Pages looked at before others get a chance to run.
+        /// After so many pages have been looked at, a pass sleeps for 10 milliseconds. It does so
+        /// between batches of files, when it holds none of them.
         pages_to_scan: 65_536, 1, 1 << 32;
         /// 1 reports the kernel's text and read-only data, too.
         kernel_text: 1, 0, 1;

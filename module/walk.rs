@@ -39,6 +39,7 @@ const SKIP: vm_flags_t =
 
 /// A file and the pages of it that are mapped.
 pub(crate) struct Candidate {
+    key: usize,
     pub(crate) file: MappedFile,
     pub(crate) range: Range,
 }
@@ -72,7 +73,7 @@ impl Batch {
     fn join(&mut self) {
         let kept = ranges::join(
             &mut self.list,
-            |candidate| candidate.file.key(),
+            |candidate| candidate.key,
             |candidate| &mut candidate.range,
         );
         while self.list.len() > kept {
@@ -256,6 +257,7 @@ unsafe fn candidate(area: &VmaRef) -> Option<Candidate> {
     let pages = (area.end() - area.start()) / kernel::page::PAGE_SIZE;
     let start = first as u64;
     Some(Candidate {
+        key: file.key(),
         file,
         range: Range {
             start,

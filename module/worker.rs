@@ -96,6 +96,14 @@ impl Worker {
         pass.min(host)
     }
 
+    /// These take a look at every file, so they are published when a pass has done that anyway.
+    fn publish_tracker(&self) {
+        let tracker = &self.session.tracker;
+        CONTROL.pages_tracked.set(tracker.pages());
+        CONTROL.tracker_bytes.set(tracker.bytes() as u64);
+        CONTROL.files_tracked.set(tracker.files() as u64);
+    }
+
     fn publish_statistics(&mut self) {
         let (session, totals) = (&self.session, &self.session.totals);
         CONTROL.pages_reported.set(totals.reported);
@@ -106,9 +114,6 @@ impl Worker {
         CONTROL.pages_retracted.set(totals.retracted);
         CONTROL.revocations.set(totals.revocations);
         CONTROL.pages_in_flight.set(session.pages_in_flight());
-        CONTROL.pages_tracked.set(session.tracker.pages());
-        CONTROL.tracker_bytes.set(session.tracker.bytes() as u64);
-        CONTROL.files_tracked.set(session.tracker.files() as u64);
         CONTROL.pages_shared.set(session.ring().pages_shared());
         let attached = session.ring().state() == State::Attached;
         CONTROL.host_instance.set(if attached {
@@ -165,9 +170,13 @@ impl Work for Worker {
             if serviced.wants_pass || serviced.restarted {
                 self.schedule.hurry();
             }
+            if serviced.restarted {
+                self.publish_tracker();
+            }
             let runs = CONTROL.run.get() == 1 && self.session.is_open();
             if runs && self.schedule.wait_ms(now) == 0 {
                 self.pass();
+                self.publish_tracker();
                 self.publish_statistics();
             } else {
                 self.publish_statistics();
@@ -183,7 +192,15 @@ impl Work for Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        CONTROL.host_instance.set(0);
-        CONTROL.pages_shared.set(0);
+        for number in [
+            &CONTROL.host_instance,
+            &CONTROL.pages_shared,
+            &CONTROL.pages_in_flight,
+            &CONTROL.pages_tracked,
+            &CONTROL.tracker_bytes,
+            &CONTROL.files_tracked,
+        ] {
+            number.set(0);
+        }
     }
 }

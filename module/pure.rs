@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module's files that know nothing of the kernel, as a crate of their own for `cargo test`.
+//! The module's root is `main.rs`.
+
+#![forbid(unsafe_code)]
+#![allow(
+    dead_code,
+    reason = "the users of these files are in the kernel module"
+)]
+#![allow(unreachable_pub, reason = "the wire format is public in its own crate")]
+
+mod inflight;
+#[path = "list_std.rs"]
+mod list;
+mod policy;
+mod ranges;
+mod ring;
+mod runs;
+mod session;
+mod tracker;
+#[rustfmt::skip] // Formatted with its own crate.
+#[path = "../abi/src/wire/mod.rs"]
+mod wire;
+
+#[cfg(test)]
+#[path = "tests"]
+mod tests {
+    mod fifo;
+    mod policy;
+    mod ranges;
+    mod runs;
+    mod session;
+    mod tracker;
+}
