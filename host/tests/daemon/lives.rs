@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! VMs and daemons begin and end, in every order.
+
+use crate::support::{Daemon, Host, Vmm};
+use pagefusion_host::protocol::{AdminClient, Scope};
+
+fn connected(host: &Host, name: &str, group: &str) -> Vmm {
+    let mut vmm = Vmm::start(host, name, group);
+    assert_eq!(vmm.tell("connect"), "device=true paused=false");
+    assert_eq!(vmm.tell("listen"), "listening");
+    vmm
+}
+
+fn reconnect(vmm: &mut Vmm) {
+    assert_eq!(vmm.tell("connect"), "device=false paused=false");
+    assert_eq!(vmm.tell("announce"), "done");
+    assert_eq!(vmm.tell("listen"), "listening");
+}
+
+#[test]
+fn two_vms_share_and_leave_nothing_behind() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one", "g");
+    let mut two = connected(&host, "two", "g");
+    assert_eq!(one.tell("share 1 0 20"), "0");
+    assert_eq!(host.stored_pages(), 0);
+    assert_eq!(two.tell("share 1 0 20"), "20");
+    let mut pages = 0;
+    while pages < 20 {
+        let report = one.tell("report");
+        let numbers: Vec<u64> = report.split(' ').map(|word| word.parse().unwrap()).collect();
+        assert_eq!((numbers[0], numbers[1]), (1, pages), "{report}");
+        pages += numbers[2];
+    }
+    assert_eq!(one.tell("share 1 0 20"), "20");
+    assert_eq!(host.stored_pages(), 20);
+    assert_eq!((one.tell("check"), two.tell("check")), ("20 of 20".into(), "20 of 20".into()));
+
+    let status = host.status();
+    assert_eq!((status.pages_shared, status.store_pages), (40, 20));
+    assert!(status.vms.iter().all(|vm| vm.connected));
+    assert_eq!(status.bytes_saved, 20 * 4096 - status.bytes_metadata as i64);
+
+    two.kill();
+    daemon.expect_end("two");
+    assert_eq!(host.stored_pages(), 20);
+    assert_eq!(one.tell("check"), "20 of 20");
+    one.kill();
+    daemon.expect_end("one");
+    assert!(host.is_clean());
+}
+
+#[test]
+fn groups_share_nothing_with_each_other() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let mut vms =
+        [("a1", "a"), ("b1", "b"), ("p1", ""), ("p2", "")].map(|(n, g)| connected(&host, n, g));
+    for vm in &mut vms {
+        assert_eq!(vm.tell("share 1 0 5"), "0");
+    }
+    assert_eq!(host.stored_pages(), 0);
+    assert_eq!(host.store_files().len(), 4);
+}
+
+#[test]
+fn a_killed_daemon_is_followed_by_one_that_goes_on() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one", "g");
+    let mut two = connected(&host, "two", "g");
+    one.tell("share 1 0 30");
+    two.tell("share 1 0 30");
+    one.tell("share 1 0 20");
+    daemon.kill();
+
+    assert_eq!((one.tell("check"), two.tell("check")), ("20 of 20".into(), "30 of 30".into()));
+    let daemon = Daemon::start(&host);
+    // Before anybody has announced anything, a third VM finds what is there.
+    let mut three = connected(&host, "three", "g");
+    assert_eq!(three.tell("share 1 0 10"), "10");
+    reconnect(&mut one);
+    reconnect(&mut two);
+    assert_eq!(host.stored_pages(), 30);
+    assert_eq!(three.tell("share 1 0 30"), "30");
+    assert_eq!(host.stored_pages(), 30);
+    for (vmm, name) in [(one, "one"), (two, "two")] {
+        vmm.kill();
+        daemon.expect_end(name);
+    }
+    assert_eq!(three.tell("check"), "30 of 30");
+    three.kill();
+    daemon.expect_end("three");
+    assert!(host.is_clean());
+}
+
+#[test]
+fn a_stopped_daemon_leaves_vms_sharing() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one", "");
+    one.tell("share 1 0 5");
+    // The same content under another name of the same VM: duplicates within it count.
+    daemon.terminate();
+    let daemon = Daemon::start(&host);
+    reconnect(&mut one);
+    one.kill();
+    daemon.expect_end("one");
+    assert!(host.is_clean());
+}
+
+#[test]
+fn what_ends_while_no_daemon_runs_is_cleaned_up_later() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one", "g");
+    let mut two = connected(&host, "two", "g");
+    one.tell("share 1 0 8");
+    two.tell("share 1 0 8");
+    daemon.kill();
+    two.kill();
+    let daemon = Daemon::start(&host);
+    reconnect(&mut one);
+    assert_eq!(host.stored_pages(), 0);
+    daemon.kill();
+    one.kill();
+    let daemon = Daemon::start(&host);
+    assert!(host.is_clean());
+    // Numbers are not used again.
+    let three = connected(&host, "three", "g");
+    assert!(three.directory.ends_with("vms/3"), "{:?}", three.directory);
+    drop(daemon);
+}
+
+#[test]
+fn a_vm_that_does_not_answer_keeps_nobody_else_waiting() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let mut hung = Vmm::start(&host, "hung", "g");
+    hung.tell("connect");
+    assert_eq!(hung.tell("hang"), "hanging");
+    let mut good = connected(&host, "good", "g");
+    good.tell("share 1 0 3");
+    let begin = std::time::Instant::now();
+    let status = host.status();
+    assert!(begin.elapsed().as_secs() < 10);
+    assert!(!status.vms[0].connected);
+    assert_eq!(status.vms[0].engine.disabled.as_deref(), Some("the engine does not answer"));
+    assert!(status.vms[1].connected);
+    // A report for the hung one does not hold up the publisher.
+    hung.tell("share 2 0 3");
+    assert_eq!(good.tell("share 2 0 3"), "3");
+}
+
+#[test]
+fn what_an_operator_pauses_stays_paused() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one", "g");
+    let mut admin = AdminClient::connect(&host.runtime()).unwrap();
+    let outcome = admin.undo(Scope::Group("g".into())).unwrap();
+    assert_eq!((outcome.vms, outcome.failed.len()), (1, 0));
+    assert!(admin.undo(Scope::Vm("nobody".into())).is_err());
+    daemon.kill();
+    let daemon = Daemon::start(&host);
+    assert_eq!(one.tell("connect"), "device=false paused=true");
+    let mut two = Vmm::start(&host, "two", "g");
+    assert_eq!(two.tell("connect"), "device=true paused=true");
+    let mut three = Vmm::start(&host, "three", "other");
+    assert_eq!(three.tell("connect"), "device=true paused=false");
+    let mut admin = AdminClient::connect(&host.runtime()).unwrap();
+    assert_eq!(admin.resume(Scope::All).unwrap().vms, 3);
+    assert!(host.status().vms.iter().all(|vm| !vm.paused));
+    drop(daemon);
+}
+
+#[test]
+fn the_vmm_gets_its_device_once() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let mut one = Vmm::start(&host, "one", "g");
+    assert_eq!(one.tell("device"), "[0, 0, -1, 1, 0]");
+    assert_eq!(one.tell("device"), "failed to fill whole buffer");
+}
+
+#[test]
+fn a_second_daemon_says_who_is_in_its_way() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let output = host.daemon_command().output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("another pagefusiond uses"), "{text}");
+}
+
+/// Daemons and VMMs are killed at points that differ from run to run of the loop; what is
+/// left must be right every time.
+#[test]
+fn killing_anybody_at_any_point_loses_no_page_and_keeps_none() {
+    let host = Host::new();
+    let mut daemon = Daemon::start(&host);
+    let mut vmms: Vec<(String, Vmm)> = Vec::new();
+    let mut seed = 0x5eed_u64;
+    let mut random = move |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % below
+    };
+    for round in 0..40 {
+        if vmms.len() < 4 {
+            let name = format!("vm-{round}");
+            let vmm = connected(&host, &name, "g");
+            vmms.push((name, vmm));
+        }
+        // All are busy when somebody dies.
+        for (_, vmm) in &mut vmms {
+            vmm.order(&format!("share {} {} {}", random(3), random(50), 1 + random(60)));
+        }
+        match random(3) {
+            0 => {
+                let (name, vmm) = vmms.swap_remove(random(vmms.len() as u64) as usize);
+                vmm.kill();
+                daemon.expect_end(&name);
+                vmms.iter().for_each(|(_, vmm)| drop(vmm.answer()));
+            }
+            1 => {
+                daemon.kill();
+                vmms.iter().for_each(|(_, vmm)| drop(vmm.answer()));
+                daemon = Daemon::start(&host);
+                vmms.iter_mut().for_each(|(_, vmm)| reconnect(vmm));
+            }
+            _ => vmms.iter().for_each(|(_, vmm)| drop(vmm.answer())),
+        }
+        for (name, vmm) in &mut vmms {
+            let answer = vmm.tell("check");
+            let (good, held) = answer.split_once(" of ").unwrap();
+            assert_eq!(good, held, "{name} in round {round}");
+        }
+        // Three files of at most 110 pages: more would be stored twice.
+        assert!(host.stored_pages() <= 330, "round {round}");
+    }
+    for (name, vmm) in vmms {
+        vmm.kill();
+        daemon.expect_end(&name);
+    }
+    assert!(host.is_clean());
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a VMM process of these tests does: it shares pages the way an engine would, without
+//! a guest, and checks that they stay what they were.
+
+use pagefusion_host::protocol::{
+    AdminClient, ControlConnection, ControlReply, ControlRequest, EngineStatus, FileKey, FileSpan,
+    Holding, Sighting, StoreClient, StorePage, StoreSpan, Verdict, WelcomeWithFds,
+};
+use pagefusion_host::store::{PAGE, PageStore, hash_page};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+pub(crate) fn key(inode: u64) -> FileKey {
+    let size = 1000 * PAGE as u64;
+    FileKey { fs_uuid: [3; 16], inode, size, mtime_ns: 5, generation: 1, kind: 1 }
+}
+
+/// Every page of these tests has content that follows from file and page.
+pub(crate) fn content(inode: u64, page: u64) -> [u8; PAGE] {
+    let mut bytes = [inode as u8; PAGE];
+    bytes[..8].copy_from_slice(&(page * 0x1_0001).to_le_bytes());
+    bytes[PAGE - 8..].copy_from_slice(&(inode << 32 | page).to_le_bytes());
+    bytes
+}
+
+#[test]
+#[ignore = "a process that other tests start"]
+fn process() {
+    let runtime = PathBuf::from(std::env::var_os("PF_RUNTIME").expect("started by a test"));
+    let (name, group) = (std::env::var("PF_NAME").unwrap(), std::env::var("PF_GROUP").unwrap());
+    let group = (!group.is_empty()).then_some(group);
+    let created = AdminClient::connect(&runtime).unwrap().create_vm(Some(name), group).unwrap();
+    let mut vmm = Vmm::new(&created.directory);
+    println!("> {}", created.directory.display());
+    for line in std::io::stdin().lines() {
+        let line = line.unwrap();
+        let mut words = line.split(' ');
+        let command = words.next().unwrap();
+        let numbers: Vec<u64> = words.map(|word| word.parse().unwrap()).collect();
+        println!("> {}", vmm.obey(command, &numbers));
+    }
+}
+
+struct Vmm {
+    socket: PathBuf,
+    device_socket: PathBuf,
+    device: Option<UnixStream>,
+    store: Option<(StoreClient, WelcomeWithFds)>,
+    /// Store page and content (file, page) by file and page.
+    held: BTreeMap<(u64, u64), StorePage>,
+    shared: Arc<AtomicU64>,
+    reports: (Sender<FileSpan>, Arc<Mutex<Receiver<FileSpan>>>),
+}
+
+impl Vmm {
+    fn new(directory: &Path) -> Self {
+        let (sender, receiver) = mpsc::channel();
+        Self {
+            socket: directory.join("engine.sock"),
+            device_socket: directory.join("ivshmem.sock"),
+            device: None,
+            store: None,
+            held: BTreeMap::new(),
+            shared: Arc::default(),
+            reports: (sender, Arc::new(Mutex::new(receiver))),
+        }
+    }
+
+    fn obey(&mut self, command: &str, numbers: &[u64]) -> String {
+        match (command, numbers) {
+            ("connect", []) => self.connect(),
+            ("announce", []) => self.announce(),
+            ("share", &[file, page, pages]) => self.share(file, page, pages),
+            ("release", &[file, page]) => self.release(file, page),
+            ("check", []) => self.check(),
+            ("report", []) => {
+                let span = self.reports.1.lock().unwrap().recv_timeout(Duration::from_secs(20));
+                span.map_or("none".into(), |it| format!("{} {} {}", it.file.inode, it.page, it.pages))
+            }
+            ("listen", []) => self.listen(),
+            ("hang", []) => {
+                // Connected, and never answers.
+                std::mem::forget(ControlConnection::connect(&self.socket).unwrap());
+                "hanging".into()
+            }
+            ("device", []) => self.connect_device(),
+            _ => "what?".into(),
+        }
+    }
+
+    fn connect(&mut self) -> String {
+        match StoreClient::connect(&self.socket) {
+            Ok((client, welcome)) => {
+                let text = format!(
+                    "device={} paused={}",
+                    welcome.device.is_some(),
+                    welcome.welcome.paused
+                );
+                self.store = Some((client, welcome));
+                text
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn announce(&mut self) -> String {
+        let holdings = self
+            .held
+            .iter()
+            .map(|(&(file, page), &store)| Holding {
+                span: FileSpan { file: key(file), page, pages: 1 },
+                store,
+            })
+            .collect();
+        let (client, _) = self.store.as_mut().unwrap();
+        client.announce(holdings).map_or_else(|error| error.to_string(), |()| "done".into())
+    }
+
+    /// Shares pages, in the order of a real engine. Answers with how many it holds then.
+    fn share(&mut self, file: u64, first: u64, pages: u64) -> String {
+        match self.try_share(file, first, pages) {
+            Ok(()) => {
+                self.shared.store(self.held.len() as u64, Ordering::Relaxed);
+                self.held.len().to_string()
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn try_share(
+        &mut self,
+        file: u64,
+        first: u64,
+        pages: u64,
+    ) -> Result<(), pagefusion_host::store::StoreError> {
+        let (client, welcome) = self.store.as_mut().unwrap();
+        let (key, seed) = (key(file), welcome.welcome.hash_seed);
+        let mut segments = Vec::new();
+        client.lookup(&[FileSpan { file: key, page: first, pages: pages as u32 }], &mut segments)?;
+        let mut page = first;
+        for segment in segments {
+            for index in 0..segment.pages {
+                let found = match segment.store {
+                    Some(store) => Some(store + index),
+                    None => {
+                        let hashes = vec![hash_page(seed, &content(file, page))];
+                        let mut verdicts = Vec::new();
+                        client.sight(vec![Sighting { file: key, page, hashes }], &mut verdicts)?;
+                        match verdicts[0] {
+                            Verdict::Found(store) => Some(store),
+                            Verdict::Remembered => None,
+                            Verdict::Publish => {
+                                let span = FileSpan { file: key, page, pages: 1 };
+                                let mut published = Vec::new();
+                                client.publish(span, &content(file, page), &mut published)?;
+                                published[0]
+                            }
+                        }
+                    }
+                };
+                if let Some(store) = found {
+                    self.held.insert((file, page), store);
+                }
+                page += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, file: u64, page: u64) -> String {
+        let Some(store) = self.held.remove(&(file, page)) else { return "not held".into() };
+        self.shared.store(self.held.len() as u64, Ordering::Relaxed);
+        let (client, _) = self.store.as_mut().unwrap();
+        let released = client.release(vec![StoreSpan { page: store, pages: 1 }]);
+        released.map_or_else(|error| error.to_string(), |()| "done".into())
+    }
+
+    /// Whether every page held has its content still.
+    fn check(&self) -> String {
+        let Some((_, welcome)) = &self.store else { return "0 of 0".into() };
+        let good = self.held.iter().filter(|&(&(file, page), &store)| {
+            let mut bytes = [0; PAGE];
+            rustix::io::pread(&welcome.store, &mut bytes, u64::from(store) * PAGE as u64).unwrap();
+            bytes == content(file, page)
+        });
+        format!("{} of {}", good.count(), self.held.len())
+    }
+
+    /// Answers the daemon from now on.
+    fn listen(&mut self) -> String {
+        let mut control = match ControlConnection::connect(&self.socket) {
+            Ok(control) => control,
+            Err(error) => return error.to_string(),
+        };
+        let (shared, reports) = (self.shared.clone(), self.reports.0.clone());
+        std::thread::spawn(move || {
+            while let Ok(request) = control.recv() {
+                let reply = match request {
+                    ControlRequest::Status => ControlReply::Status(Box::new(EngineStatus {
+                        guest_attached: true,
+                        pages_shared: shared.load(Ordering::Relaxed),
+                        ..EngineStatus::default()
+                    })),
+                    ControlRequest::Report { spans } => {
+                        for span in spans {
+                            reports.send(span).unwrap();
+                        }
+                        ControlReply::Done
+                    }
+                    ControlRequest::Undo | ControlRequest::Resume => ControlReply::Done,
+                };
+                if control.reply(&reply).is_err() {
+                    return;
+                }
+            }
+        });
+        "listening".into()
+    }
+
+    /// The VMM's part of the ivshmem handshake, without the descriptors.
+    fn connect_device(&mut self) -> String {
+        let mut stream = UnixStream::connect(&self.device_socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut numbers = Vec::new();
+        for _ in 0..5 {
+            let mut bytes = [0; 8];
+            if let Err(error) = stream.read_exact(&mut bytes) {
+                return error.to_string();
+            }
+            numbers.push(i64::from_le_bytes(bytes));
+        }
+        self.device = Some(stream);
+        format!("{numbers:?}")
+    }
+}
