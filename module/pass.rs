@@ -121,7 +121,7 @@ impl Pass<'_> {
         loop {
             batch.clear();
             let more = walk.fill(batch);
-            for Candidate { file, range } in batch.candidates() {
+            for Candidate { file, range, .. } in batch.candidates() {
                 self.scan_file(file, *range)?;
             }
             batch.clear();
