@@ -23,7 +23,7 @@ impl MappingBudget {
     pub fn new() -> io::Result<Self> {
         let limit = fs::read_to_string("/proc/sys/vm/max_map_count")?;
         let limit = limit.trim().parse().map_err(io::Error::other)?;
-        Ok(Self { limit, counted: count()?, added: 0 })
+        Ok(Self { limit, counted: mappings_now()?, added: 0 })
     }
 
     /// The kernel's limit.
@@ -62,7 +62,7 @@ impl MappingBudget {
         // Only when enough was added since for the truth to differ: reading the list costs
         // about a tenth of a microsecond per mapping.
         if self.added > self.limit / 64
-            && let Ok(now) = count()
+            && let Ok(now) = mappings_now()
         {
             self.counted = now;
             self.added = 0;
@@ -71,7 +71,7 @@ impl MappingBudget {
 }
 
 /// Mappings of this process now.
-pub(super) fn count() -> io::Result<usize> {
+pub fn mappings_now() -> io::Result<usize> {
     let file = fs::File::open("/proc/self/maps")?;
     let mut reader = io::BufReader::with_capacity(1 << 16, file);
     let mut lines = 0;

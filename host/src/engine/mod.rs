@@ -25,7 +25,7 @@ pub use audit::{Audit, audit};
 pub use faults::serve_faults;
 pub use guest::{Guest, Progressed};
 pub use mapped::StoreView;
-pub use mappings::MappingBudget;
+pub use mappings::{MappingBudget, mappings_now};
 pub use memory::{Memory, Refusal, WINDOW_PAGES};
 pub use overlays::{Overlay, Overlays};
 pub use regions::{Attributes, Piece, Region, Regions, Unsuitable};

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The functions that stand before libc's, and what starts the engine.
+
+#![expect(unsafe_code, reason = "symbols of libc, called by C")]
+
+use std::ffi::{CStr, c_int, c_long, c_ulong, c_void};
+use std::sync::OnceLock;
+
+use crate::kvm::{self, Watched};
+use crate::runtime;
+
+type Ioctl = unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int;
+type Madvise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
+
+/// The next definition of a symbol of this type after ours.
+///
+/// # Safety
+///
+/// `F` must be the function pointer type of the symbol `name`.
+unsafe fn next<F: Copy>(name: &CStr) -> F {
+    // SAFETY: a lookup by a valid name.
+    let symbol = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
+    assert!(!symbol.is_null(), "libc has no {name:?}");
+    assert_eq!(size_of::<F>(), size_of_val(&symbol));
+    // SAFETY: a function pointer of this type, by contract.
+    unsafe { std::mem::transmute_copy(&symbol) }
+}
+
+fn next_ioctl() -> Ioctl {
+    static NEXT: OnceLock<Ioctl> = OnceLock::new();
+    // SAFETY: `int ioctl(int, unsigned long, ...)` with its one argument in a register.
+    *NEXT.get_or_init(|| unsafe { next(c"ioctl") })
+}
+
+fn next_madvise() -> Madvise {
+    static NEXT: OnceLock<Madvise> = OnceLock::new();
+    // SAFETY: `int madvise(void *, size_t, int)`.
+    *NEXT.get_or_init(|| unsafe { next(c"madvise") })
+}
+
+/// Sees KVM's memory slots, and devices that will hold on to guest memory.
+///
+/// # Safety
+///
+/// As `ioctl(2)`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+    let watched = kvm::classify(request);
+    if matches!(watched, Watched::No) || !runtime::is_active() {
+        // SAFETY: passed on as it came.
+        return unsafe { next_ioctl()(fd, request, argument) };
+    }
+    match watched {
+        Watched::MemoryRegion => {
+            // SAFETY: the caller passes a `kvm_userspace_memory_region` or its longer
+            // successor, which begins alike; the kernel would read it as well.
+            let slot = unsafe { argument.cast::<kvm::MemoryRegion>().read_unaligned() };
+            // What goes away is made ordinary before KVM and the VMM let go of it.
+            runtime::before_slot(&slot);
+            // SAFETY: passed on as it came.
+            let result = unsafe { next_ioctl()(fd, request, argument) };
+            if result == 0 {
+                runtime::after_slot(&slot);
+            }
+            result
+        }
+        Watched::PinsMemory(what) => {
+            runtime::disable(what);
+            // SAFETY: passed on as it came.
+            unsafe { next_ioctl()(fd, request, argument) }
+        }
+        // SAFETY: passed on as it came.
+        Watched::No => unsafe { next_ioctl()(fd, request, argument) },
+    }
+}
+
+/// Sees memory that the VMM gives back for a balloon: on an overlay it would turn into the
+/// canonical bytes instead of zeros. (glibc's `posix_madvise` never discards.)
+///
+/// # Safety
+///
+/// As `madvise(2)`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int {
+    const DONTNEED_LOCKED: c_int = 24;
+    let discards = matches!(
+        advice,
+        libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | DONTNEED_LOCKED
+    );
+    if discards && runtime::is_active() {
+        runtime::before_discard(address as usize, length);
+    }
+    // SAFETY: passed on as it came.
+    unsafe { next_madvise()(address, length, advice) }
+}
+
+extern "C" fn start(_argc: c_int, _argv: *const *const i8, _env: *const *const i8) {
+    runtime::start();
+}
+
+/// Runs when the library is loaded, before the VMM's own `main`.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static START: extern "C" fn(c_int, *const *const i8, *const *const i8) = start;
+
+const _: () = assert!(size_of::<c_long>() == 8, "64-bit hosts only");

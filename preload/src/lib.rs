@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Puts the pagefusion engine into an unmodified VMM by `LD_PRELOAD`.
+//!
+//! Without `PAGEFUSION_ENGINE_SOCKET` in the environment nothing happens at all: no thread,
+//! no descriptor, and the interposed functions go straight on.
+
+mod environment;
+mod interpose;
+mod kvm;
+mod memory_tree;
+mod qmp;
+mod runtime;
+mod service;
+mod signals;

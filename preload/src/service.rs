@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Lock order: `Service::guest`, then the locks of [`Sharing`].
+//!
+//! The engine's three threads: one serves the guest's ring, one the daemon's requests and
+//! the connection to it, one the events of `userfaultfd`.
+
+use std::error::Error;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use pagefusion_host::engine::{
+    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, mappings_now, serve_faults,
+};
+use pagefusion_host::protocol::{
+    ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, StoreClient,
+    WelcomeWithFds,
+};
+use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::qmp;
+use crate::runtime::{Config, Runtime};
+
+/// Pages a guest may have pinned for us at a time: 64 MiB.
+const MAX_INFLIGHT_PAGES: u64 = 16384;
+/// Between tries to reach a daemon that is gone.
+const RECONNECT: Duration = Duration::from_millis(100);
+
+/// Words of the device's memory.
+#[derive(Debug)]
+struct Words(SharedMemory);
+
+impl std::borrow::Borrow<[AtomicU64]> for Words {
+    fn borrow(&self) -> &[AtomicU64] {
+        self.0.words()
+    }
+}
+
+/// Threads whose CPU time is the engine's.
+#[derive(Clone, Copy)]
+enum Thread {
+    Control,
+    Ring,
+    Faults,
+}
+
+#[derive(Debug)]
+struct Service {
+    config: Config,
+    runtime: &'static Runtime,
+    sharing: Arc<Sharing>,
+    guest: Mutex<Guest<Words>>,
+    from_guest: OwnedFd,
+    to_guest: OwnedFd,
+    /// Where guest memory was found.
+    source: OnceLock<&'static str>,
+    /// Shut down by whoever finds the daemon gone, to have the connection renewed.
+    control: Mutex<Option<UnixStream>>,
+    /// Nanoseconds by [`Thread`].
+    cpu: [AtomicU64; 3],
+}
+
+/// Starts the engine's threads; whether they could be.
+pub(crate) fn spawn(config: Config, runtime: &'static Runtime) -> bool {
+    spawn_quiet("pf-control", move || {
+        if let Err(e) = start(config, runtime) {
+            log::warn!("pagefusion is off for this VM: {e}");
+        }
+    })
+}
+
+/// Starts a thread that takes none of the VMM's signals.
+fn spawn_quiet(name: &str, run: impl FnOnce() + Send + 'static) -> bool {
+    let started = crate::signals::without(|| thread::Builder::new().name(name.into()).spawn(run));
+    started.inspect_err(|e| log::warn!("no thread for pagefusion: {e}")).is_ok()
+}
+
+fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>> {
+    let (client, welcome) = StoreClient::connect(&config.engine_socket)?;
+    let WelcomeWithFds { welcome, store, device, uffd_device } = welcome;
+    let Some(DeviceDescriptors { memory, from_guest, to_guest }) = device else {
+        return Err("the daemon was started after this VM's device".into());
+    };
+    let shared = SharedMemory::map(memory)?;
+    let layout = shared.layout().map_err(|e| format!("the device's memory: {e:?}"))?;
+    let uffd = Uffd::open(uffd_device.as_ref().map(AsFd::as_fd))?;
+    let events = uffd.try_clone()?;
+    let mut memory = Memory::new(uffd, true)?;
+    memory.set_paused(welcome.paused);
+    let sharing = Arc::new(Sharing::new(memory));
+    sharing.connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
+    let mut guest = Guest::new(Words(shared), layout, instance(), MAX_INFLIGHT_PAGES);
+    guest.set_paused(welcome.paused);
+    runtime.attach(&sharing);
+    let service = Arc::new(Service {
+        config,
+        runtime,
+        sharing,
+        guest: Mutex::new(guest),
+        from_guest,
+        to_guest,
+        source: OnceLock::new(),
+        control: Mutex::new(None),
+        cpu: Default::default(),
+    });
+    // Events first: undoing an overlay waits for them.
+    let faults = service.clone();
+    let ring = service.clone();
+    let started = spawn_quiet("pf-faults", move || faults.serve_faults(&events))
+        && spawn_quiet("pf-ring", move || ring.serve_ring());
+    if started {
+        service.serve_control();
+    }
+    Ok(())
+}
+
+/// Non-zero, and new for every engine.
+fn instance() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    (now.as_nanos() as u64).max(1)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Service {
+    fn ring_guest(&self) {
+        // A full counter means that the guest has been rung and has not looked yet.
+        let _ = rustix::io::write(&self.to_guest, &1_u64.to_ne_bytes());
+    }
+
+    fn note_cpu(&self, thread: Thread) {
+        let now = clock_gettime(ClockId::ThreadCPUTime);
+        let nanoseconds = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        self.cpu[thread as usize].store(nanoseconds, Ordering::Relaxed);
+    }
+
+    fn serve_faults(&self, events: &Uffd) {
+        // Never readable: this thread lives as long as the process.
+        let Ok((stop, _keep)) = rustix::pipe::pipe() else { return };
+        if let Err(e) = serve_faults(events, &self.sharing, stop.as_fd()) {
+            log::error!("userfaultfd events are not served any more: {e}");
+            let _ = self.sharing.memory().disable("userfaultfd events cannot be read");
+        }
+        self.note_cpu(Thread::Faults);
+    }
+
+    fn serve_ring(&self) {
+        let mut counter = [0_u8; 8];
+        loop {
+            match rustix::io::read(&self.from_guest, &mut counter) {
+                Ok(_) => {}
+                Err(Errno::AGAIN) => {
+                    let mut fd = [rustix::event::PollFd::new(
+                        &self.from_guest,
+                        rustix::event::PollFlags::IN,
+                    )];
+                    let _ = rustix::event::poll(&mut fd, None);
+                    continue;
+                }
+                Err(Errno::INTR) => continue,
+                Err(e) => {
+                    log::error!("the guest's doorbell: {e}");
+                    return;
+                }
+            }
+            self.find_memory();
+            loop {
+                let done = lock(&self.guest).progress(&self.sharing);
+                if done.ring {
+                    self.ring_guest();
+                }
+                self.note_cpu(Thread::Ring);
+                if !done.busy {
+                    break;
+                }
+            }
+            if !self.sharing.is_connected() {
+                self.reconnect();
+            }
+        }
+    }
+
+    /// Without KVM, guest memory is asked of QEMU as soon as the guest is there to ring.
+    fn find_memory(&self) {
+        if self.source.get().is_some() {
+            return;
+        }
+        if self.runtime.has_kvm_slots() {
+            let _ = self.source.set("kvm");
+            return;
+        }
+        let Some(socket) = &self.config.qmp_socket else { return };
+        match qmp::guest_memory(socket) {
+            Ok(regions) => {
+                for (key, region) in (0..).zip(regions) {
+                    if let Err(e) = self.sharing.memory().insert_region(key, region) {
+                        log::error!("adding guest memory: {e}");
+                    }
+                }
+                let _ = self.source.set("qmp");
+            }
+            Err(e) => log::warn!("{e}"),
+        }
+    }
+
+    /// Ends the control connection, so that both are made anew.
+    fn reconnect(&self) {
+        if let Some(stream) = lock(&self.control).take() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn serve_control(&self) {
+        loop {
+            if let Err(e) = self.serve_one_connection() {
+                log::info!("the daemon is gone ({e}); running on without it");
+            }
+            self.sharing.disconnect();
+            while let Err(e) = self.connect_again(&self.config.engine_socket) {
+                log::debug!("no daemon yet: {e}");
+                thread::sleep(RECONNECT);
+            }
+            self.note_cpu(Thread::Control);
+            log::info!("connected to the daemon again");
+        }
+    }
+
+    fn connect_again(&self, socket: &Path) -> Result<(), Box<dyn Error>> {
+        let (client, welcome) = StoreClient::connect(socket)?;
+        let WelcomeWithFds { welcome, store, .. } = welcome;
+        self.sharing.memory().set_paused(welcome.paused);
+        self.sharing.connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
+        // What only this guest has was known to the old daemon alone.
+        lock(&self.guest).set_paused(welcome.paused);
+        self.ring_guest();
+        Ok(())
+    }
+
+    fn serve_one_connection(&self) -> std::io::Result<()> {
+        let mut control = ControlConnection::connect(&self.config.engine_socket)?;
+        *lock(&self.control) = Some(control.try_clone_stream()?);
+        loop {
+            let request = control.recv()?;
+            let reply = self.answer(request);
+            self.note_cpu(Thread::Control);
+            control.reply(&reply)?;
+        }
+    }
+
+    fn answer(&self, request: ControlRequest) -> ControlReply {
+        match request {
+            ControlRequest::Status => match self.status() {
+                Ok(status) => ControlReply::Status(Box::new(status)),
+                Err(e) => ControlReply::Error(e.to_string()),
+            },
+            ControlRequest::Report { spans } => {
+                if lock(&self.guest).request_report(&spans) {
+                    self.ring_guest();
+                }
+                ControlReply::Done
+            }
+            ControlRequest::Undo => {
+                self.set_paused(true);
+                let undone = self.sharing.undo_all();
+                lock(&self.guest).publish_shared(self.sharing.memory().overlays().pages());
+                match undone {
+                    Ok(()) => ControlReply::Done,
+                    Err(e) => ControlReply::Error(format!("undoing an overlay: {e}")),
+                }
+            }
+            ControlRequest::Resume => {
+                self.set_paused(false);
+                ControlReply::Done
+            }
+        }
+    }
+
+    fn set_paused(&self, paused: bool) {
+        self.sharing.memory().set_paused(paused);
+        lock(&self.guest).set_paused(paused);
+        self.ring_guest();
+    }
+
+    fn status(&self) -> std::io::Result<EngineStatus> {
+        let audit = audit(&self.sharing)?;
+        let mut status = EngineStatus {
+            memory_source: (*self.source.get().unwrap_or(&"none")).to_owned(),
+            pages_shared: audit.intact,
+            pages_broken: audit.broken,
+            overlays: audit.overlays,
+            mappings: mappings_now()? as u64,
+            ..EngineStatus::default()
+        };
+        {
+            let memory = self.sharing.memory();
+            status.memory_bytes = memory.bytes();
+            status.mappings_limit = memory.budget().limit() as u64;
+            status.disabled = memory.disabled();
+        }
+        // One for the overlay, one for the ordinary memory behind it that it cuts off.
+        status.overlay_mappings = 2 * audit.overlays;
+        let nanoseconds: u64 = self.cpu.iter().map(|t| t.load(Ordering::Relaxed)).sum();
+        status.cpu_seconds = nanoseconds as f64 / 1e9;
+        lock(&self.guest).fill_status(&mut status);
+        Ok(status)
+    }
+}
