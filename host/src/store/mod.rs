@@ -18,6 +18,8 @@ mod files;
 mod group;
 mod index;
 mod local;
+#[cfg(test)]
+mod model;
 mod sightings;
 mod space;
 #[cfg(test)]
