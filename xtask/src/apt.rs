@@ -143,9 +143,18 @@ pub(crate) fn machine_options(sources_dir: &Path, lists: &str) -> Vec<String> {
     .collect()
 }
 
-pub(crate) fn write_sources(dir: &Path, suites: &[&str]) -> Result<()> {
+/// Sources for the machine itself: `suites`, and the security updates of `codename`, without
+/// which packages may not fit what is already installed.
+pub(crate) fn write_sources(dir: &Path, codename: &str, suites: &[&str]) -> Result<()> {
+    let mirror = mirror();
+    let security = format!("{codename}-security");
+    let text = format!(
+        "{}\n{}",
+        sources(&mirror, suites),
+        sources(&format!("{mirror}-security"), &[&security])
+    );
     fs::create_dir_all(dir)?;
-    fs::write(dir.join("pagefusion.sources"), sources(&mirror(), suites))
+    fs::write(dir.join("pagefusion.sources"), text)
         .with_context(|| format!("cannot write to {}", dir.display()))
 }
 
@@ -187,6 +196,17 @@ pub(crate) fn network_trouble(output: &str) -> Option<Trouble> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_machines_sources_have_its_security_updates() {
+        let dir = tempfile::tempdir().unwrap();
+        write_sources(dir.path(), "bookworm", &["bookworm", "bookworm-backports"]).unwrap();
+        let text = fs::read_to_string(dir.path().join("pagefusion.sources")).unwrap();
+        let stanzas: Vec<_> = text.split("\n\n").collect();
+        assert_eq!(stanzas.len(), 2, "{text}");
+        assert!(stanzas[0].contains("Suites: bookworm bookworm-backports\n"));
+        assert!(stanzas[1].contains("-security\nSuites: bookworm-security\n"));
+    }
 
     #[test]
     fn an_apt_that_cannot_reach_its_mirror_is_told_as_no_network() {

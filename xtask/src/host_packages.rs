@@ -144,8 +144,8 @@ fn qemu_version(text: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// The Debian suites that have all of it for the release of this machine, and which of them is asked for QEMU.
-fn suites(os_release: &str) -> Result<(Vec<&'static str>, &'static str)> {
+/// The Debian suites that have all of it for the release of this machine, its own first, and which of them is asked for QEMU.
+fn suites(os_release: &str) -> Result<(&'static [&'static str], &'static str)> {
     let field = |name: &str| {
         os_release
             .lines()
@@ -154,10 +154,10 @@ fn suites(os_release: &str) -> Result<(Vec<&'static str>, &'static str)> {
     };
     match field("VERSION_CODENAME") {
         Some("bookworm") => Ok((
-            vec!["bookworm", "bookworm-updates", "bookworm-backports"],
+            &["bookworm", "bookworm-updates", "bookworm-backports"],
             "bookworm-backports",
         )),
-        Some("trixie") => Ok((vec!["trixie", "trixie-updates"], "trixie")),
+        Some("trixie") => Ok((&["trixie", "trixie-updates"], "trixie")),
         _ => bail!(
             "packages are missing, and this is neither Debian 12 nor 13 but {}; install them by hand",
             field("PRETTY_NAME").unwrap_or("something else")
@@ -170,7 +170,7 @@ fn install(cache: &Cache, missing: &[&str]) -> Result<()> {
     let (suites, qemu_suite) =
         suites(&os_release).with_context(|| format!("missing packages: {}", missing.join(" ")))?;
     let sources = cache.dir("apt").join("machine");
-    apt::write_sources(&sources, &suites)?;
+    apt::write_sources(&sources, suites[0], suites)?;
     let script = install_script(&sources, missing, qemu_suite);
     if !is_root() {
         return Err(Trouble::PackagesMissing {

@@ -61,7 +61,9 @@ const GUEST_FINISH: &str = r#"
     chroot "$dir/root" sh /customize.sh
     rm "$dir/root/customize.sh"
     echo "I: checksums of /usr"
-    chroot "$dir/root" sh -c 'find /usr -xdev -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum' > "$dir/image.sha256"
+    chroot "$dir/root" find /usr -xdev -type f -exec sha256sum {} + > "$dir/unsorted"
+    LC_ALL=C sort -k 2 "$dir/unsorted" > "$dir/image.sha256"
+    rm "$dir/unsorted"
     echo "I: making the file system"
     mkfs.ext4 -q -L guest -U 7d1c2f60-3c53-4c0e-9a2c-70616765667e -m 0 \
         -E lazy_itable_init=0,lazy_journal_init=0,hash_seed=7d1c2f60-3c53-4c0e-9a2c-70616765667e \
