@@ -80,7 +80,8 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
         pages_reported: guests.iter().map(|guest| guest.pages_reported).sum(),
         pages_shared: proof.pages_shared,
         store_pages: proof.store_pages,
-        bytes_saved: proof.bytes_saved,
+        bytes_saved: proof.bytes_saved(),
+        bytes_metadata_kept: -proof.net_unshared,
         charge_shared: proof.shared.charge,
         charge_unshared: proof.unshared.charge,
         frames_shared: proof.shared.frames,
@@ -98,7 +99,8 @@ pub fn verdict(report: &Report) -> Result<()> {
     let proof = proof::Proof {
         shared: proof::Reading { charge: report.charge_shared, frames: report.frames_shared },
         unshared: proof::Reading { charge: report.charge_unshared, frames: report.frames_unshared },
-        bytes_saved: report.bytes_saved,
+        net_shared: report.bytes_saved - report.bytes_metadata_kept,
+        net_unshared: -report.bytes_metadata_kept,
         pages_shared: report.pages_shared,
         store_pages: report.store_pages,
     };

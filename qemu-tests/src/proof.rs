@@ -27,8 +27,10 @@ pub struct Proof {
     pub shared: Reading,
     /// After `undo --all`.
     pub unshared: Reading,
-    /// What our counters claimed before the undo.
-    pub bytes_saved: i64,
+    /// What our counters claimed before the undo, all metadata subtracted.
+    pub net_shared: i64,
+    /// What they claimed after it: nothing, less the metadata that stays.
+    pub net_unshared: i64,
     /// Pages that were shared then.
     pub pages_shared: u64,
     /// Canonical pages there were then.
@@ -41,19 +43,26 @@ impl Proof {
         self.unshared.charge as i64 - self.shared.charge as i64
     }
 
+    /// By how much our counters fell. Metadata that an undo keeps (what each guest has, so that sharing can be built
+    /// again) is in both readings of the charge, and so it must be in both of the counters.
+    pub fn bytes_saved(&self) -> i64 {
+        self.net_shared - self.net_unshared
+    }
+
     /// How far the claim is from the charge, as a fraction of the charge's rise.
     pub fn deviation(&self) -> f64 {
-        (self.bytes_saved - self.rise()) as f64 / self.rise() as f64
+        (self.bytes_saved() - self.rise()) as f64 / self.rise() as f64
     }
 
     /// Fails unless memory was saved, and as much as claimed.
     pub fn check(&self) -> Result<()> {
         ensure!(self.rise() > 0, "no memory was saved: the charge changed by {} bytes on undo", self.rise());
+        ensure!(self.net_shared > 0, "the metadata costs more than sharing saves: {} bytes net", self.net_shared);
         let deviation = self.deviation();
         ensure!(
             deviation.abs() <= AGREEMENT,
             "the counters claim {} bytes saved, the charge rose by {} on undo: {:+.2}%, allowed {:.0}%",
-            self.bytes_saved,
+            self.bytes_saved(),
             self.rise(),
             deviation * 100.0,
             AGREEMENT * 100.0
@@ -81,7 +90,8 @@ fn readings(world: &mut World) -> Result<Proof> {
     Ok(Proof {
         shared,
         unshared,
-        bytes_saved: status.bytes_saved,
+        net_shared: status.bytes_saved,
+        net_unshared: after.bytes_saved,
         pages_shared: status.pages_shared,
         store_pages: status.store_pages,
     })
@@ -112,7 +122,8 @@ mod tests {
         Proof {
             shared: reading(shared as u64),
             unshared: reading((shared + rise) as u64),
-            bytes_saved: claim,
+            net_shared: claim - 5000,
+            net_unshared: -5000,
             pages_shared: 0,
             store_pages: 0,
         }

@@ -20,8 +20,10 @@ pub struct Report {
     pub pages_shared: u64,
     /// Canonical pages they are mapped on.
     pub store_pages: u64,
-    /// What our counters claim, metadata subtracted.
+    /// What our counters say the undo costs; the rise of the charge must agree with it.
     pub bytes_saved: i64,
+    /// Metadata that stays when sharing is undone, and is not in `bytes_saved`.
+    pub bytes_metadata_kept: i64,
     /// The memory cgroup's charge with sharing.
     pub charge_shared: u64,
     /// And without.
@@ -105,6 +107,7 @@ impl Report {
             "{} guests on {}, kernel {}, QEMU {}\n\n{guests}\n\n{host}\n\n\
              {} guest pages on {} canonical ones\n\
              95% of that {:.1} s after the last module was loaded; all of it back {:.1} s after the undo\n\
+             {} of metadata, which an undo keeps, to be subtracted\n\
              {} integrity checks, {errors}\n",
             self.vms,
             self.host,
@@ -114,6 +117,7 @@ impl Report {
             grouped(self.store_pages),
             self.seconds_to_95_percent,
             self.seconds_to_rebuild,
+            mib(self.bytes_metadata_kept),
             grouped(self.integrity_checks),
         )
     }
