@@ -35,7 +35,7 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
                 if vm.is_paused() {
                     vm.control.ask(ControlRequest::Undo);
                 }
-                return Ok(true);
+                Ok(true)
             }
         }
     });

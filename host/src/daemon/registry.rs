@@ -63,16 +63,17 @@ impl Registry {
         let mut state = runtime.state();
         // Should the state be lost, at least no living VM's number is used again.
         state.next_vm = state.next_vm.max(numbers.last().map_or(1, |last| last + 1));
-        let mut groups = BTreeMap::new();
+        let mut members = BTreeMap::<String, Vec<&VmRecord>>::new();
         for (record, _) in &living {
-            let name = store_name(record);
-            if !groups.contains_key(&name) {
-                let members = || living.iter().map(|(it, _)| it).filter(|it| store_name(it) == name);
-                let waiting = members().filter(|it| it.engine_seen).map(|it| it.number).collect();
-                let mut group = open_group(&runtime, &name, limits, waiting).map_err(&failed)?;
-                members().for_each(|it| group.add_vm(it.number));
-                groups.insert(name, Arc::new(Mutex::new(group)));
-            }
+            members.entry(store_name(record)).or_default().push(record);
+        }
+        let mut groups = BTreeMap::new();
+        for (name, members) in members {
+            let may_map = members.iter().filter(|it| it.engine_seen);
+            let waiting = may_map.map(|it| it.number).collect();
+            let mut group = open_group(&runtime, &name, limits, waiting).map_err(&failed)?;
+            members.iter().for_each(|it| group.add_vm(it.number));
+            groups.insert(name, Arc::new(Mutex::new(group)));
         }
         let mut vms = BTreeMap::new();
         for (record, process) in living {

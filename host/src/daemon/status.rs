@@ -3,6 +3,7 @@
 //! Figures for the operator.
 
 use super::control::{self, QUICK};
+use super::device::Device;
 use super::registry::Registry;
 use super::vm::Vm;
 use crate::protocol::{
@@ -80,7 +81,7 @@ fn add_groups(status: &mut Status, vms: &[Arc<Vm>]) {
         group.vms += 1;
         group.pages_shared += engine.pages_shared;
         *metadata += engine.overlay_mappings * MAPPING_BYTES
-            + vm.device.as_ref().map_or(0, |device| device.allocated_bytes());
+            + vm.device.as_ref().map_or(0, Device::allocated_bytes);
     }
     for (mut group, metadata) in groups.into_values() {
         let pages = group.pages_shared as i64 - group.store_pages as i64;

@@ -36,11 +36,11 @@ pub enum LaunchError {
     /// The VMM is not installed.
     #[error(
         "the command {} was not found; install it (Debian: apt install qemu-system-x86), \
-         or give its whole path", .0.display()
+         or give its whole path", .0.to_string_lossy()
     )]
     CommandNotFound(OsString),
     /// The VMM could not be started.
-    #[error("cannot start {}: {source}", .command.display())]
+    #[error("cannot start {}: {source}", .command.to_string_lossy())]
     Command {
         /// What was to be started.
         command: OsString,
