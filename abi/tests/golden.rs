@@ -12,7 +12,11 @@ fn encode(record: &Record<'_>) -> Vec<Slot> {
 }
 
 fn bytes(slots: &[Slot]) -> Vec<u8> {
-    slots.iter().flatten().flat_map(|word| word.to_le_bytes()).collect()
+    slots
+        .iter()
+        .flatten()
+        .flat_map(|word| word.to_le_bytes())
+        .collect()
 }
 
 fn hex(text: &str) -> Vec<u8> {
@@ -34,26 +38,46 @@ const IDENTITY: FileIdentity = FileIdentity {
 fn every_record_has_its_golden_bytes() {
     let cases: [(Record<'_>, &str); 6] = [
         (
-            Record::Hello { epoch: 5, memory_pages: 0x4_0000, pages_per_guest_page: 1 },
+            Record::Hello {
+                epoch: 5,
+                memory_pages: 0x4_0000,
+                pages_per_guest_page: 1,
+            },
             "01 01 0000 00000000 | 0500000000000000 | 0000040000000000 | 0100000000000000",
         ),
         (
-            Record::File { file: 7, identity: IDENTITY, name: b"libc.so.6" },
+            Record::File {
+                file: 7,
+                identity: IDENTITY,
+                name: b"libc.so.6",
+            },
             "02 04 0000 07000000 | 0001020304050607 | 08090a0b0c0d0e0f | 2211000000000000
              6745230100000000 | 0102030405060708 | ddccbbaa02000000 | 0900000000000000
              0000000000000000 | 0000000000000000 | 0000000000000000 | 0000000000000000
              6c6962632e736f2e | 3600000000000000 | 0000000000000000 | 0000000000000000",
         ),
         (
-            Record::Run(Run { file: 7, pages: 16, page: 3, gfn: 0x1_0000 }),
+            Record::Run(Run {
+                file: 7,
+                pages: 16,
+                page: 3,
+                gfn: 0x1_0000,
+            }),
             "03 01 0000 07000000 | 0300000000000000 | 0000010000000000 | 1000000000000000",
         ),
         (
-            Record::Retract { file: 7, page: 3, pages: 2 },
+            Record::Retract {
+                file: 7,
+                page: 3,
+                pages: 2,
+            },
             "04 01 0000 07000000 | 0300000000000000 | 0200000000000000 | 0000000000000000",
         ),
         (
-            Record::EndOfPass { pass: 9, eligible: 6133 },
+            Record::EndOfPass {
+                pass: 9,
+                eligible: 6133,
+            },
             "05 01 0000 00000000 | 0900000000000000 | f517000000000000 | 0000000000000000",
         ),
         (
@@ -71,13 +95,24 @@ fn every_record_has_its_golden_bytes() {
 
 #[test]
 fn requests_and_outcomes_have_their_golden_bytes() {
-    let report = Request::Report { file: 7, page: 3, pages: 2 };
+    let report = Request::Report {
+        file: 7,
+        page: 3,
+        pages: 2,
+    };
     let golden = "01 00 0000 07000000 | 0300000000000000 | 0200000000000000 | 0000000000000000";
     assert_eq!(bytes(&[report.encode()]), hex(golden));
     assert_eq!(Request::decode(&report.encode()), Ok(report));
-    assert_eq!(Request::decode(&Request::Rescan.encode()), Ok(Request::Rescan));
+    assert_eq!(
+        Request::decode(&Request::Rescan.encode()),
+        Ok(Request::Rescan)
+    );
     assert_eq!(Request::decode(&[9, 0, 0, 0]), Err(DecodeError::Kind(9)));
-    let outcome = Outcome { reason: reason::STORE_FULL, shared: 0x102, remembered: 3 };
+    let outcome = Outcome {
+        reason: reason::STORE_FULL,
+        shared: 0x102,
+        remembered: 3,
+    };
     assert_eq!(outcome.to_word(), 0x0000_0003_0102_0701);
     assert_eq!(Outcome::from_word(outcome.to_word()), Some(outcome));
     assert_eq!(Outcome::from_word(0), None);
@@ -100,21 +135,49 @@ fn the_shared_memory_has_its_golden_layout() {
     };
     assert_eq!(layout, expected);
     let fields = [
-        header::MAGIC, header::VERSION, header::FEATURES, header::TOTAL_BYTES, header::HOST_AREA,
-        header::GUEST_AREA, header::REQUESTS, header::REQUEST_SLOTS, header::OUTCOMES,
-        header::RING, header::RING_SLOTS, header::HOST_PEER, header::BYTES,
+        header::MAGIC,
+        header::VERSION,
+        header::FEATURES,
+        header::TOTAL_BYTES,
+        header::HOST_AREA,
+        header::GUEST_AREA,
+        header::REQUESTS,
+        header::REQUEST_SLOTS,
+        header::OUTCOMES,
+        header::RING,
+        header::RING_SLOTS,
+        header::HOST_PEER,
+        header::BYTES,
     ];
-    assert!(fields.iter().enumerate().all(|(i, offset)| *offset == i * 8));
+    assert!(
+        fields
+            .iter()
+            .enumerate()
+            .all(|(i, offset)| *offset == i * 8)
+    );
     let host = [
-        host_area::INSTANCE, host_area::EPOCH, host_area::CLAIM, host_area::ACK,
-        host_area::REQUEST_HEAD, host_area::POLICY, host_area::MAX_INFLIGHT_PAGES,
-        host_area::PAGES_SHARED, host_area::BYTES,
+        host_area::INSTANCE,
+        host_area::EPOCH,
+        host_area::CLAIM,
+        host_area::ACK,
+        host_area::REQUEST_HEAD,
+        host_area::POLICY,
+        host_area::MAX_INFLIGHT_PAGES,
+        host_area::PAGES_SHARED,
+        host_area::BYTES,
     ];
     assert!(host.iter().enumerate().all(|(i, offset)| *offset == i * 8));
     let guest = [
-        guest_area::VERSION, guest_area::FEATURES, guest_area::INSTANCE, guest_area::EPOCH,
-        guest_area::HEAD, guest_area::REVOKED, guest_area::REQUEST_TAIL, guest_area::STATE,
-        guest_area::NOTIFY_AT, guest_area::BYTES,
+        guest_area::VERSION,
+        guest_area::FEATURES,
+        guest_area::INSTANCE,
+        guest_area::EPOCH,
+        guest_area::HEAD,
+        guest_area::REVOKED,
+        guest_area::REQUEST_TAIL,
+        guest_area::STATE,
+        guest_area::NOTIFY_AT,
+        guest_area::BYTES,
     ];
     assert!(guest.iter().enumerate().all(|(i, offset)| *offset == i * 8));
 }
@@ -134,7 +197,10 @@ fn every_layout_made_is_accepted_and_unsound_ones_are_refused() {
     for shift in 16..=28 {
         let layout = Layout::for_size(1 << shift).unwrap();
         let words = header_of(&layout);
-        assert_eq!(Layout::from_header(|at| words[at / 8], 1 << shift), Ok(layout));
+        assert_eq!(
+            Layout::from_header(|at| words[at / 8], 1 << shift),
+            Ok(layout)
+        );
         let smaller = Layout::from_header(|at| words[at / 8], (1 << shift) - 4096);
         assert_eq!(smaller, Err(LayoutError::Areas));
     }
@@ -142,16 +208,46 @@ fn every_layout_made_is_accepted_and_unsound_ones_are_refused() {
     assert_eq!(Layout::for_size((1 << 20) + 4096), None);
     let good = Layout::for_size(1 << 20).unwrap();
     let bad = [
-        Layout { guest_area: good.host_area, ..good },
-        Layout { ring: good.ring + 8, ..good },
-        Layout { ring: u64::MAX - 4095, ..good },
-        Layout { ring_slots: 0, ..good },
-        Layout { ring_slots: good.ring_slots - 1, ..good },
-        Layout { ring_slots: 1 << 60, ..good },
-        Layout { request_slots: 1 << 63, ..good },
-        Layout { outcomes: good.ring - 4096, ..good },
-        Layout { host_area: 0, ..good },
-        Layout { total_bytes: 1 << 40, ..good },
+        Layout {
+            guest_area: good.host_area,
+            ..good
+        },
+        Layout {
+            ring: good.ring + 8,
+            ..good
+        },
+        Layout {
+            ring: u64::MAX - 4095,
+            ..good
+        },
+        Layout {
+            ring_slots: 0,
+            ..good
+        },
+        Layout {
+            ring_slots: good.ring_slots - 1,
+            ..good
+        },
+        Layout {
+            ring_slots: 1 << 60,
+            ..good
+        },
+        Layout {
+            request_slots: 1 << 63,
+            ..good
+        },
+        Layout {
+            outcomes: good.ring - 4096,
+            ..good
+        },
+        Layout {
+            host_area: 0,
+            ..good
+        },
+        Layout {
+            total_bytes: 1 << 40,
+            ..good
+        },
     ];
     for layout in bad {
         let words = header_of(&layout);
@@ -171,16 +267,32 @@ fn malformed_records_are_refused_by_name() {
     let mut decode = |slots: &[Slot]| Record::decode(slots, &mut name).map(drop);
     let run = |page: u64, gfn: u64, pages: u64| [3 | 1 << 8 | 7 << 32, page, gfn, pages];
     assert_eq!(decode(&[]), Err(DecodeError::Slots));
-    assert_eq!(decode(&[[99 | 1 << 8, 0, 0, 0]]), Err(DecodeError::Kind(99)));
+    assert_eq!(
+        decode(&[[99 | 1 << 8, 0, 0, 0]]),
+        Err(DecodeError::Kind(99))
+    );
     assert_eq!(decode(&[[3, 0, 0, 1]]), Err(DecodeError::Slots));
-    assert_eq!(decode(&[[3 | 1 << 8 | 1 << 16, 0, 0, 1]]), Err(DecodeError::Reserved));
+    assert_eq!(
+        decode(&[[3 | 1 << 8 | 1 << 16, 0, 0, 1]]),
+        Err(DecodeError::Reserved)
+    );
     assert_eq!(decode(&[run(0, 0, 0)]), Err(DecodeError::Range));
-    assert_eq!(decode(&[run(0, 0, u64::from(MAX_RUN_PAGES) + 1)]), Err(DecodeError::Range));
+    assert_eq!(
+        decode(&[run(0, 0, u64::from(MAX_RUN_PAGES) + 1)]),
+        Err(DecodeError::Range)
+    );
     assert_eq!(decode(&[run(u64::MAX, 0, 2)]), Err(DecodeError::Range));
     assert_eq!(decode(&[run(0, u64::MAX, 2)]), Err(DecodeError::Range));
-    assert_eq!(decode(&[[3 | 1 << 8 | (1 << 20) << 32, 0, 0, 1]]), Err(DecodeError::Range));
+    assert_eq!(
+        decode(&[[3 | 1 << 8 | (1 << 20) << 32, 0, 0, 1]]),
+        Err(DecodeError::Range)
+    );
     assert_eq!(decode(&[[6 | 1 << 8, 1, 0, 0]]), Err(DecodeError::Reserved));
-    let mut file = encode(&Record::File { file: 1, identity: IDENTITY, name: b"x" });
+    let mut file = encode(&Record::File {
+        file: 1,
+        identity: IDENTITY,
+        name: b"x",
+    });
     file[1][3] = u64::MAX;
     assert_eq!(decode(&file), Err(DecodeError::Slots));
 }
@@ -188,7 +300,11 @@ fn malformed_records_are_refused_by_name() {
 #[test]
 fn a_long_name_keeps_its_end() {
     let long: Vec<u8> = (0..600).map(|i| (i % 251) as u8).collect();
-    let slots = encode(&Record::File { file: 1, identity: IDENTITY, name: &long });
+    let slots = encode(&Record::File {
+        file: 1,
+        identity: IDENTITY,
+        name: &long,
+    });
     assert_eq!(slots.len(), MAX_RECORD_SLOTS);
     let mut buffer = [0; MAX_NAME];
     let Ok(Record::File { name, .. }) = Record::decode(&slots, &mut buffer) else {

@@ -34,7 +34,10 @@ fn build_floor() -> Option<PathBuf> {
     match compiled {
         Ok(status) if status.success() => Some(program),
         other => {
-            eprintln!("no floor to compare with: cc cannot build {}: {other:?}", source.display());
+            eprintln!(
+                "no floor to compare with: cc cannot build {}: {other:?}",
+                source.display()
+            );
             None
         }
     }
@@ -49,8 +52,13 @@ fn floor(program: &Path, run: usize, huge: bool) -> Duration {
         .output()
         .expect("the floor runs");
     let text = String::from_utf8_lossy(&output.stdout);
-    let micros = text.split(" us/page").next().and_then(|t| t.rsplit(' ').next());
-    let micros: f64 = micros.and_then(|m| m.parse().ok()).expect("the floor prints us/page");
+    let micros = text
+        .split(" us/page")
+        .next()
+        .and_then(|t| t.rsplit(' ').next());
+    let micros: f64 = micros
+        .and_then(|m| m.parse().ok())
+        .expect("the floor prints us/page");
     Duration::from_secs_f64(micros * PAGES as f64 / 1e6)
 }
 
@@ -65,17 +73,30 @@ fn engine(group: &Arc<Mutex<Group>>, bytes: &[u8], run: usize, huge: bool) -> Du
     let mut runs = Vec::new();
     for (i, place) in places.iter().enumerate() {
         for page in 0..run {
-            vm.ram.write_page(place * run + page, &bytes[(i * run + page) * PAGE..][..PAGE]);
+            vm.ram.write_page(
+                place * run + page,
+                &bytes[(i * run + page) * PAGE..][..PAGE],
+            );
         }
         let (page, gfn) = ((i * run) as u64, (place * run) as u64);
-        runs.push(ReportedRun { file: file(1), page, gfn, pages: run as u32 });
+        runs.push(ReportedRun {
+            file: file(1),
+            page,
+            gfn,
+            pages: run as u32,
+        });
     }
     // A guest's frames come in no order that the store knows of.
     runs.sort_by_key(|run| run.gfn);
     let start = Instant::now();
     let mut shared = 0;
     for batch in runs.chunks(BATCH) {
-        shared += vm.sharing.share(batch).iter().map(|o| usize::from(o.shared)).sum::<usize>();
+        shared += vm
+            .sharing
+            .share(batch)
+            .iter()
+            .map(|o| usize::from(o.shared))
+            .sum::<usize>();
     }
     let time = start.elapsed();
     assert_eq!(shared, PAGES);

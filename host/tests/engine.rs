@@ -18,7 +18,12 @@ fn group() -> Arc<Mutex<Group>> {
 }
 
 fn run(page: u64, gfn: usize, pages: usize) -> ReportedRun {
-    ReportedRun { file: file(1), page, gfn: gfn as u64, pages: pages as u32 }
+    ReportedRun {
+        file: file(1),
+        page,
+        gfn: gfn as u64,
+        pages: pages as u32,
+    }
 }
 
 /// Permuted runs of a file over guest memory: (first page of the file, first guest frame).
@@ -27,7 +32,11 @@ fn permuted(random: &mut Random, pages: usize, run: usize) -> Vec<(usize, usize)
     for i in (1..places.len()).rev() {
         places.swap(i, random.below(i + 1));
     }
-    places.iter().enumerate().map(|(i, place)| (i * run, place * run)).collect()
+    places
+        .iter()
+        .enumerate()
+        .map(|(i, place)| (i * run, place * run))
+        .collect()
 }
 
 #[test]
@@ -41,13 +50,22 @@ fn equal_pages_are_shared_and_undone_without_a_trace() {
     }
     let maps_before = maps_of(&vm.ram);
     let outcomes = vm.sharing.share(&[run(0, 0, 256), run(0, 256, 256)]);
-    assert!(outcomes.iter().all(|o| o.shared == 256 && o.reason == reason::NONE), "{outcomes:?}");
+    assert!(
+        outcomes
+            .iter()
+            .all(|o| o.shared == 256 && o.reason == reason::NONE),
+        "{outcomes:?}"
+    );
     assert_eq!(audit(&vm.sharing).unwrap().intact, 512);
     assert!(maps_of(&vm.ram).len() > maps_before.len());
     vm.sharing.undo_all().unwrap();
     assert_eq!(maps_of(&vm.ram), maps_before);
     for page in 0..512 {
-        assert_eq!(vm.ram.read_page(page), &bytes[page % 256 * PAGE..][..PAGE], "page {page}");
+        assert_eq!(
+            vm.ram.read_page(page),
+            &bytes[page % 256 * PAGE..][..PAGE],
+            "page {page}"
+        );
     }
     assert_eq!(vm.sharing.memory().overlays().pages(), 0);
 }
@@ -60,7 +78,10 @@ fn maps_of(ram: &GuestRam) -> Vec<String> {
         let start = usize::from_str_radix(start, 16).unwrap();
         (ram.at(0)..ram.at(ram.pages)).contains(&start)
     };
-    maps.lines().filter(inside).map(|l| l.split(' ').take(2).collect::<Vec<_>>().join(" ")).collect()
+    maps.lines()
+        .filter(inside)
+        .map(|l| l.split(' ').take(2).collect::<Vec<_>>().join(" "))
+        .collect()
 }
 
 #[test]
@@ -78,7 +99,13 @@ fn a_difference_in_the_last_byte_of_a_page_is_found() {
     }
     let outcome = vm.sharing.share(&[run(0, 0, 64)])[0];
     assert_eq!((outcome.shared, outcome.remembered), (62, 2));
-    let overlays = vm.sharing.memory().overlays().iter().map(|(_, o)| o.pages).collect::<Vec<_>>();
+    let overlays = vm
+        .sharing
+        .memory()
+        .overlays()
+        .iter()
+        .map(|(_, o)| o.pages)
+        .collect::<Vec<_>>();
     assert_eq!(overlays, [17, 45]);
     // Neither is left protected: this would hang.
     vm.ram.word(17, 0).store(1, Ordering::Relaxed);
@@ -90,9 +117,13 @@ fn frames_outside_of_guest_memory_are_refused() {
     let group = group();
     let vm = Vm::new(&group, 1, 16, false);
     for page in 0..16 {
-        vm.ram.word(page, 0).store(page as u64 + 1, Ordering::Relaxed);
+        vm.ram
+            .word(page, 0)
+            .store(page as u64 + 1, Ordering::Relaxed);
     }
-    let outcomes = vm.sharing.share(&[run(0, 16, 4), run(0, 14, 4), run(0, usize::MAX - 8, 4)]);
+    let outcomes = vm
+        .sharing
+        .share(&[run(0, 16, 4), run(0, 14, 4), run(0, usize::MAX - 8, 4)]);
     let reasons: Vec<u8> = outcomes.iter().map(|o| o.reason).collect();
     assert_eq!(reasons, [reason::OUTSIDE_MEMORY; 3]);
     assert_eq!(outcomes[1].remembered, 2, "the part inside is looked at");
@@ -117,13 +148,20 @@ fn what_one_guest_has_costs_no_memory_until_a_second_one_reports_it() {
     assert_eq!(reports[&1].iter().map(|s| s.pages).sum::<u32>(), 32);
     let again = vms[0].sharing.share(&[run(0, 8, 32)])[0];
     assert_eq!(again.shared, 32);
-    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 32 * PAGE as u64);
+    assert_eq!(
+        group.lock().unwrap().allocated_bytes().unwrap(),
+        32 * PAGE as u64
+    );
     // A write of one is seen by it alone.
     vms[0].ram.word(8, 0).store(42, Ordering::Relaxed);
     assert_eq!(vms[1].ram.read_page(8), &bytes[..PAGE]);
     assert_eq!(audit(&vms[0].sharing).unwrap().broken, 1);
     drop(vms);
-    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 0, "all memory went back");
+    assert_eq!(
+        group.lock().unwrap().allocated_bytes().unwrap(),
+        0,
+        "all memory went back"
+    );
 }
 
 /// Writers hammer random pages while the same pages are overlaid and undone, round after
@@ -141,7 +179,8 @@ fn no_write_is_lost(huge: bool, run_pages: usize) {
     for (from, to) in &places {
         for i in 0..run_pages {
             source[to + i] = from + i;
-            vm.ram.write_page(to + i, &bytes[(from + i) * PAGE..][..PAGE]);
+            vm.ram
+                .write_page(to + i, &bytes[(from + i) * PAGE..][..PAGE]);
         }
     }
     let stop = AtomicBool::new(false);
@@ -170,8 +209,10 @@ fn no_write_is_lost(huge: bool, run_pages: usize) {
         }
         for round in 0..ROUNDS {
             for batch in places.chunks(16) {
-                let runs: Vec<_> =
-                    batch.iter().map(|(from, to)| run(*from as u64, *to, run_pages)).collect();
+                let runs: Vec<_> = batch
+                    .iter()
+                    .map(|(from, to)| run(*from as u64, *to, run_pages))
+                    .collect();
                 let outcomes = vm.sharing.share(&runs);
                 shared += outcomes.iter().map(|o| u64::from(o.shared)).sum::<u64>();
             }
@@ -187,7 +228,10 @@ fn no_write_is_lost(huge: bool, run_pages: usize) {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    assert!(shared >= (PAGES / 4 * ROUNDS) as u64, "only {shared} pages were ever shared");
+    assert!(
+        shared >= (PAGES / 4 * ROUNDS) as u64,
+        "only {shared} pages were ever shared"
+    );
     for page in 0..PAGES {
         let mut content = bytes[source[page] * PAGE..][..PAGE].to_vec();
         let written = expected[page].load(Ordering::Relaxed);
@@ -265,7 +309,10 @@ fn nothing_is_shared_while_paused_and_undo_gives_the_store_its_pages_back() {
     }
     assert_eq!(vm.sharing.share(&[run(0, 0, 16)])[0].shared, 16);
     drop(held);
-    assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 16 * PAGE as u64);
+    assert_eq!(
+        group.lock().unwrap().allocated_bytes().unwrap(),
+        16 * PAGE as u64
+    );
     vm.sharing.memory().set_paused(true);
     vm.sharing.undo_all().unwrap();
     assert_eq!(group.lock().unwrap().allocated_bytes().unwrap(), 0);

@@ -20,7 +20,9 @@ struct Shared {
 impl Shared {
     fn new() -> Self {
         let layout = Layout::for_size(Layout::MIN_BYTES).unwrap();
-        let words = (0..layout.total_bytes / 8).map(|_| AtomicU64::new(0)).collect();
+        let words = (0..layout.total_bytes / 8)
+            .map(|_| AtomicU64::new(0))
+            .collect();
         Self { words, layout }
     }
 
@@ -37,16 +39,23 @@ impl Shared {
     }
 
     fn host_word(&self, field: usize) -> u64 {
-        self.at(self.layout.host_area + field as u64).load(Ordering::SeqCst)
+        self.at(self.layout.host_area + field as u64)
+            .load(Ordering::SeqCst)
     }
 
     fn attach(&self, epoch: u64) {
-        self.guest(guest_area::STATE).store(guest_state::ABSENT, Ordering::SeqCst);
-        for field in [guest_area::HEAD, guest_area::REVOKED, guest_area::REQUEST_TAIL] {
+        self.guest(guest_area::STATE)
+            .store(guest_state::ABSENT, Ordering::SeqCst);
+        for field in [
+            guest_area::HEAD,
+            guest_area::REVOKED,
+            guest_area::REQUEST_TAIL,
+        ] {
             self.guest(field).store(0, Ordering::SeqCst);
         }
         self.guest(guest_area::EPOCH).store(epoch, Ordering::SeqCst);
-        self.guest(guest_area::STATE).store(guest_state::ATTACHED, Ordering::SeqCst);
+        self.guest(guest_area::STATE)
+            .store(guest_state::ATTACHED, Ordering::SeqCst);
     }
 
     fn head(&self) -> u64 {
@@ -59,7 +68,8 @@ impl Shared {
 
     fn put_slot(&self, position: u64, slot: [u64; 4]) {
         for (i, word) in (0..).zip(slot) {
-            self.at(self.layout.ring_slot(position) + i * 8).store(word, Ordering::SeqCst);
+            self.at(self.layout.ring_slot(position) + i * 8)
+                .store(word, Ordering::SeqCst);
         }
     }
 
@@ -75,21 +85,47 @@ impl Shared {
     }
 
     fn outcome(&self, position: u64) -> Option<Outcome> {
-        Outcome::from_word(self.at(self.layout.outcome(position)).load(Ordering::SeqCst))
+        Outcome::from_word(
+            self.at(self.layout.outcome(position))
+                .load(Ordering::SeqCst),
+        )
     }
 }
 
-const RUN: Record<'static> = Record::Run(Run { file: 3, pages: 2, page: 0, gfn: 100 });
+const RUN: Record<'static> = Record::Run(Run {
+    file: 3,
+    pages: 2,
+    page: 0,
+    gfn: 100,
+});
 
 fn all_kinds() -> [Record<'static>; 6] {
     let name: &[u8] = b"/usr/lib/x86_64-linux-gnu/libcrypto.so.3";
-    let identity = FileIdentity { inode: 9, ..FileIdentity::default() };
+    let identity = FileIdentity {
+        inode: 9,
+        ..FileIdentity::default()
+    };
     [
-        Record::Hello { epoch: 1, memory_pages: 4096, pages_per_guest_page: 1 },
-        Record::File { file: 3, identity, name },
+        Record::Hello {
+            epoch: 1,
+            memory_pages: 4096,
+            pages_per_guest_page: 1,
+        },
+        Record::File {
+            file: 3,
+            identity,
+            name,
+        },
         RUN,
-        Record::Retract { file: 3, page: 0, pages: 1 },
-        Record::EndOfPass { pass: 1, eligible: 2 },
+        Record::Retract {
+            file: 3,
+            page: 0,
+            pages: 1,
+        },
+        Record::EndOfPass {
+            pass: 1,
+            eligible: 2,
+        },
         Record::Goodbye,
     ]
 }
@@ -114,12 +150,26 @@ fn every_record_type_arrives_in_order_and_is_acknowledged() {
         .unwrap();
     assert_eq!(seen, positions);
     assert_eq!(shared.host_word(host_area::CLAIM), shared.head());
-    assert_eq!(shared.host_word(host_area::ACK), 0, "not before the work is done");
-    host.set_outcome(positions[2], Outcome { shared: 2, ..Outcome::default() });
+    assert_eq!(
+        shared.host_word(host_area::ACK),
+        0,
+        "not before the work is done"
+    );
+    host.set_outcome(
+        positions[2],
+        Outcome {
+            shared: 2,
+            ..Outcome::default()
+        },
+    );
     host.acknowledge(batch);
     assert_eq!(shared.host_word(host_area::ACK), shared.head());
     assert_eq!(shared.outcome(positions[2]).unwrap().shared, 2);
-    assert!(host.claim(64, |_| panic!("nothing is left")).unwrap().is_none());
+    assert!(
+        host.claim(64, |_| panic!("nothing is left"))
+            .unwrap()
+            .is_none()
+    );
 }
 
 #[test]
@@ -157,7 +207,10 @@ fn a_full_ring_is_read_to_its_end() {
         shared.produce(&RUN);
     }
     let mut seen = 0;
-    while let Some(batch) = host.claim(100, |c| seen += u64::from(c.record.is_ok())).unwrap() {
+    while let Some(batch) = host
+        .claim(100, |c| seen += u64::from(c.record.is_ok()))
+        .unwrap()
+    {
         host.acknowledge(batch);
     }
     assert_eq!(seen, shared.layout.ring_slots);
@@ -175,13 +228,24 @@ fn a_head_out_of_range_or_going_backwards_ends_the_epoch() {
         let batch = host.claim(8, |_| ()).unwrap().unwrap();
         host.acknowledge(batch);
         shared.set_head(lie);
-        assert_eq!(host.claim(8, |_| panic!("nothing to give")), Err(RingError::Head));
-        assert_eq!(host.claim(8, |_| panic!("nothing to give")), Ok(None), "ignored from now on");
+        assert_eq!(
+            host.claim(8, |_| panic!("nothing to give")),
+            Err(RingError::Head)
+        );
+        assert_eq!(
+            host.claim(8, |_| panic!("nothing to give")),
+            Ok(None),
+            "ignored from now on"
+        );
         assert!(!host.post(Request::Rescan));
         shared.attach(2);
         assert_eq!(host.attach(), Attachment::New);
         shared.produce(&RUN);
-        assert!(host.claim(8, |c| assert!(c.record.is_ok())).unwrap().is_some());
+        assert!(
+            host.claim(8, |c| assert!(c.record.is_ok()))
+                .unwrap()
+                .is_some()
+        );
     }
 }
 
@@ -194,7 +258,10 @@ fn lengths_that_overflow_are_refused() {
         host.attach();
         shared.put_slot(0, [2 | slots << 8, 0, 0, 0]);
         shared.set_head(20);
-        assert_eq!(host.claim(8, |_| panic!("nothing to give")), Err(RingError::Length));
+        assert_eq!(
+            host.claim(8, |_| panic!("nothing to give")),
+            Err(RingError::Length)
+        );
     }
     // A record that reaches past the head: what stands before it is still answered.
     let shared = Shared::new();
@@ -223,7 +290,9 @@ fn unknown_types_and_malformed_runs_are_refused_one_by_one() {
     shared.set_head(3);
     shared.produce(&RUN);
     let mut good = Vec::new();
-    host.claim(8, |c| good.push(c.record.is_ok())).unwrap().unwrap();
+    host.claim(8, |c| good.push(c.record.is_ok()))
+        .unwrap()
+        .unwrap();
     assert_eq!(good, [false, false, false, true]);
 }
 
@@ -258,7 +327,9 @@ fn claim_and_revocation_never_both_win() {
         let (let_go, worked_on) = std::thread::scope(|scope| {
             let guest = scope.spawn(|| {
                 barrier.wait();
-                shared.guest(guest_area::REVOKED).store(epoch, Ordering::Relaxed);
+                shared
+                    .guest(guest_area::REVOKED)
+                    .store(epoch, Ordering::Relaxed);
                 std::sync::atomic::fence(Ordering::SeqCst);
                 let claim = shared.at(shared.layout.host_area + host_area::CLAIM as u64);
                 claim.load(Ordering::Relaxed) == 0
@@ -280,7 +351,9 @@ fn the_guest_is_rung_where_it_asked_to_be() {
     shared.produce(&RUN);
     shared.produce(&RUN);
     let batch = host.claim(1, |_| ()).unwrap().unwrap();
-    shared.guest(guest_area::NOTIFY_AT).store(2, Ordering::SeqCst);
+    shared
+        .guest(guest_area::NOTIFY_AT)
+        .store(2, Ordering::SeqCst);
     assert!(!host.acknowledge(batch), "one of two");
     let batch = host.claim(1, |_| ()).unwrap().unwrap();
     assert!(host.acknowledge(batch));
@@ -293,15 +366,23 @@ fn requests_arrive_until_their_ring_is_full() {
     assert!(!host.post(Request::Rescan), "nobody is there");
     shared.attach(1);
     host.attach();
-    let report = Request::Report { file: 3, page: 1, pages: 4 };
+    let report = Request::Report {
+        file: 3,
+        page: 1,
+        pages: 4,
+    };
     for _ in 0..shared.layout.request_slots {
         assert!(host.post(report));
     }
     assert!(!host.post(report));
-    shared.guest(guest_area::REQUEST_TAIL).store(1, Ordering::SeqCst);
+    shared
+        .guest(guest_area::REQUEST_TAIL)
+        .store(1, Ordering::SeqCst);
     assert!(host.post(Request::Rescan));
     // A tail that lies only harms the guest.
-    shared.guest(guest_area::REQUEST_TAIL).store(u64::MAX, Ordering::SeqCst);
+    shared
+        .guest(guest_area::REQUEST_TAIL)
+        .store(u64::MAX, Ordering::SeqCst);
     host.post(Request::Rescan);
     host.set_paused(true);
     assert_eq!(shared.host_word(host_area::POLICY), policy::PAUSE);

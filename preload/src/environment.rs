@@ -10,7 +10,10 @@ use std::env;
 pub(crate) fn forget() {
     let rest = env::var("LD_PRELOAD").ok().map(|all| {
         let foreign = |part: &&str| !part.contains("libpagefusion_preload");
-        all.split([':', ' ']).filter(foreign).collect::<Vec<_>>().join(":")
+        all.split([':', ' '])
+            .filter(foreign)
+            .collect::<Vec<_>>()
+            .join(":")
     });
     // SAFETY: this runs before the VMM's main, on the only thread of the process.
     unsafe {

@@ -82,7 +82,11 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mu
 ///
 /// As `madvise(2)`.
 #[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn madvise(
+    address: *mut c_void,
+    length: usize,
+    advice: c_int,
+) -> c_int {
     const DONTNEED_LOCKED: c_int = 24;
     let discards = matches!(
         advice,

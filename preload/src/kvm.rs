@@ -102,10 +102,37 @@ mod tests {
             userspace_addr: 0x1000,
         };
         assert!(slot.is_ordinary() && slot.is_main_address_space());
-        assert!(!MemoryRegion { slot: 1 << 16, ..slot }.is_main_address_space());
-        assert!(!MemoryRegion { flags: READONLY, ..slot }.is_ordinary());
-        assert!(!MemoryRegion { flags: GUEST_MEMFD, ..slot }.is_ordinary());
-        assert!(!MemoryRegion { memory_size: 0, ..slot }.is_ordinary());
-        assert!(MemoryRegion { flags: 1, ..slot }.is_ordinary(), "dirty logging changes nothing");
+        assert!(
+            !MemoryRegion {
+                slot: 1 << 16,
+                ..slot
+            }
+            .is_main_address_space()
+        );
+        assert!(
+            !MemoryRegion {
+                flags: READONLY,
+                ..slot
+            }
+            .is_ordinary()
+        );
+        assert!(
+            !MemoryRegion {
+                flags: GUEST_MEMFD,
+                ..slot
+            }
+            .is_ordinary()
+        );
+        assert!(
+            !MemoryRegion {
+                memory_size: 0,
+                ..slot
+            }
+            .is_ordinary()
+        );
+        assert!(
+            MemoryRegion { flags: 1, ..slot }.is_ordinary(),
+            "dirty logging changes nothing"
+        );
     }
 }

@@ -79,7 +79,11 @@ FlatView #2\r
 
     #[test]
     fn ordinary_memory_of_the_system_is_found() {
-        let expected = [0..=0x9_ffff, 0x10_0000..=0x2fff_ffff, 0xfd00_0000..=0xfdff_ffff];
+        let expected = [
+            0..=0x9_ffff,
+            0x10_0000..=0x2fff_ffff,
+            0xfd00_0000..=0xfdff_ffff,
+        ];
         assert_eq!(ram_ranges(TREE), expected);
         assert_eq!(ram_ranges("nonsense\nmore (prio 0, ram): x"), []);
     }

@@ -38,7 +38,10 @@ pub(crate) fn guest_memory(socket: &Path) -> Result<Vec<Region>, QmpError> {
     let mut monitor = Qmp::from_stream(&stream);
     monitor.handshake()?;
     let mut human = |line: String| {
-        monitor.execute(&qmp::human_monitor_command { command_line: line, cpu_index: None })
+        monitor.execute(&qmp::human_monitor_command {
+            command_line: line,
+            cpu_index: None,
+        })
     };
     let mut regions = Vec::new();
     for range in ram_ranges(&human("info mtree -f".to_owned())?) {
@@ -56,8 +59,16 @@ pub(crate) fn guest_memory(socket: &Path) -> Result<Vec<Region>, QmpError> {
             && last_page.checked_sub(first) == Some(((pages - 1) * PAGE) as usize)
             && first % PAGE as usize == 0
         {
-            regions.push(Region { gfn: start / PAGE, pages, hva: first });
+            regions.push(Region {
+                gfn: start / PAGE,
+                pages,
+                hva: first,
+            });
         }
     }
-    if regions.is_empty() { Err(QmpError::Empty) } else { Ok(regions) }
+    if regions.is_empty() {
+        Err(QmpError::Empty)
+    } else {
+        Ok(regions)
+    }
 }

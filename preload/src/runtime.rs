@@ -50,7 +50,10 @@ impl Runtime {
     pub(crate) fn attach(&self, sharing: &Arc<Sharing>) {
         let mut slots = self.slots();
         for (slot, region) in &slots.regions {
-            report(sharing.memory().insert_region(*slot, *region), "adding guest memory");
+            report(
+                sharing.memory().insert_region(*slot, *region),
+                "adding guest memory",
+            );
         }
         if let Some(why) = slots.disabled {
             report(sharing.memory().disable(why), "ending sharing");
@@ -77,16 +80,24 @@ fn current() -> Option<&'static Runtime> {
 
 /// Starts the engine if the environment asks for one.
 pub(crate) fn start() {
-    let Some(engine_socket) = env::var_os("PAGEFUSION_ENGINE_SOCKET") else { return };
+    let Some(engine_socket) = env::var_os("PAGEFUSION_ENGINE_SOCKET") else {
+        return;
+    };
     let qmp_socket = env::var_os("PAGEFUSION_QMP_SOCKET").map(PathBuf::from);
-    let config = Config { engine_socket: engine_socket.into(), qmp_socket };
+    let config = Config {
+        engine_socket: engine_socket.into(),
+        qmp_socket,
+    };
     crate::environment::forget();
     env_logger::Builder::from_env(
         env_logger::Env::new().filter_or("PAGEFUSION_LOG", "pagefusion=warn,pagefusion_host=warn"),
     )
     .format_target(false)
     .init();
-    let runtime = Runtime { process: getpid(), slots: Mutex::default() };
+    let runtime = Runtime {
+        process: getpid(),
+        slots: Mutex::default(),
+    };
     let runtime = RUNTIME.get_or_init(|| runtime);
     if service::spawn(config, runtime) {
         ACTIVE.store(true, Ordering::Relaxed);
@@ -95,10 +106,16 @@ pub(crate) fn start() {
 
 /// A slot is about to be set: what it replaces becomes ordinary memory first.
 pub(crate) fn before_slot(slot: &MemoryRegion) {
-    let Some(runtime) = current().filter(|_| slot.is_main_address_space()) else { return };
+    let Some(runtime) = current().filter(|_| slot.is_main_address_space()) else {
+        return;
+    };
     let mut slots = runtime.slots();
     let key = u64::from(slot.slot);
-    if slots.regions.get(&key).is_some_and(|old| region(slot) != Some(*old)) {
+    if slots
+        .regions
+        .get(&key)
+        .is_some_and(|old| region(slot) != Some(*old))
+    {
         slots.regions.remove(&key);
         if let Some(sharing) = &slots.sharing {
             report(sharing.memory().remove_region(key), "removing guest memory");
@@ -108,13 +125,18 @@ pub(crate) fn before_slot(slot: &MemoryRegion) {
 
 /// A slot was set.
 pub(crate) fn after_slot(slot: &MemoryRegion) {
-    let Some(runtime) = current().filter(|_| slot.is_main_address_space()) else { return };
+    let Some(runtime) = current().filter(|_| slot.is_main_address_space()) else {
+        return;
+    };
     let Some(region) = region(slot) else { return };
     let mut slots = runtime.slots();
     let key = u64::from(slot.slot);
     slots.regions.insert(key, region);
     if let Some(sharing) = &slots.sharing {
-        report(sharing.memory().insert_region(key, region), "adding guest memory");
+        report(
+            sharing.memory().insert_region(key, region),
+            "adding guest memory",
+        );
     }
 }
 
@@ -143,9 +165,14 @@ pub(crate) fn disable(why: &'static str) {
 /// Memory is about to be discarded by the VMM.
 pub(crate) fn before_discard(address: usize, length: usize) {
     let Some(runtime) = current() else { return };
-    let Some(sharing) = runtime.slots().sharing.clone() else { return };
+    let Some(sharing) = runtime.slots().sharing.clone() else {
+        return;
+    };
     let range = address..address.saturating_add(length);
-    report(sharing.memory().restore(&range), "making memory ordinary before it is discarded");
+    report(
+        sharing.memory().restore(&range),
+        "making memory ordinary before it is discarded",
+    );
 }
 
 fn report(result: std::io::Result<()>, what: &str) {

@@ -79,17 +79,31 @@ pub(crate) fn spawn(config: Config, runtime: &'static Runtime) -> bool {
 /// Starts a thread that takes none of the VMM's signals.
 fn spawn_quiet(name: &str, run: impl FnOnce() + Send + 'static) -> bool {
     let started = crate::signals::without(|| thread::Builder::new().name(name.into()).spawn(run));
-    started.inspect_err(|e| log::warn!("no thread for pagefusion: {e}")).is_ok()
+    started
+        .inspect_err(|e| log::warn!("no thread for pagefusion: {e}"))
+        .is_ok()
 }
 
 fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>> {
     let (client, welcome) = StoreClient::connect(&config.engine_socket)?;
-    let WelcomeWithFds { welcome, store, device, uffd_device } = welcome;
-    let Some(DeviceDescriptors { memory, from_guest, to_guest }) = device else {
+    let WelcomeWithFds {
+        welcome,
+        store,
+        device,
+        uffd_device,
+    } = welcome;
+    let Some(DeviceDescriptors {
+        memory,
+        from_guest,
+        to_guest,
+    }) = device
+    else {
         return Err("the daemon was started after this VM's device".into());
     };
     let shared = SharedMemory::map(memory)?;
-    let layout = shared.layout().map_err(|e| format!("the device's memory: {e:?}"))?;
+    let layout = shared
+        .layout()
+        .map_err(|e| format!("the device's memory: {e:?}"))?;
     let uffd = Uffd::open(uffd_device.as_ref().map(AsFd::as_fd))?;
     let events = uffd.try_clone()?;
     let mut memory = Memory::new(uffd, true)?;
@@ -123,7 +137,9 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
 
 /// Non-zero, and new for every engine.
 fn instance() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     (now.as_nanos() as u64).max(1)
 }
 
@@ -145,10 +161,15 @@ impl Service {
 
     fn serve_faults(&self, events: &Uffd) {
         // Never readable: this thread lives as long as the process.
-        let Ok((stop, _keep)) = rustix::pipe::pipe() else { return };
+        let Ok((stop, _keep)) = rustix::pipe::pipe() else {
+            return;
+        };
         if let Err(e) = serve_faults(events, &self.sharing, stop.as_fd()) {
             log::error!("userfaultfd events are not served any more: {e}");
-            let _ = self.sharing.memory().disable("userfaultfd events cannot be read");
+            let _ = self
+                .sharing
+                .memory()
+                .disable("userfaultfd events cannot be read");
         }
         self.note_cpu(Thread::Faults);
     }
@@ -198,7 +219,9 @@ impl Service {
             let _ = self.source.set("kvm");
             return;
         }
-        let Some(socket) = &self.config.qmp_socket else { return };
+        let Some(socket) = &self.config.qmp_socket else {
+            return;
+        };
         match qmp::guest_memory(socket) {
             Ok(regions) => {
                 for (key, region) in (0..).zip(regions) {
@@ -238,7 +261,8 @@ impl Service {
         let (client, welcome) = StoreClient::connect(socket)?;
         let WelcomeWithFds { welcome, store, .. } = welcome;
         self.sharing.memory().set_paused(welcome.paused);
-        self.sharing.connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
+        self.sharing
+            .connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
         // What only this guest has was known to the old daemon alone.
         lock(&self.guest).set_paused(welcome.paused);
         self.ring_guest();

@@ -455,7 +455,11 @@ impl<'a> Record<'a> {
     pub const fn slots(&self) -> usize {
         match self {
             Record::File { name, .. } => {
-                let len = if name.len() > MAX_NAME { MAX_NAME } else { name.len() };
+                let len = if name.len() > MAX_NAME {
+                    MAX_NAME
+                } else {
+                    name.len()
+                };
                 FILE_SLOTS + len.div_ceil(SLOT_BYTES)
             }
             _ => 1,
@@ -472,14 +476,31 @@ impl<'a> Record<'a> {
             i += 1;
         }
         match *self {
-            Record::Hello { epoch, memory_pages, pages_per_guest_page } => {
+            Record::Hello {
+                epoch,
+                memory_pages,
+                pages_per_guest_page,
+            } => {
                 let head = head_word(record_kind::HELLO, 1, 0);
                 buffer[0] = [head, epoch, memory_pages, pages_per_guest_page];
             }
-            Record::File { file, identity, name } => {
-                let name = if name.len() > MAX_NAME { &name[name.len() - MAX_NAME..] } else { name };
+            Record::File {
+                file,
+                identity,
+                name,
+            } => {
+                let name = if name.len() > MAX_NAME {
+                    &name[name.len() - MAX_NAME..]
+                } else {
+                    name
+                };
                 let (low, high) = split_uuid(&identity.fs_uuid);
-                buffer[0] = [head_word(record_kind::FILE, slots, file), low, high, identity.inode];
+                buffer[0] = [
+                    head_word(record_kind::FILE, slots, file),
+                    low,
+                    high,
+                    identity.inode,
+                ];
                 buffer[1] = [
                     identity.size,
                     identity.mtime_ns,
@@ -511,10 +532,7 @@ impl<'a> Record<'a> {
     }
 
     /// Decodes a record from exactly its slots. `name` takes a file's name.
-    pub fn decode(
-        slots: &[Slot],
-        name: &'a mut [u8; MAX_NAME],
-    ) -> Result<Record<'a>, DecodeError> {
+    pub fn decode(slots: &[Slot], name: &'a mut [u8; MAX_NAME]) -> Result<Record<'a>, DecodeError> {
         let Some(first) = slots.first() else {
             return Err(DecodeError::Slots);
         };
@@ -527,7 +545,10 @@ impl<'a> Record<'a> {
             return Err(DecodeError::Reserved);
         }
         let file = (head >> 32) as u32;
-        let needs_file = matches!(kind, record_kind::FILE | record_kind::RUN | record_kind::RETRACT);
+        let needs_file = matches!(
+            kind,
+            record_kind::FILE | record_kind::RUN | record_kind::RETRACT
+        );
         if needs_file && file >= MAX_FILES {
             return Err(DecodeError::Range);
         }
@@ -561,7 +582,12 @@ impl<'a> Record<'a> {
                 {
                     return Err(DecodeError::Range);
                 }
-                Ok(Record::Run(Run { file, pages: pages as u32, page, gfn }))
+                Ok(Record::Run(Run {
+                    file,
+                    pages: pages as u32,
+                    page,
+                    gfn,
+                }))
             }
             record_kind::RETRACT => {
                 if first[3] != 0 {
@@ -570,13 +596,20 @@ impl<'a> Record<'a> {
                 if first[1].checked_add(first[2]).is_none() {
                     return Err(DecodeError::Range);
                 }
-                Ok(Record::Retract { file, page: first[1], pages: first[2] })
+                Ok(Record::Retract {
+                    file,
+                    page: first[1],
+                    pages: first[2],
+                })
             }
             record_kind::END_OF_PASS => {
                 if first[3] != 0 {
                     return Err(DecodeError::Reserved);
                 }
-                Ok(Record::EndOfPass { pass: first[1], eligible: first[2] })
+                Ok(Record::EndOfPass {
+                    pass: first[1],
+                    eligible: first[2],
+                })
             }
             record_kind::GOODBYE => {
                 if first[1] | first[2] | first[3] != 0 {
@@ -598,8 +631,7 @@ impl<'a> Record<'a> {
         }
         let (first, second) = (slots[0], slots[1]);
         let len = second[3];
-        if len > MAX_NAME as u64
-            || slots.len() != FILE_SLOTS + (len as usize).div_ceil(SLOT_BYTES)
+        if len > MAX_NAME as u64 || slots.len() != FILE_SLOTS + (len as usize).div_ceil(SLOT_BYTES)
         {
             return Err(DecodeError::Slots);
         }
@@ -755,9 +787,12 @@ impl Request {
     /// Encodes into one slot.
     pub const fn encode(&self) -> Slot {
         match *self {
-            Request::Report { file, page, pages } => {
-                [request_kind::REPORT as u64 | (file as u64) << 32, page, pages, 0]
-            }
+            Request::Report { file, page, pages } => [
+                request_kind::REPORT as u64 | (file as u64) << 32,
+                page,
+                pages,
+                0,
+            ],
             Request::Rescan => [request_kind::RESCAN as u64, 0, 0, 0],
         }
     }
@@ -767,7 +802,11 @@ impl Request {
         let file = (slot[0] >> 32) as u32;
         match slot[0] as u8 {
             request_kind::REPORT if file < MAX_FILES && slot[1].checked_add(slot[2]).is_some() => {
-                Ok(Request::Report { file, page: slot[1], pages: slot[2] })
+                Ok(Request::Report {
+                    file,
+                    page: slot[1],
+                    pages: slot[2],
+                })
             }
             request_kind::REPORT => Err(DecodeError::Range),
             request_kind::RESCAN => Ok(Request::Rescan),

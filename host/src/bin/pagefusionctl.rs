@@ -15,7 +15,12 @@ use std::process::ExitCode;
 #[command(version)]
 struct Arguments {
     /// Runtime directory of the daemon.
-    #[arg(long, value_name = "DIR", default_value = "/run/pagefusion", global = true)]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/run/pagefusion",
+        global = true
+    )]
     runtime_dir: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -73,7 +78,9 @@ struct ScopeArguments {
 impl From<ScopeArguments> for Scope {
     fn from(arguments: ScopeArguments) -> Self {
         match arguments {
-            ScopeArguments { group: Some(group), .. } => Scope::Group(group),
+            ScopeArguments {
+                group: Some(group), ..
+            } => Scope::Group(group),
             ScopeArguments { vm: Some(vm), .. } => Scope::Vm(vm),
             _ => Scope::All,
         }
@@ -90,7 +97,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(Arguments { runtime_dir, command }: Arguments) -> anyhow::Result<ExitCode> {
+fn run(
+    Arguments {
+        runtime_dir,
+        command,
+    }: Arguments,
+) -> anyhow::Result<ExitCode> {
     let connect = || AdminClient::connect(&runtime_dir);
     match command {
         Command::Status { json: true } => print(&json(&connect()?.status()?)?)?,
@@ -99,8 +111,21 @@ fn run(Arguments { runtime_dir, command }: Arguments) -> anyhow::Result<ExitCode
         Command::Vms { json: false } => print(&vms_text(&connect()?.status()?))?,
         Command::Undo(scope) => return Ok(report("undone", connect()?.undo(scope.into())?)),
         Command::Resume(scope) => return Ok(report("resumed", connect()?.resume(scope.into())?)),
-        Command::Run { group, name, preload, command } => {
-            return Err(Launch { runtime_dir, name, group, preload, command }.exec().into());
+        Command::Run {
+            group,
+            name,
+            preload,
+            command,
+        } => {
+            return Err(Launch {
+                runtime_dir,
+                name,
+                group,
+                preload,
+                command,
+            }
+            .exec()
+            .into());
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -124,5 +149,9 @@ fn report(what: &str, Outcome { vms, failed }: Outcome) -> ExitCode {
     }
     let done = vms - failed.len().min(vms);
     println!("{what} for {done} of {vms} VMs");
-    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

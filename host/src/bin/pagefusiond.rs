@@ -34,8 +34,12 @@ fn parse_size(text: &str) -> Result<u64, String> {
         Some((at, 't' | 'T')) => (&text[..at], 40),
         _ => (text, 0),
     };
-    let number: u64 = digits.parse().map_err(|_| "a number, with K, M, G or T if you like")?;
-    number.checked_mul(1 << shift).ok_or_else(|| "too large".into())
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "a number, with K, M, G or T if you like")?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "too large".into())
 }
 
 fn main() -> ExitCode {
@@ -48,7 +52,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(Arguments { runtime_dir, store_dir, max_store }: Arguments) -> anyhow::Result<()> {
+fn run(
+    Arguments {
+        runtime_dir,
+        store_dir,
+        max_store,
+    }: Arguments,
+) -> anyhow::Result<()> {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let (stop, stopper) = UnixStream::pair().context("cannot prepare for signals")?;
     for signal in [SIGTERM, SIGINT] {
@@ -56,7 +66,11 @@ fn run(Arguments { runtime_dir, store_dir, max_store }: Arguments) -> anyhow::Re
         signal_hook::low_level::pipe::register(signal, stopper)
             .context("cannot prepare for signals")?;
     }
-    let daemon = Daemon::start(&Config { runtime_dir, store_dir, max_store })?;
+    let daemon = Daemon::start(&Config {
+        runtime_dir,
+        store_dir,
+        max_store,
+    })?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(false, &[NotifyState::Ready]);
     log::info!("ready");

@@ -30,16 +30,24 @@ fn serve_requests(registry: &Registry, events: &EventLoop, stream: UnixStream) -
     let mut connection = Connection::new(stream, Encoding::Json, LIMIT)?;
     let own = rustix::process::geteuid();
     if !peer.uid.is_root() && peer.uid != own {
-        let reason = format!("only root and user {} may control this daemon", own.as_raw());
+        let reason = format!(
+            "only root and user {} may control this daemon",
+            own.as_raw()
+        );
         return connection.send(&AdminReply::Error(reason));
     }
-    let caller = Caller { pid: peer.pid.as_raw_nonzero().get(), uid: peer.uid.as_raw() };
+    let caller = Caller {
+        pid: peer.pid.as_raw_nonzero().get(),
+        uid: peer.uid.as_raw(),
+    };
     loop {
         let request = connection.receive_when_it_comes()?;
         let reply = match request {
-            AdminRequest::CreateVm { version: VERSION, name, group } => {
-                create(registry, events, caller, name, group)
-            }
+            AdminRequest::CreateVm {
+                version: VERSION,
+                name,
+                group,
+            } => create(registry, events, caller, name, group),
             AdminRequest::Status { version: VERSION } => {
                 Ok(AdminReply::Status(Box::new(status::collect(registry))))
             }
@@ -80,8 +88,15 @@ fn set_paused(registry: &Registry, scope: &Scope, paused: bool) -> Result<AdminR
     registry
         .set_paused(scope, &vms, paused)
         .map_err(|error| format!("cannot note in the runtime directory what is paused: {error}"))?;
-    let request = if paused { ControlRequest::Undo } else { ControlRequest::Resume };
-    let asked: Vec<_> = vms.iter().map(|vm| vm.control.ask(request.clone())).collect();
+    let request = if paused {
+        ControlRequest::Undo
+    } else {
+        ControlRequest::Resume
+    };
+    let asked: Vec<_> = vms
+        .iter()
+        .map(|vm| vm.control.ask(request.clone()))
+        .collect();
     let deadline = Instant::now() + SLOW;
     let mut failed = Vec::new();
     for (vm, answer) in vms.iter().zip(asked) {
@@ -103,11 +118,16 @@ fn set_paused(registry: &Registry, scope: &Scope, paused: bool) -> Result<AdminR
             }
         }
     }
-    Ok(AdminReply::Done { vms: vms.len(), failed })
+    Ok(AdminReply::Done {
+        vms: vms.len(),
+        failed,
+    })
 }
 
 fn may_share(registry: &Registry, number: u32) -> bool {
-    let Some(vm) = registry.vm(number) else { return false };
+    let Some(vm) = registry.vm(number) else {
+        return false;
+    };
     let store = vm.store();
     store.vm_statistics(number).granted > 0 || store.is_waiting_for(number)
 }

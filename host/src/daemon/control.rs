@@ -97,14 +97,12 @@ impl Control {
 
 /// Waits for an answer.
 pub(super) fn wait(answer: &Receiver<Answer>, limit: Duration) -> Answer {
-    answer.recv_timeout(limit).unwrap_or_else(|_| Err("the engine does not answer".into()))
+    answer
+        .recv_timeout(limit)
+        .unwrap_or_else(|_| Err("the engine does not answer".into()))
 }
 
-fn serve(
-    mut connection: Connection,
-    inbox: &Receiver<Job>,
-    reports: &Mutex<VecDeque<FileSpan>>,
-) {
+fn serve(mut connection: Connection, inbox: &Receiver<Job>, reports: &Mutex<VecDeque<FileSpan>>) {
     while let Ok(job) = inbox.recv() {
         let answer = match job {
             Job::Ask(request, answer_to) => {
@@ -133,7 +131,10 @@ fn serve(
     }
 }
 
-fn exchange(connection: &mut Connection, request: &ControlRequest) -> std::io::Result<ControlReply> {
+fn exchange(
+    connection: &mut Connection,
+    request: &ControlRequest,
+) -> std::io::Result<ControlReply> {
     connection.set_limit(match request {
         ControlRequest::Undo | ControlRequest::Resume => SLOW,
         ControlRequest::Status | ControlRequest::Report { .. } => QUICK * 2,

@@ -54,10 +54,16 @@ impl Device {
             return Err(io::ErrorKind::WriteZero.into());
         }
         // Nobody who holds it can pull it from under the others.
-        rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let eventfd =
-            || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        Ok(Self { memory, from_guest: eventfd()?, to_guest: eventfd()? })
+        rustix::fs::fcntl_add_seals(
+            &memory,
+            SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
+        )?;
+        let eventfd = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Self {
+            memory,
+            from_guest: eventfd()?,
+            to_guest: eventfd()?,
+        })
     }
 
     /// The server's part of the handshake, which is all of it. It fits into an empty socket
@@ -86,7 +92,11 @@ fn say(to: BorrowedFd<'_>, number: i64, descriptor: Option<BorrowedFd<'_>>) -> i
     let bytes = number.to_le_bytes();
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     let sent = rustix::net::sendmsg(to, &[IoSlice::new(&bytes)], &mut ancillary, flags)?;
-    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    if sent == bytes.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +119,9 @@ mod tests {
     #[test]
     fn the_memory_cannot_shrink() {
         let device = Device::new().unwrap();
-        assert_eq!(rustix::fs::ftruncate(&device.memory, 0), Err(rustix::io::Errno::PERM));
+        assert_eq!(
+            rustix::fs::ftruncate(&device.memory, 0),
+            Err(rustix::io::Errno::PERM)
+        );
     }
 }

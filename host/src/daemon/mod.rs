@@ -59,8 +59,13 @@ impl Daemon {
     /// Locks the directories, adopts the VMs of an earlier daemon and opens the sockets.
     pub fn start(config: &Config) -> Result<Self, DaemonError> {
         let runtime = Runtime::open(&config.runtime_dir, &config.store_dir)?;
-        let store_pages = config.max_store.map_or(u64::MAX, |bytes| bytes / PAGE as u64);
-        let limits = Limits { store_pages, ..Limits::default() };
+        let store_pages = config
+            .max_store
+            .map_or(u64::MAX, |bytes| bytes / PAGE as u64);
+        let limits = Limits {
+            store_pages,
+            ..Limits::default()
+        };
         let registry = Arc::new(Registry::adopt(runtime, limits)?);
         let path = config.runtime_dir.clone();
         let admin = registry
@@ -73,7 +78,11 @@ impl Daemon {
         for vm in registry.vms() {
             events.watch_vm(&vm).map_err(&watching)?;
         }
-        Ok(Self { registry, events: Arc::new(events), admin })
+        Ok(Self {
+            registry,
+            events: Arc::new(events),
+            admin,
+        })
     }
 
     /// Serves until `stop` is readable. VMs keep what they share.
@@ -100,7 +109,9 @@ impl Daemon {
     }
 
     fn accept_admin(&self) {
-        let Some(stream) = accept(&self.admin) else { return };
+        let Some(stream) = accept(&self.admin) else {
+            return;
+        };
         let (registry, events) = (self.registry.clone(), self.events.clone());
         spawn("admin", move || admin::serve(&registry, &events, stream));
     }
@@ -112,13 +123,17 @@ impl Daemon {
                 self.registry.end(vm.number);
             }
             Part::Ivshmem => {
-                let Some(stream) = accept_from(&vm.ivshmem, vm) else { return };
+                let Some(stream) = accept_from(&vm.ivshmem, vm) else {
+                    return;
+                };
                 if let Err(error) = vm.connect_device(stream) {
                     log::warn!("device of VM {} ({}): {error}", vm.number, vm.name);
                 }
             }
             Part::Engine => {
-                let Some(stream) = accept_from(&vm.engine, vm) else { return };
+                let Some(stream) = accept_from(&vm.engine, vm) else {
+                    return;
+                };
                 match vm.note_connection(&stream) {
                     Ok(true) => {
                         let (registry, vm) = (self.registry.clone(), vm.clone());
@@ -181,7 +196,9 @@ struct EventLoop {
 
 impl EventLoop {
     fn new() -> io::Result<Self> {
-        Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)? })
+        Ok(Self {
+            epoll: epoll::create(CreateFlags::CLOEXEC)?,
+        })
     }
 
     fn watch(&self, descriptor: impl AsFd, source: Source) -> io::Result<()> {
@@ -209,7 +226,10 @@ impl EventLoop {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(buffer.iter().filter_map(|event| Source::from_token(event.data.u64())).collect())
+        Ok(buffer
+            .iter()
+            .filter_map(|event| Source::from_token(event.data.u64()))
+            .collect())
     }
 }
 

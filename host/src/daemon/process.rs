@@ -22,9 +22,17 @@ impl Process {
         let raw = Pid::from_raw(pid).ok_or_else(gone)?;
         let pidfd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
         let start_time = start_time(pid)?;
-        let process = Self { pid, start_time, pidfd };
+        let process = Self {
+            pid,
+            start_time,
+            pidfd,
+        };
         // Living now, it was living between the two steps above.
-        if process.has_ended() { Err(gone()) } else { Ok(process) }
+        if process.has_ended() {
+            Err(gone())
+        } else {
+            Ok(process)
+        }
     }
 
     pub(super) fn pid(&self) -> i32 {
@@ -38,7 +46,10 @@ impl Process {
 
     pub(super) fn has_ended(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1..))
     }
 }
@@ -66,11 +77,17 @@ mod tests {
 
     #[test]
     fn a_process_ends_and_is_known_to_have() {
-        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
         let pid = child.id() as i32;
         let process = Process::open(pid).unwrap();
         assert!(!process.has_ended());
-        assert_eq!(process.start_time(), Process::open(pid).unwrap().start_time());
+        assert_eq!(
+            process.start_time(),
+            Process::open(pid).unwrap().start_time()
+        );
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(process.has_ended());

@@ -57,8 +57,12 @@ impl Registry {
         }
         let numbers: BTreeSet<_> = living.iter().map(|(record, _)| record.number).collect();
         runtime.remove_other_vms(&numbers).map_err(&failed)?;
-        let stores = living.iter().map(|(record, _)| runtime.store_path(&store_name(record)));
-        runtime.remove_other_stores(&stores.collect()).map_err(&failed)?;
+        let stores = living
+            .iter()
+            .map(|(record, _)| runtime.store_path(&store_name(record)));
+        runtime
+            .remove_other_stores(&stores.collect())
+            .map_err(&failed)?;
 
         let mut state = runtime.state();
         // Should the state be lost, at least no living VM's number is used again.
@@ -82,7 +86,11 @@ impl Registry {
             log::info!("adopted VM {} ({})", vm.number, vm.name);
             vms.insert(vm.number, Arc::new(vm));
         }
-        Ok(Self { runtime, limits, inner: Mutex::new(Inner { vms, groups, state }) })
+        Ok(Self {
+            runtime,
+            limits,
+            inner: Mutex::new(Inner { vms, groups, state }),
+        })
     }
 
     pub(super) fn runtime(&self) -> &Runtime {
@@ -119,7 +127,9 @@ impl Registry {
         }
         inner.state.next_vm += 1;
         let paused = inner.state.all_paused
-            || group.as_ref().is_some_and(|group| inner.state.paused_groups.contains(group));
+            || group
+                .as_ref()
+                .is_some_and(|group| inner.state.paused_groups.contains(group));
         let record = VmRecord {
             number,
             name,
@@ -141,7 +151,9 @@ impl Registry {
     /// Forgets a VM whose process has ended.
     pub(super) fn end(&self, number: u32) {
         let mut inner = self.inner();
-        let Some(vm) = inner.vms.remove(&number) else { return };
+        let Some(vm) = inner.vms.remove(&number) else {
+            return;
+        };
         vm.close();
         vm.store().end_vm(number);
         self.drop_if_empty(&mut inner, &store_name_of(number, vm.group.as_deref()));
@@ -154,9 +166,10 @@ impl Registry {
         let vms = self.vms();
         let found: Vec<_> = match scope {
             Scope::All => return Ok(vms),
-            Scope::Group(group) => {
-                vms.into_iter().filter(|vm| vm.group.as_ref() == Some(group)).collect()
-            }
+            Scope::Group(group) => vms
+                .into_iter()
+                .filter(|vm| vm.group.as_ref() == Some(group))
+                .collect(),
             Scope::Vm(vm) => vms
                 .into_iter()
                 .filter(|it| it.name == *vm || vm.parse() == Ok(it.number))
@@ -170,7 +183,12 @@ impl Registry {
     }
 
     /// Notes that VMs are paused or not, those in existence and those to come.
-    pub(super) fn set_paused(&self, scope: &Scope, vms: &[Arc<Vm>], paused: bool) -> io::Result<()> {
+    pub(super) fn set_paused(
+        &self,
+        scope: &Scope,
+        vms: &[Arc<Vm>],
+        paused: bool,
+    ) -> io::Result<()> {
         let mut inner = self.inner();
         let mut state = inner.state.clone();
         match scope {
@@ -188,7 +206,8 @@ impl Registry {
         }
         self.runtime.save_state(&state)?;
         inner.state = state;
-        vms.iter().try_for_each(|vm| vm.set_paused(&self.runtime, paused))
+        vms.iter()
+            .try_for_each(|vm| vm.set_paused(&self.runtime, paused))
     }
 
     fn add(&self, inner: &mut Inner, record: VmRecord, process: Process) -> io::Result<Arc<Vm>> {
@@ -202,7 +221,13 @@ impl Registry {
                 Arc::new(Mutex::new(group))
             }
         };
-        let vm = Arc::new(Vm::new(&self.runtime, record, process, group.clone(), true)?);
+        let vm = Arc::new(Vm::new(
+            &self.runtime,
+            record,
+            process,
+            group.clone(),
+            true,
+        )?);
         vm.store().add_vm(number);
         inner.groups.insert(name, group);
         inner.vms.insert(number, vm.clone());
@@ -211,7 +236,10 @@ impl Registry {
 
     fn drop_if_empty(&self, inner: &mut Inner, name: &str) {
         let is_empty = |group: &SharedGroup| {
-            group.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+            group
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_empty()
         };
         if inner.groups.get(name).is_some_and(is_empty) {
             inner.groups.remove(name);

@@ -71,14 +71,27 @@ impl Runtime {
     pub(super) fn open(directory: &Path, store: &Path) -> Result<Self, DaemonError> {
         let max = MAX_SOCKET_PATH - LONGEST_SOCKET.len();
         if directory.as_os_str().len() > max {
-            return Err(DaemonError::PathTooLong { path: directory.into(), max });
+            return Err(DaemonError::PathTooLong {
+                path: directory.into(),
+                max,
+            });
         }
-        let unusable = |source| DaemonError::RuntimeDirectory { path: directory.into(), source };
-        for (name, mode) in [("", 0o755), ("vms", 0o755), ("records", 0o700), ("staging", 0o700)] {
+        let unusable = |source| DaemonError::RuntimeDirectory {
+            path: directory.into(),
+            source,
+        };
+        for (name, mode) in [
+            ("", 0o755),
+            ("vms", 0o755),
+            ("records", 0o700),
+            ("staging", 0o700),
+        ] {
             make_directory(&directory.join(name), mode).map_err(unusable)?;
         }
         let lock = lock(&directory.join("lock")).map_err(unusable)?;
-        let lock = lock.ok_or_else(|| DaemonError::AlreadyRunning { path: directory.into() })?;
+        let lock = lock.ok_or_else(|| DaemonError::AlreadyRunning {
+            path: directory.into(),
+        })?;
         let store_lock = Self::open_store(directory, store)?;
         Ok(Self {
             directory: directory.into(),
@@ -89,9 +102,14 @@ impl Runtime {
     }
 
     fn open_store(directory: &Path, store: &Path) -> Result<fs::File, DaemonError> {
-        let unusable = |source| DaemonError::StoreDirectory { path: store.into(), source };
+        let unusable = |source| DaemonError::StoreDirectory {
+            path: store.into(),
+            source,
+        };
         make_directory(store, 0o700).map_err(unusable)?;
-        let file_system = rustix::fs::statfs(store).map_err(io::Error::from).map_err(unusable)?;
+        let file_system = rustix::fs::statfs(store)
+            .map_err(io::Error::from)
+            .map_err(unusable)?;
         if file_system.f_type as u64 != TMPFS_MAGIC {
             return Err(DaemonError::NotTmpfs { path: store.into() });
         }
@@ -108,13 +126,17 @@ impl Runtime {
             }
             lock.set_len(0).map_err(unusable)?;
             lock.rewind().map_err(unusable)?;
-            lock.write_all(us.as_os_str().as_bytes()).map_err(unusable)?;
+            lock.write_all(us.as_os_str().as_bytes())
+                .map_err(unusable)?;
         }
         Ok(lock)
     }
 
     pub(super) fn admin_socket(&self) -> io::Result<UnixListener> {
-        self.listen(&self.directory.join("admin.sock"), rustix::process::geteuid().as_raw())
+        self.listen(
+            &self.directory.join("admin.sock"),
+            rustix::process::geteuid().as_raw(),
+        )
     }
 
     /// Directory of a VM, made for `uid` if it is not there.
@@ -187,7 +209,10 @@ impl Runtime {
     pub(super) fn remove_other_vms(&self, living: &BTreeSet<u32>) -> io::Result<()> {
         for entry in fs::read_dir(self.directory.join("vms"))? {
             let entry = entry?;
-            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let number = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
             if !number.is_some_and(|number| living.contains(&number)) {
                 remove_directory(&entry.path())?;
             }
@@ -211,7 +236,9 @@ impl Runtime {
     }
 
     fn record(&self, number: u32) -> PathBuf {
-        self.directory.join("records").join(format!("{number}.json"))
+        self.directory
+            .join("records")
+            .join(format!("{number}.json"))
     }
 }
 
@@ -219,7 +246,10 @@ fn stores(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "pages") {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "pages")
+        {
             paths.push(path);
         }
     }
@@ -229,7 +259,11 @@ fn stores(directory: &Path) -> io::Result<Vec<PathBuf>> {
 fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     match fs::DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            if fs::symlink_metadata(path)?.is_dir() { Ok(()) } else { Err(error) }
+            if fs::symlink_metadata(path)?.is_dir() {
+                Ok(())
+            } else {
+                Err(error)
+            }
         }
         result => result,
     }
@@ -241,7 +275,13 @@ fn give_to(path: &Path, uid: u32) -> io::Result<()> {
         return Ok(());
     }
     let flags = AtFlags::SYMLINK_NOFOLLOW;
-    Ok(rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), None, flags)?)
+    Ok(rustix::fs::chownat(
+        rustix::fs::CWD,
+        path,
+        Some(uid),
+        None,
+        flags,
+    )?)
 }
 
 fn remove(path: &Path) -> io::Result<()> {

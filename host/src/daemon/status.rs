@@ -6,9 +6,7 @@ use super::control::{self, QUICK};
 use super::device::Device;
 use super::registry::Registry;
 use super::vm::Vm;
-use crate::protocol::{
-    ControlReply, ControlRequest, EngineStatus, GroupStatus, Status, VmStatus,
-};
+use crate::protocol::{ControlReply, ControlRequest, EngineStatus, GroupStatus, Status, VmStatus};
 use crate::store::PAGE;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,16 +20,24 @@ const MAPPING_BYTES: u64 = 256;
 /// Asks every engine at once and adds up.
 pub(super) fn collect(registry: &Registry) -> Status {
     let vms = registry.vms();
-    let asked: Vec<_> = vms.iter().map(|vm| vm.control.ask(ControlRequest::Status)).collect();
+    let asked: Vec<_> = vms
+        .iter()
+        .map(|vm| vm.control.ask(ControlRequest::Status))
+        .collect();
     let deadline = Instant::now() + QUICK;
-    let mut status =
-        Status { version: env!("CARGO_PKG_VERSION").into(), ..Status::default() };
+    let mut status = Status {
+        version: env!("CARGO_PKG_VERSION").into(),
+        ..Status::default()
+    };
     for (vm, answer) in vms.iter().zip(asked) {
         let answer = answer.map(|answer| {
-            control::wait(&answer, deadline.saturating_duration_since(Instant::now()).max(
-                // An answer that is there is taken even after the deadline.
-                Duration::from_millis(1),
-            ))
+            control::wait(
+                &answer,
+                deadline.saturating_duration_since(Instant::now()).max(
+                    // An answer that is there is taken even after the deadline.
+                    Duration::from_millis(1),
+                ),
+            )
         });
         status.vms.push(vm_status(vm, answer));
     }
@@ -59,15 +65,19 @@ fn vm_status(vm: &Vm, answer: Option<Result<ControlReply, String>>) -> VmStatus 
 }
 
 fn disabled(reason: String) -> EngineStatus {
-    EngineStatus { disabled: Some(reason), ..EngineStatus::default() }
+    EngineStatus {
+        disabled: Some(reason),
+        ..EngineStatus::default()
+    }
 }
 
 fn add_groups(status: &mut Status, vms: &[Arc<Vm>]) {
     // VMs with the same store, by where it is in memory.
     let mut groups = BTreeMap::<usize, (GroupStatus, u64)>::new();
     for (vm, engine) in vms.iter().zip(status.vms.iter().map(|vm| &vm.engine)) {
-        let (group, metadata) =
-            groups.entry(Arc::as_ptr(&vm.store) as usize).or_insert_with(|| {
+        let (group, metadata) = groups
+            .entry(Arc::as_ptr(&vm.store) as usize)
+            .or_insert_with(|| {
                 let store = vm.store().statistics();
                 let name = vm.group.clone().unwrap_or_else(|| vm.name.clone());
                 let group = GroupStatus {
@@ -92,5 +102,7 @@ fn add_groups(status: &mut Status, vms: &[Arc<Vm>]) {
         status.bytes_metadata += metadata;
         status.groups.push(group);
     }
-    status.groups.sort_by(|one, other| one.name.cmp(&other.name));
+    status
+        .groups
+        .sort_by(|one, other| one.name.cmp(&other.name));
 }

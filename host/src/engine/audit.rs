@@ -27,10 +27,17 @@ pub struct Audit {
 pub fn audit(sharing: &Sharing) -> io::Result<Audit> {
     let overlays: Vec<(usize, usize)> = {
         let memory = sharing.memory();
-        memory.overlays().iter().map(|(address, o)| (address, o.pages as usize)).collect()
+        memory
+            .overlays()
+            .iter()
+            .map(|(address, o)| (address, o.pages as usize))
+            .collect()
     };
     let pagemap = File::open("/proc/self/pagemap")?;
-    let mut audit = Audit { overlays: overlays.len() as u64, ..Audit::default() };
+    let mut audit = Audit {
+        overlays: overlays.len() as u64,
+        ..Audit::default()
+    };
     for (address, pages) in overlays {
         for from in (0..pages).step_by(WINDOW_PAGES) {
             let count = WINDOW_PAGES.min(pages - from);

@@ -16,15 +16,24 @@ use super::sharing::Sharing;
 use super::uffd::{Event, Uffd};
 
 /// How often a waiter is looked after while the engine is busy with a window.
-const BUSY: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+const BUSY: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
 
 /// Serves events of `uffd` until `stop` becomes readable or is hung up.
 pub fn serve_faults(uffd: &Uffd, sharing: &Sharing, stop: BorrowedFd<'_>) -> io::Result<()> {
     let mut waiting: Vec<usize> = Vec::new();
     loop {
-        let mut fds =
-            [PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-        let timeout = if waiting.is_empty() { None } else { Some(&BUSY) };
+        let mut fds = [
+            PollFd::new(uffd, PollFlags::IN),
+            PollFd::from_borrowed_fd(stop, PollFlags::IN),
+        ];
+        let timeout = if waiting.is_empty() {
+            None
+        } else {
+            Some(&BUSY)
+        };
         match poll(&mut fds, timeout) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),

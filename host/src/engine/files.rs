@@ -19,7 +19,9 @@ impl Files {
         if let Some(number) = self.numbers.get(&key) {
             return Some(*number);
         }
-        let number = u32::try_from(self.keys.len()).ok().filter(|n| *n < Self::MOST)?;
+        let number = u32::try_from(self.keys.len())
+            .ok()
+            .filter(|n| *n < Self::MOST)?;
         self.keys.push(key);
         self.numbers.insert(key, number);
         Some(number)

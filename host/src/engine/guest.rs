@@ -85,7 +85,8 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                 self.waiting.clear();
                 self.progress = Progress::start();
                 self.ring.set_paused(self.paused);
-                self.ring.set_pages_shared(sharing.memory().overlays().pages());
+                self.ring
+                    .set_pages_shared(sharing.memory().overlays().pages());
                 done.ring = true;
             }
             Attachment::Same => self.attached = true,
@@ -101,7 +102,15 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                     Some(file) => {
                         counts.reported += u64::from(run.pages);
                         let (page, gfn, pages) = (run.page, run.gfn, run.pages);
-                        runs.push((claimed.position, ReportedRun { file: *file, page, gfn, pages }));
+                        runs.push((
+                            claimed.position,
+                            ReportedRun {
+                                file: *file,
+                                page,
+                                gfn,
+                                pages,
+                            },
+                        ));
                         return;
                     }
                     None => {
@@ -129,7 +138,11 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                         }
                         // Longer than any file: the store takes it as the whole file.
                         let pages = u32::try_from(pages).unwrap_or(0);
-                        forgotten.push(FileSpan { file: key, page, pages });
+                        forgotten.push(FileSpan {
+                            file: key,
+                            page,
+                            pages,
+                        });
                         Outcome::default()
                     }
                     None => refused(reason::UNKNOWN_FILE),
@@ -186,12 +199,17 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             self.counts.remembered += u64::from(outcome.remembered);
             if missing > 0 {
                 self.counts.refused += missing;
-                *self.counts.refusals.entry(reason::name(outcome.reason)).or_default() += missing;
+                *self
+                    .counts
+                    .refusals
+                    .entry(reason::name(outcome.reason))
+                    .or_default() += missing;
             }
         }
         if shared > 0 {
             self.progress.shared();
-            self.ring.set_pages_shared(sharing.memory().overlays().pages());
+            self.ring
+                .set_pages_shared(sharing.memory().overlays().pages());
         }
     }
 
@@ -210,9 +228,15 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
     /// Asks the guest to report these file pages again; whether it is to be rung.
     pub fn request_report(&mut self, spans: &[FileSpan]) -> bool {
         for span in spans {
-            let Some(file) = self.numbers.get(&span.file) else { continue };
+            let Some(file) = self.numbers.get(&span.file) else {
+                continue;
+            };
             let (page, pages) = (span.page, u64::from(span.pages));
-            self.request(Request::Report { file: *file, page, pages });
+            self.request(Request::Report {
+                file: *file,
+                page,
+                pages,
+            });
         }
         self.post_waiting()
     }
@@ -258,8 +282,12 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         status.pages_reported = self.counts.reported;
         status.pages_remembered = self.counts.remembered;
         status.pages_refused = self.counts.refused;
-        status.refusals =
-            self.counts.refusals.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect();
+        status.refusals = self
+            .counts
+            .refusals
+            .iter()
+            .map(|(name, n)| ((*name).to_owned(), *n))
+            .collect();
         status.seconds_sharing = self.progress.seconds();
         status.guest_errors = self.counts.errors;
         status.guest_passes = self.counts.passes;
@@ -267,5 +295,8 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
 }
 
 fn refused(reason: u8) -> Outcome {
-    Outcome { reason, ..Outcome::default() }
+    Outcome {
+        reason,
+        ..Outcome::default()
+    }
 }

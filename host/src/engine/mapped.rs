@@ -38,7 +38,11 @@ impl StoreView {
     /// Takes the read-only descriptor of a store.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let stat = rustix::fs::fstat(&fd)?;
-        Ok(Self { fd, windows: HashMap::new(), identity: (stat.st_dev, stat.st_ino) })
+        Ok(Self {
+            fd,
+            windows: HashMap::new(),
+            identity: (stat.st_dev, stat.st_ino),
+        })
     }
 
     /// Device and inode of the store.
@@ -73,7 +77,10 @@ impl StoreView {
             }
         };
         let offset = page % WINDOW_PAGES;
-        Ok((base + offset as usize * PAGE, (WINDOW_PAGES - offset) as usize))
+        Ok((
+            base + offset as usize * PAGE,
+            (WINDOW_PAGES - offset) as usize,
+        ))
     }
 
     /// Which of `pages` (at most 64) pages at `address` are equal to the store's from `store`
@@ -139,7 +146,17 @@ impl StoreView {
             )
         }?;
         // SAFETY: the range mapped just now.
-        unsafe { set_attributes(at, bytes, &Attributes { huge_page: false, mergeable: false, ..attributes }) };
+        unsafe {
+            set_attributes(
+                at,
+                bytes,
+                &Attributes {
+                    huge_page: false,
+                    mergeable: false,
+                    ..attributes
+                },
+            )
+        };
         Ok(())
     }
 }
@@ -155,7 +172,11 @@ impl Drop for StoreView {
 
 /// Lowest `pages` bits.
 pub(super) fn mask(pages: usize) -> u64 {
-    if pages >= 64 { u64::MAX } else { (1 << pages) - 1 }
+    if pages >= 64 {
+        u64::MAX
+    } else {
+        (1 << pages) - 1
+    }
 }
 
 /// # Safety
@@ -277,7 +298,10 @@ pub(super) unsafe fn map_back(
         if matches!(e, rustix::io::Errno::NOENT | rustix::io::Errno::INVAL) {
             // Somebody replaced the mapping under us: what the guest had is gone, and running
             // on with zeros would be worse than not running.
-            log::error!("memory at {:#x} vanished while an overlay was undone", range.start);
+            log::error!(
+                "memory at {:#x} vanished while an overlay was undone",
+                range.start
+            );
             std::process::abort();
         }
         if tries == 1 {

@@ -23,7 +23,11 @@ impl MappingBudget {
     pub fn new() -> io::Result<Self> {
         let limit = fs::read_to_string("/proc/sys/vm/max_map_count")?;
         let limit = limit.trim().parse().map_err(io::Error::other)?;
-        Ok(Self { limit, counted: mappings_now()?, added: 0 })
+        Ok(Self {
+            limit,
+            counted: mappings_now()?,
+            added: 0,
+        })
     }
 
     /// The kernel's limit.
@@ -33,7 +37,8 @@ impl MappingBudget {
 
     /// The limit that overlays respect.
     pub fn usable(&self) -> usize {
-        self.limit.saturating_sub(HEADROOM_LEAST.max(self.limit / HEADROOM_DIVISOR))
+        self.limit
+            .saturating_sub(HEADROOM_LEAST.max(self.limit / HEADROOM_DIVISOR))
     }
 
     /// Whether a run of `pages` may cost `mappings` more. As the budget shrinks, only longer

@@ -7,7 +7,10 @@
 //!
 //! Guest memory of one process: regions, write protection, overlays.
 
-#![expect(unsafe_code, reason = "gives guest memory ranges to the operations of `mapped`")]
+#![expect(
+    unsafe_code,
+    reason = "gives guest memory ranges to the operations of `mapped`"
+)]
 
 use std::collections::HashMap;
 use std::fs;
@@ -79,7 +82,11 @@ impl Memory {
 
     /// Sets the store whose pages are mapped. A different one than before ends every overlay.
     pub fn set_store(&mut self, store: StoreView) -> io::Result<()> {
-        if self.store.as_ref().is_some_and(|old| old.identity() == store.identity()) {
+        if self
+            .store
+            .as_ref()
+            .is_some_and(|old| old.identity() == store.identity())
+        {
             return Ok(());
         }
         self.restore_all()?;
@@ -100,7 +107,9 @@ impl Memory {
 
     /// Removes the region `key`; its overlays become ordinary memory first.
     pub fn remove_region(&mut self, key: u64) -> io::Result<()> {
-        let Some(region) = self.regions.get(key) else { return Ok(()) };
+        let Some(region) = self.regions.get(key) else {
+            return Ok(());
+        };
         self.restore(&region.addresses())?;
         if let Some(Suitability::Ready(_)) = self.suitability.remove(&key) {
             // The VMM may have unmapped it already; then there is nothing to undo.
@@ -129,7 +138,8 @@ impl Memory {
             };
             let all = !self.suitability.is_empty()
                 && self.suitability.values().all(|s| refused(s).is_some());
-            all.then(|| self.suitability.values().find_map(refused)).flatten()
+            all.then(|| self.suitability.values().find_map(refused))
+                .flatten()
         })
     }
 
@@ -172,7 +182,11 @@ impl Memory {
     /// All overlays as a new daemon wants them told.
     pub fn holdings(&self) -> Vec<Holding> {
         let holding = |(_, o): (usize, Overlay)| Holding {
-            span: FileSpan { file: self.files.key(o.file), page: o.page, pages: o.pages },
+            span: FileSpan {
+                file: self.files.key(o.file),
+                page: o.page,
+                pages: o.pages,
+            },
             store: o.store,
         };
         self.overlays.iter().map(holding).collect()
@@ -212,20 +226,29 @@ impl Memory {
     /// store pages are granted.
     pub fn overlay(&mut self, address: usize, overlay: Overlay) -> Result<u64, Refusal> {
         let pages = overlay.pages as usize;
-        assert!(pages <= WINDOW_PAGES, "a window is at most {WINDOW_PAGES} pages");
+        assert!(
+            pages <= WINDOW_PAGES,
+            "a window is at most {WINDOW_PAGES} pages"
+        );
         let range = address..address + pages * PAGE;
         if self.paused || self.disabled.is_some() {
             return Err(reason::PAUSED);
         }
         let attributes = self.prepare(address)?;
-        if self.regions.find(address).is_none_or(|(_, r)| r.addresses().end < range.end) {
+        if self
+            .regions
+            .find(address)
+            .is_none_or(|(_, r)| r.addresses().end < range.end)
+        {
             return Err(reason::OUTSIDE_MEMORY);
         }
         // In the worst case a run cuts one mapping into three.
         if !self.budget.admits(pages, 2) {
             return Err(reason::MAPPING_LIMIT);
         }
-        let Some(store) = self.store.as_mut() else { return Err(reason::NO_STORE) };
+        let Some(store) = self.store.as_mut() else {
+            return Err(reason::NO_STORE);
+        };
         if self.overlays.intersects(&range) {
             // An overlay is a mapping of its own, which lost the registration.
             self.uffd
@@ -236,7 +259,9 @@ impl Memory {
             // SAFETY: part of a region, which is mapped guest memory.
             unsafe { mapped::split_huge_pages(&range) };
         }
-        self.uffd.protect(&range).map_err(|e| host_error("write-protecting", &e.into()))?;
+        self.uffd
+            .protect(&range)
+            .map_err(|e| host_error("write-protecting", &e.into()))?;
         // SAFETY: guest memory is readable; granted store pages exist.
         let compared = unsafe { store.compare(address, overlay.store, pages) };
         let equal = match compared {
@@ -369,8 +394,14 @@ impl Memory {
     }
 
     fn ready_ranges(&self) -> Vec<Range<usize>> {
-        let ready = self.suitability.iter().filter(|(_, s)| matches!(s, Suitability::Ready(_)));
-        ready.filter_map(|(key, _)| self.regions.get(*key)).map(|r| r.addresses()).collect()
+        let ready = self
+            .suitability
+            .iter()
+            .filter(|(_, s)| matches!(s, Suitability::Ready(_)));
+        ready
+            .filter_map(|(key, _)| self.regions.get(*key))
+            .map(|r| r.addresses())
+            .collect()
     }
 
     /// Turns at most [`WINDOW_PAGES`] pages in `range` back into ordinary memory, from the
@@ -381,7 +412,10 @@ impl Memory {
         };
         let pages = (overlay.pages as usize).min(WINDOW_PAGES);
         let part = address..address + pages * PAGE;
-        let known = self.regions.find(address).and_then(|(key, _)| self.suitability.get(&key));
+        let known = self
+            .regions
+            .find(address)
+            .and_then(|(key, _)| self.suitability.get(&key));
         let Some(Suitability::Ready(attributes)) = known.copied() else {
             return Err(io::Error::other("an overlay outside of guest memory"));
         };
@@ -407,7 +441,8 @@ impl Memory {
         for range in self.ready_ranges() {
             let _ = self.uffd.unregister(&range);
         }
-        self.suitability.retain(|_, s| matches!(s, Suitability::Refused(_)));
+        self.suitability
+            .retain(|_, s| matches!(s, Suitability::Refused(_)));
     }
 }
 

@@ -74,7 +74,8 @@ impl Overlays {
 
     /// Whether the page at `address` is on an overlay.
     pub fn contains(&self, address: usize) -> bool {
-        self.at_or_before(address).is_some_and(|(start, o)| address < end_of(start, &o))
+        self.at_or_before(address)
+            .is_some_and(|(start, o)| address < end_of(start, &o))
     }
 
     /// Whether any page of `range` is on an overlay.
@@ -83,7 +84,10 @@ impl Overlays {
     }
 
     fn at_or_before(&self, address: usize) -> Option<(usize, Overlay)> {
-        self.by_address.range(..=address).next_back().map(|(a, o)| (*a, *o))
+        self.by_address
+            .range(..=address)
+            .next_back()
+            .map(|(a, o)| (*a, *o))
     }
 
     /// The overlays within `range`, cut to it.
@@ -95,7 +99,11 @@ impl Overlays {
             .map(|(a, o)| (start, o.skip(((start - a) / PAGE) as u32)));
         first
             .into_iter()
-            .chain(self.by_address.range(start..end.max(start)).map(|(a, o)| (*a, *o)))
+            .chain(
+                self.by_address
+                    .range(start..end.max(start))
+                    .map(|(a, o)| (*a, *o)),
+            )
             .map(move |(a, o)| {
                 let most = (end - a) / PAGE;
                 (a, o.take(o.pages.min(most as u32)))
@@ -124,7 +132,10 @@ impl Overlays {
             && end_of(before, &previous) == address
             && previous.is_followed_by(&overlay)
         {
-            overlay = Overlay { pages: previous.pages + overlay.pages, ..previous };
+            overlay = Overlay {
+                pages: previous.pages + overlay.pages,
+                ..previous
+            };
             address = before;
         }
         let end = end_of(address, &overlay);
@@ -218,24 +229,56 @@ mod tests {
     #[test]
     fn continuing_overlays_become_one() {
         let mut table = Overlays::default();
-        table.insert(at(4), Overlay { pages: 4, store: 104, file: 0, page: 4 });
-        table.insert(at(0), Overlay { pages: 4, store: 100, file: 0, page: 0 });
+        table.insert(
+            at(4),
+            Overlay {
+                pages: 4,
+                store: 104,
+                file: 0,
+                page: 4,
+            },
+        );
+        table.insert(
+            at(0),
+            Overlay {
+                pages: 4,
+                store: 100,
+                file: 0,
+                page: 0,
+            },
+        );
         assert_eq!(table.len(), 1);
-        table.insert(at(8), Overlay { pages: 4, store: 200, file: 0, page: 8 });
+        table.insert(
+            at(8),
+            Overlay {
+                pages: 4,
+                store: 200,
+                file: 0,
+                page: 8,
+            },
+        );
         assert_eq!((table.len(), table.pages()), (2, 12));
     }
 
     #[test]
     fn a_page_replaced_by_itself_is_not_given_back() {
         let mut table = Overlays::default();
-        let overlay = Overlay { pages: 4, store: 100, file: 0, page: 0 };
+        let overlay = Overlay {
+            pages: 4,
+            store: 100,
+            file: 0,
+            page: 0,
+        };
         table.insert(at(0), overlay);
         table.insert(at(0), overlay);
         assert_eq!(table.take_unneeded(&RoaringBitmap::new()), []);
         table.remove(&(at(1)..at(2)));
         assert_eq!(
             table.take_unneeded(&RoaringBitmap::new()),
-            [StoreSpan { page: 101, pages: 1 }]
+            [StoreSpan {
+                page: 101,
+                pages: 1
+            }]
         );
     }
 

@@ -94,7 +94,10 @@ impl Regions {
     /// The region that has this address of the process, with its key.
     pub fn find(&self, address: usize) -> Option<(u64, Region)> {
         let holds = |r: &Region| r.addresses().contains(&address);
-        self.by_key.iter().find(|(_, r)| holds(r)).map(|(key, r)| (*key, *r))
+        self.by_key
+            .iter()
+            .find(|(_, r)| holds(r))
+            .map(|(key, r)| (*key, *r))
     }
 
     fn sort(&mut self) {
@@ -117,15 +120,18 @@ impl Regions {
     pub fn pieces(&self, gfn: u64, pages: u64) -> impl Iterator<Item = Piece> + '_ {
         let end = gfn.saturating_add(pages);
         let from = self.sorted.partition_point(|r| r.gfn + r.pages <= gfn);
-        self.sorted[from..].iter().take_while(move |r| r.gfn < end).map(move |r| {
-            let start = gfn.max(r.gfn);
-            let stop = end.min(r.gfn + r.pages);
-            Piece {
-                offset: start - gfn,
-                pages: (stop - start) as usize,
-                hva: r.hva + (start - r.gfn) as usize * PAGE,
-            }
-        })
+        self.sorted[from..]
+            .iter()
+            .take_while(move |r| r.gfn < end)
+            .map(move |r| {
+                let start = gfn.max(r.gfn);
+                let stop = end.min(r.gfn + r.pages);
+                Piece {
+                    offset: start - gfn,
+                    pages: (stop - start) as usize,
+                    hva: r.hva + (start - r.gfn) as usize * PAGE,
+                }
+            })
     }
 }
 
@@ -250,14 +256,36 @@ mod tests {
     #[test]
     fn pieces_follow_regions_and_leave_out_holes() {
         let mut regions = Regions::default();
-        regions.insert(0, Region { gfn: 0, pages: 16, hva: 0x10000 });
-        regions.insert(1, Region { gfn: 32, pages: 16, hva: 0x80000 });
+        regions.insert(
+            0,
+            Region {
+                gfn: 0,
+                pages: 16,
+                hva: 0x10000,
+            },
+        );
+        regions.insert(
+            1,
+            Region {
+                gfn: 32,
+                pages: 16,
+                hva: 0x80000,
+            },
+        );
         let pieces: Vec<_> = regions.pieces(8, 32).collect();
         assert_eq!(
             pieces,
             [
-                Piece { offset: 0, pages: 8, hva: 0x10000 + 8 * PAGE },
-                Piece { offset: 24, pages: 8, hva: 0x80000 },
+                Piece {
+                    offset: 0,
+                    pages: 8,
+                    hva: 0x10000 + 8 * PAGE
+                },
+                Piece {
+                    offset: 24,
+                    pages: 8,
+                    hva: 0x80000
+                },
             ]
         );
         assert_eq!(regions.pieces(u64::MAX - 1, 4).count(), 0);
@@ -291,7 +319,11 @@ VmFlags: rd wr mr mw me de ht
     #[test]
     fn shared_locked_huge_and_missing_memory_is_refused_by_name() {
         let ask = |from: usize, to: usize| {
-            inspect(SMAPS, &(0x7f00_0000_0000 + from..0x7f00_0000_0000 + to), |_| false)
+            inspect(
+                SMAPS,
+                &(0x7f00_0000_0000 + from..0x7f00_0000_0000 + to),
+                |_| false,
+            )
         };
         assert_eq!(ask(0x8_0000, 0x18_0000), Err(Unsuitable::SharedMapping));
         assert_eq!(ask(0x20_0000, 0x30_0000), Err(Unsuitable::Locked));

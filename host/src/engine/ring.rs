@@ -82,10 +82,19 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
     /// Takes over the host's side with a new, non-zero `instance`; the guest will attach.
     /// `layout` must be sound for `memory`, as [`Layout::from_header`] makes sure.
     pub fn new(memory: M, layout: Layout, instance: u64, max_inflight_pages: u64) -> Self {
-        assert!(layout.total_bytes <= memory.borrow().len() as u64 * 8, "layout exceeds memory");
+        assert!(
+            layout.total_bytes <= memory.borrow().len() as u64 * 8,
+            "layout exceeds memory"
+        );
         assert_ne!(instance, 0, "instance zero means that no host is there");
-        let ring =
-            Self { memory, layout, epoch: 0, tail: 0, request_head: 0, broken: false };
+        let ring = Self {
+            memory,
+            layout,
+            epoch: 0,
+            tail: 0,
+            request_head: 0,
+            broken: false,
+        };
         ring.set_host(host_area::EPOCH, 0);
         ring.set_host(host_area::CLAIM, 0);
         ring.set_host(host_area::ACK, 0);
@@ -102,7 +111,8 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
     }
 
     fn set_host(&self, field: usize, value: u64) {
-        self.word(self.layout.host_area + field as u64).store(value.to_le(), Ordering::Release);
+        self.word(self.layout.host_area + field as u64)
+            .store(value.to_le(), Ordering::Release);
     }
 
     fn guest(&self, field: usize) -> u64 {
@@ -162,7 +172,9 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         {
             return Ok(None);
         }
-        let Some(available) = head.checked_sub(self.tail).filter(|n| *n <= self.layout.ring_slots)
+        let Some(available) = head
+            .checked_sub(self.tail)
+            .filter(|n| *n <= self.layout.ring_slots)
         else {
             self.broken = true;
             return Err(RingError::Head);
@@ -175,7 +187,8 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         let mut end = self.tail;
         while buffers.len() < max_records && end < head {
             let first = u64::from_le(
-                self.word(self.layout.ring_slot(end)).load(Ordering::Relaxed),
+                self.word(self.layout.ring_slot(end))
+                    .load(Ordering::Relaxed),
             );
             let slots = wire::record_slots(first);
             if slots == 0 || slots > MAX_RECORD_SLOTS || slots as u64 > head - end {
@@ -191,7 +204,11 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         self.set_host(host_area::CLAIM, end);
         fence(Ordering::SeqCst);
         let revoked = self.guest(guest_area::REVOKED) == self.epoch;
-        let batch = Batch { start: self.tail, end, revoked };
+        let batch = Batch {
+            start: self.tail,
+            end,
+            revoked,
+        };
         let mut name = [0; MAX_NAME];
         for (position, slots) in buffers {
             let mut copy = wire::EMPTY_RECORD;
@@ -206,7 +223,8 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
 
     /// Writes the outcome of the record that started at `position`.
     pub fn set_outcome(&self, position: u64, outcome: Outcome) {
-        self.word(self.layout.outcome(position)).store(outcome.to_word().to_le(), Ordering::Relaxed);
+        self.word(self.layout.outcome(position))
+            .store(outcome.to_word().to_le(), Ordering::Relaxed);
     }
 
     /// Acknowledges a batch; says whether the guest wants to be rung.
@@ -231,7 +249,8 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         }
         let offset = self.layout.request_slot(self.request_head);
         for (i, word) in request.encode().into_iter().enumerate() {
-            self.word(offset + i as u64 * 8).store(word.to_le(), Ordering::Relaxed);
+            self.word(offset + i as u64 * 8)
+                .store(word.to_le(), Ordering::Relaxed);
         }
         self.request_head += 1;
         self.set_host(host_area::REQUEST_HEAD, self.request_head);

@@ -49,7 +49,10 @@ impl SharedMemory {
         };
         let words = NonNull::new(base.cast::<AtomicU64>())
             .ok_or_else(|| std::io::Error::other("mapped at address zero"))?;
-        Ok(Self { words, count: bytes / 8 })
+        Ok(Self {
+            words,
+            count: bytes / 8,
+        })
     }
 
     /// All words, in the byte order of memory (little-endian).

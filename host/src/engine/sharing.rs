@@ -49,11 +49,20 @@ struct Part {
 
 impl Part {
     fn slice(self, from: usize, pages: usize) -> Self {
-        Self { page: self.page + from as u64, hva: self.hva + from * PAGE, pages, ..self }
+        Self {
+            page: self.page + from as u64,
+            hva: self.hva + from * PAGE,
+            pages,
+            ..self
+        }
     }
 
     fn span(&self) -> FileSpan {
-        FileSpan { file: self.file, page: self.page, pages: self.pages as u32 }
+        FileSpan {
+            file: self.file,
+            page: self.page,
+            pages: self.pages as u32,
+        }
     }
 
     fn end(&self) -> usize {
@@ -88,7 +97,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Sharing {
     /// Shares `memory` once a store is connected.
     pub fn new(memory: Memory) -> Self {
-        Self { store: Mutex::new(None), memory: Mutex::new(memory) }
+        Self {
+            store: Mutex::new(None),
+            memory: Mutex::new(memory),
+        }
     }
 
     /// Guest memory, locked: be quick.
@@ -208,7 +220,10 @@ struct Count {
 
 impl Segment {
     fn skip(self, pages: u32) -> Self {
-        Self { pages: self.pages - pages, store: self.store.map(|at| at + pages) }
+        Self {
+            pages: self.pages - pages,
+            store: self.store.map(|at| at + pages),
+        }
     }
 }
 
@@ -370,7 +385,11 @@ impl<'a> Transaction<'a> {
             }
             if !hashes.is_empty() {
                 asked.push(part.slice(0, hashes.len()));
-                sightings.push(Sighting { file: part.file, page: part.page, hashes });
+                sightings.push(Sighting {
+                    file: part.file,
+                    page: part.page,
+                    hashes,
+                });
             }
         }
         if sightings.is_empty() {
@@ -379,7 +398,9 @@ impl<'a> Transaction<'a> {
         let mut verdicts = Vec::new();
         store.pages.sight(sightings, &mut verdicts)?;
         if verdicts.len() != asked.iter().map(|p| p.pages).sum::<usize>() {
-            return Err(StoreError::Refused("as many verdicts as pages were expected".into()));
+            return Err(StoreError::Refused(
+                "as many verdicts as pages were expected".into(),
+            ));
         }
         let mut wanted = Vec::new();
         let mut verdicts = verdicts.into_iter();
@@ -388,10 +409,14 @@ impl<'a> Transaction<'a> {
             for (i, verdict) in (0..part.pages).zip(&mut verdicts) {
                 let here = part.slice(i, 1);
                 found = match (verdict, found) {
-                    (Verdict::Found(at), Some((run, store)))
-                        if store + run.pages as u32 == at =>
-                    {
-                        Some((Part { pages: run.pages + 1, ..run }, store))
+                    (Verdict::Found(at), Some((run, store))) if store + run.pages as u32 == at => {
+                        Some((
+                            Part {
+                                pages: run.pages + 1,
+                                ..run
+                            },
+                            store,
+                        ))
                     }
                     (verdict, earlier) => {
                         self.overlay_by_content(earlier);
@@ -431,7 +456,9 @@ impl<'a> Transaction<'a> {
         let mut positions = Vec::new();
         store.pages.publish(part.span(), &bytes, &mut positions)?;
         if positions.len() != part.pages {
-            return Err(StoreError::Refused("as many positions as pages were expected".into()));
+            return Err(StoreError::Refused(
+                "as many positions as pages were expected".into(),
+            ));
         }
         let mut from = 0;
         while from < part.pages {
@@ -453,7 +480,11 @@ impl<'a> Transaction<'a> {
     fn outcomes(self) -> Vec<Outcome> {
         let outcome = |c: Count| {
             let rest = c.pages.saturating_sub(c.shared + c.remembered);
-            let why = if c.reason == reason::NONE { reason::DIFFERENT } else { c.reason };
+            let why = if c.reason == reason::NONE {
+                reason::DIFFERENT
+            } else {
+                c.reason
+            };
             Outcome {
                 reason: if rest == 0 { reason::NONE } else { why },
                 shared: u16::try_from(c.shared).unwrap_or(u16::MAX),
@@ -517,7 +548,10 @@ impl Progress {
     /// Begins now.
     pub(super) fn start() -> Self {
         let now = Instant::now();
-        Self { started: now, last_shared: now }
+        Self {
+            started: now,
+            last_shared: now,
+        }
     }
 
     /// Something was shared just now.

@@ -23,8 +23,14 @@ const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURES: [(u64, &str); 4] = [
     (FEATURE_PAGEFAULT_FLAG_WP, "write protection (Linux 5.7)"),
     (FEATURE_EVENT_REMAP, "remap events (Linux 4.11)"),
-    (FEATURE_WP_HUGETLBFS_SHMEM, "write protection of shared memory (Linux 5.19)"),
-    (FEATURE_WP_UNPOPULATED, "write protection of unpopulated pages (Linux 6.4)"),
+    (
+        FEATURE_WP_HUGETLBFS_SHMEM,
+        "write protection of shared memory (Linux 5.19)",
+    ),
+    (
+        FEATURE_WP_UNPOPULATED,
+        "write protection of unpopulated pages (Linux 6.4)",
+    ),
 ];
 
 /// `_UFFDIO_REGISTER`, `_UFFDIO_UNREGISTER`, `_UFFDIO_WAKE`, `_UFFDIO_COPY`,
@@ -202,15 +208,18 @@ impl Uffd {
             // SAFETY: creates a descriptor; does nothing to memory until ranges are registered.
             None => unsafe {
                 rustix::mm::userfaultfd(
-                    rustix::mm::UserfaultfdFlags::CLOEXEC
-                        | rustix::mm::UserfaultfdFlags::NONBLOCK,
+                    rustix::mm::UserfaultfdFlags::CLOEXEC | rustix::mm::UserfaultfdFlags::NONBLOCK,
                 )
             },
         }
         .map_err(|e| UffdError::Open(e.into()))?;
         let uffd = Self { fd };
         let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
-        let mut api = UffdioApi { api: API, features: wanted, ioctls: 0 };
+        let mut api = UffdioApi {
+            api: API,
+            features: wanted,
+            ioctls: 0,
+        };
         let asked = uffd.call(opcode::read_write::<UffdioApi>(GROUP, API_NR), &mut api);
         if asked.is_err() {
             // A kernel that lacks one refuses all and says what it has.
@@ -239,8 +248,15 @@ impl Uffd {
     }
 
     fn register_mode(&self, range: &Range<usize>, mode: u64) -> rustix::io::Result<()> {
-        let mut register = UffdioRegister { range: to_range(range), mode, ioctls: 0 };
-        self.call(opcode::read_write::<UffdioRegister>(GROUP, REGISTER), &mut register)
+        let mut register = UffdioRegister {
+            range: to_range(range),
+            mode,
+            ioctls: 0,
+        };
+        self.call(
+            opcode::read_write::<UffdioRegister>(GROUP, REGISTER),
+            &mut register,
+        )
     }
 
     /// Makes `range` able to be write-protected.
@@ -256,7 +272,10 @@ impl Uffd {
 
     /// Undoes [`Uffd::register`].
     pub fn unregister(&self, range: &Range<usize>) -> rustix::io::Result<()> {
-        self.call(opcode::read::<UffdioRange>(GROUP, UNREGISTER), &mut to_range(range))
+        self.call(
+            opcode::read::<UffdioRange>(GROUP, UNREGISTER),
+            &mut to_range(range),
+        )
     }
 
     /// Stops writers to `range` until [`Uffd::unprotect`], or until the memory is replaced
@@ -273,7 +292,10 @@ impl Uffd {
     fn write_protect(&self, range: &Range<usize>, mode: u64) -> rustix::io::Result<()> {
         let request = opcode::read_write::<UffdioWriteprotect>(GROUP, WRITEPROTECT);
         loop {
-            let mut protect = UffdioWriteprotect { range: to_range(range), mode };
+            let mut protect = UffdioWriteprotect {
+                range: to_range(range),
+                mode,
+            };
             match self.call(request, &mut protect) {
                 // The address space is being remapped by somebody; the event is on its way.
                 Err(Errno::AGAIN) => std::thread::yield_now(),
@@ -284,7 +306,10 @@ impl Uffd {
 
     /// Wakes the threads that wait for `range`; they fault again.
     pub fn wake(&self, range: &Range<usize>) -> rustix::io::Result<()> {
-        self.call(opcode::read::<UffdioRange>(GROUP, WAKE), &mut to_range(range))
+        self.call(
+            opcode::read::<UffdioRange>(GROUP, WAKE),
+            &mut to_range(range),
+        )
     }
 
     /// Puts `bytes` at `address`, each page at once, and wakes who waits for them.
@@ -318,8 +343,15 @@ impl Uffd {
     /// Fills pages of `range` that are not there with zeros, as the kernel would, and wakes
     /// who waits for them. Fails with `EEXIST` where there is one already.
     pub fn zero(&self, range: &Range<usize>) -> rustix::io::Result<()> {
-        let mut zero = UffdioZeropage { range: to_range(range), mode: 0, zeropage: 0 };
-        self.call(opcode::read_write::<UffdioZeropage>(GROUP, ZEROPAGE), &mut zero)
+        let mut zero = UffdioZeropage {
+            range: to_range(range),
+            mode: 0,
+            zeropage: 0,
+        };
+        self.call(
+            opcode::read_write::<UffdioZeropage>(GROUP, ZEROPAGE),
+            &mut zero,
+        )
     }
 
     /// The next event, `None` when there is none now.
@@ -350,5 +382,8 @@ impl AsFd for Uffd {
 }
 
 fn to_range(range: &Range<usize>) -> UffdioRange {
-    UffdioRange { start: range.start as u64, len: range.len() as u64 }
+    UffdioRange {
+        start: range.start as u64,
+        len: range.len() as u64,
+    }
 }

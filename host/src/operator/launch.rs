@@ -72,7 +72,10 @@ impl Launch {
                 error if error.kind() == io::ErrorKind::NotFound => {
                     LaunchError::CommandNotFound(program)
                 }
-                source => LaunchError::Command { command: program, source },
+                source => LaunchError::Command {
+                    command: program,
+                    source,
+                },
             },
             Err(error) => error,
         }
@@ -129,8 +132,14 @@ fn environment(
     }
     [
         ("LD_PRELOAD", libraries),
-        ("PAGEFUSION_ENGINE_SOCKET", vm.directory.join("engine.sock").into()),
-        ("PAGEFUSION_QMP_SOCKET", vm.directory.join("qmp.sock").into()),
+        (
+            "PAGEFUSION_ENGINE_SOCKET",
+            vm.directory.join("engine.sock").into(),
+        ),
+        (
+            "PAGEFUSION_QMP_SOCKET",
+            vm.directory.join("qmp.sock").into(),
+        ),
     ]
 }
 
@@ -141,7 +150,9 @@ fn find_preload(named: Option<&Path>) -> Result<PathBuf, LaunchError> {
             .filter(|path| path.is_file())
             .ok_or_else(|| LaunchError::PreloadMissing(path.into()))?,
         None => {
-            let beside = std::env::current_exe().ok().and_then(|it| Some(it.parent()?.to_owned()));
+            let beside = std::env::current_exe()
+                .ok()
+                .and_then(|it| Some(it.parent()?.to_owned()));
             beside
                 .into_iter()
                 .chain([PathBuf::from(PRELOAD_DIRECTORY)])
@@ -151,7 +162,11 @@ fn find_preload(named: Option<&Path>) -> Result<PathBuf, LaunchError> {
         }
     };
     let splits = |path: &OsStr| path.as_bytes().iter().any(|byte| b" :".contains(byte));
-    if splits(found.as_os_str()) { Err(LaunchError::PreloadPath(found)) } else { Ok(found) }
+    if splits(found.as_os_str()) {
+        Err(LaunchError::PreloadPath(found))
+    } else {
+        Ok(found)
+    }
 }
 
 #[cfg(test)]
@@ -159,7 +174,11 @@ mod tests {
     use super::*;
 
     fn vm() -> CreatedVm {
-        CreatedVm { number: 3, name: "vm3".into(), directory: "/run/a,b/vms/3".into() }
+        CreatedVm {
+            number: 3,
+            name: "vm3".into(),
+            directory: "/run/a,b/vms/3".into(),
+        }
     }
 
     #[test]
@@ -181,7 +200,10 @@ mod tests {
         let preload = Path::new("/x/lib.so");
         let [(_, alone), ..] = environment(&vm(), preload, None);
         let [(_, both), ..] = environment(&vm(), preload, Some("/y/other.so".into()));
-        assert_eq!((alone.to_str(), both.to_str()), (Some("/x/lib.so"), Some("/x/lib.so:/y/other.so")));
+        assert_eq!(
+            (alone.to_str(), both.to_str()),
+            (Some("/x/lib.so"), Some("/x/lib.so:/y/other.so"))
+        );
     }
 
     #[test]
@@ -190,9 +212,15 @@ mod tests {
             find_preload(Some(Path::new("/nowhere/lib.so"))),
             Err(LaunchError::PreloadMissing(_))
         ));
-        let directory = tempfile::Builder::new().prefix("with space ").tempdir().unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("with space ")
+            .tempdir()
+            .unwrap();
         let path = directory.path().join("lib.so");
         std::fs::write(&path, "").unwrap();
-        assert!(matches!(find_preload(Some(&path)), Err(LaunchError::PreloadPath(_))));
+        assert!(matches!(
+            find_preload(Some(&path)),
+            Err(LaunchError::PreloadPath(_))
+        ));
     }
 }

@@ -49,14 +49,20 @@ pub fn status_text(status: &Status) -> String {
 
 /// The VMs, and below the table why some of them share little.
 pub fn vms_text(status: &Status) -> String {
-    let titles =
-        ["VM", "Name", "Group", "State", "PID", "Reported", "Shared", "Broken", "Refused", "CPU"];
+    let titles = [
+        "VM", "Name", "Group", "State", "PID", "Reported", "Shared", "Broken", "Refused", "CPU",
+    ];
     let mut vms = table(&titles);
     let mut notes = String::new();
     for vm in &status.vms {
         let engine = &vm.engine;
         vms.add_row(row(
-            &[&vm.id.to_string(), &vm.name, vm.group.as_deref().unwrap_or("-"), state(vm)],
+            &[
+                &vm.id.to_string(),
+                &vm.name,
+                vm.group.as_deref().unwrap_or("-"),
+                state(vm),
+            ],
             &[
                 vm.pid.to_string(),
                 pages(engine.pages_reported),
@@ -69,8 +75,11 @@ pub fn vms_text(status: &Status) -> String {
         if let Some(reason) = &engine.disabled {
             notes += &format!("{}: {reason}\n", vm.name);
         }
-        let refusals: Vec<_> =
-            engine.refusals.iter().map(|(reason, count)| format!("{reason} {}", pages(*count))).collect();
+        let refusals: Vec<_> = engine
+            .refusals
+            .iter()
+            .map(|(reason, count)| format!("{reason} {}", pages(*count)))
+            .collect();
         if !refusals.is_empty() {
             notes += &format!("{}: refused: {}\n", vm.name, refusals.join(", "));
         }
@@ -93,7 +102,11 @@ fn state(vm: &VmStatus) -> &'static str {
 }
 
 fn pages(pages: u64) -> String {
-    human_bytes(i64::try_from(pages).unwrap_or(i64::MAX).saturating_mul(PAGE as i64))
+    human_bytes(
+        i64::try_from(pages)
+            .unwrap_or(i64::MAX)
+            .saturating_mul(PAGE as i64),
+    )
 }
 
 fn table(titles: &[&str]) -> Table {
@@ -107,7 +120,9 @@ fn table(titles: &[&str]) -> Table {
 /// Words to the left, figures to the right.
 fn row(words: &[&str], figures: &[String]) -> Vec<Cell> {
     let words = words.iter().map(Cell::new);
-    let figures = figures.iter().map(|it| Cell::new(it).set_alignment(CellAlignment::Right));
+    let figures = figures
+        .iter()
+        .map(|it| Cell::new(it).set_alignment(CellAlignment::Right));
     words.chain(figures).collect()
 }
 
@@ -134,11 +149,20 @@ mod tests {
 
     #[test]
     fn what_hinders_a_vm_is_named() {
-        let mut vm = VmStatus { name: "web".into(), ..VmStatus::default() };
+        let mut vm = VmStatus {
+            name: "web".into(),
+            ..VmStatus::default()
+        };
         vm.engine.disabled = Some("the engine does not answer".into());
         vm.engine.refusals.insert("mapping-limit".into(), 256);
-        let text = vms_text(&Status { vms: vec![vm], ..Status::default() });
+        let text = vms_text(&Status {
+            vms: vec![vm],
+            ..Status::default()
+        });
         assert!(text.contains("web: the engine does not answer\n"), "{text}");
-        assert!(text.contains("web: refused: mapping-limit 1.0 MiB\n"), "{text}");
+        assert!(
+            text.contains("web: refused: mapping-limit 1.0 MiB\n"),
+            "{text}"
+        );
     }
 }

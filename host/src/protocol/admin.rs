@@ -35,7 +35,9 @@ pub enum AdminError {
     #[error("{0}")]
     Refused(String),
     /// The daemon's answer does not fit the question.
-    #[error("pagefusiond gives an answer that does not fit the question; restart it, so that it has the version of this program")]
+    #[error(
+        "pagefusiond gives an answer that does not fit the question; restart it, so that it has the version of this program"
+    )]
     Unexpected,
 }
 
@@ -90,10 +92,20 @@ impl AdminClient {
         name: Option<String>,
         group: Option<String>,
     ) -> Result<CreatedVm, AdminError> {
-        match self.ask(&AdminRequest::CreateVm { version: VERSION, name, group })? {
-            AdminReply::Created { vm, name, directory } => {
-                Ok(CreatedVm { number: vm, name, directory })
-            }
+        match self.ask(&AdminRequest::CreateVm {
+            version: VERSION,
+            name,
+            group,
+        })? {
+            AdminReply::Created {
+                vm,
+                name,
+                directory,
+            } => Ok(CreatedVm {
+                number: vm,
+                name,
+                directory,
+            }),
             _ => Err(AdminError::Unexpected),
         }
     }

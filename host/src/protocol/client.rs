@@ -62,16 +62,39 @@ impl StoreClient {
             HelloReply::Ready => return Err(StoreError::Unreachable(unexpected())),
         };
         let mut descriptors = connection.take_descriptors().into_iter();
-        let mut next = || descriptors.next().ok_or_else(|| StoreError::Unreachable(unexpected()));
+        let mut next = || {
+            descriptors
+                .next()
+                .ok_or_else(|| StoreError::Unreachable(unexpected()))
+        };
         let store = next()?;
         let device = if welcome.has_device {
-            Some(DeviceDescriptors { memory: next()?, from_guest: next()?, to_guest: next()? })
+            Some(DeviceDescriptors {
+                memory: next()?,
+                from_guest: next()?,
+                to_guest: next()?,
+            })
         } else {
             None
         };
-        let uffd_device = if welcome.has_uffd_device { Some(next()?) } else { None };
-        let client = Self { connection, broken: false };
-        Ok((client, WelcomeWithFds { welcome, store, device, uffd_device }))
+        let uffd_device = if welcome.has_uffd_device {
+            Some(next()?)
+        } else {
+            None
+        };
+        let client = Self {
+            connection,
+            broken: false,
+        };
+        Ok((
+            client,
+            WelcomeWithFds {
+                welcome,
+                store,
+                device,
+                uffd_device,
+            },
+        ))
     }
 
     fn ask(&mut self, request: &EngineRequest, payload: &[u8]) -> Result<EngineReply, StoreError> {
@@ -159,16 +182,24 @@ impl PageStore for StoreClient {
 
     fn release(&mut self, spans: Vec<StoreSpan>) -> Result<(), StoreError> {
         for spans in spans.chunks(MAX_RELEASE_SPANS) {
-            self.ask_for_done(&EngineRequest::Release { spans: spans.to_vec() })?;
+            self.ask_for_done(&EngineRequest::Release {
+                spans: spans.to_vec(),
+            })?;
         }
         Ok(())
     }
 
     fn announce(&mut self, holdings: Vec<Holding>) -> Result<(), StoreError> {
         for holdings in batches(holdings) {
-            self.ask_for_done(&EngineRequest::Announce { holdings, last: false })?;
+            self.ask_for_done(&EngineRequest::Announce {
+                holdings,
+                last: false,
+            })?;
         }
-        self.ask_for_done(&EngineRequest::Announce { holdings: Vec::new(), last: true })
+        self.ask_for_done(&EngineRequest::Announce {
+            holdings: Vec::new(),
+            last: true,
+        })
     }
 
     fn forget(&mut self, span: FileSpan) -> Result<(), StoreError> {
@@ -218,11 +249,17 @@ impl AsFd for ControlConnection {
 fn greet(path: &Path, role: Role) -> io::Result<(Connection, HelloReply)> {
     let mut connection =
         Connection::connect(path, Encoding::Postcard, LIMIT)?.accepting_descriptors();
-    connection.send(&Hello { version: VERSION, role })?;
+    connection.send(&Hello {
+        version: VERSION,
+        role,
+    })?;
     let reply = connection.receive()?;
     Ok((connection, reply))
 }
 
 fn unexpected() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the daemon's answer does not fit the question")
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the daemon's answer does not fit the question",
+    )
 }

@@ -49,8 +49,22 @@ pub struct FileKey {
 
 impl From<wire::FileIdentity> for FileKey {
     fn from(id: wire::FileIdentity) -> Self {
-        let wire::FileIdentity { fs_uuid, inode, size, mtime_ns, generation, kind } = id;
-        Self { fs_uuid, inode, size, mtime_ns, generation, kind }
+        let wire::FileIdentity {
+            fs_uuid,
+            inode,
+            size,
+            mtime_ns,
+            generation,
+            kind,
+        } = id;
+        Self {
+            fs_uuid,
+            inode,
+            size,
+            mtime_ns,
+            generation,
+            kind,
+        }
     }
 }
 

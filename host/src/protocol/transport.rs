@@ -154,7 +154,10 @@ impl Connection {
 
     /// Descriptors that came since this was last called.
     pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
-        self.descriptors.as_mut().map(std::mem::take).unwrap_or_default()
+        self.descriptors
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 
     fn send_all<T: Serialize>(
@@ -167,9 +170,7 @@ impl Connection {
         frame.clear();
         frame.extend([0; HEADER]);
         let frame = match self.encoding {
-            Encoding::Postcard => {
-                postcard::to_extend(message, frame).map_err(io::Error::other)?
-            }
+            Encoding::Postcard => postcard::to_extend(message, frame).map_err(io::Error::other)?,
             Encoding::Json => {
                 serde_json::to_writer(&mut frame, message)?;
                 frame
@@ -270,7 +271,8 @@ impl Connection {
         let room = wanted.clamp(READ_AHEAD, READ_AHEAD.max(held * 2));
         self.received.resize(held + room, 0);
         let result = self.receive_some(held);
-        self.received.truncate(held + *result.as_ref().unwrap_or(&0));
+        self.received
+            .truncate(held + *result.as_ref().unwrap_or(&0));
         result
     }
 
@@ -314,12 +316,20 @@ pub(crate) fn peer(stream: &UnixStream) -> io::Result<rustix::net::UCred> {
 }
 
 fn check(deadline: Instant) -> io::Result<()> {
-    if Instant::now() < deadline { Ok(()) } else { Err(timed_out()) }
+    if Instant::now() < deadline {
+        Ok(())
+    } else {
+        Err(timed_out())
+    }
 }
 
 fn error_of(error: rustix::io::Errno) -> io::Error {
     // What a socket with a time limit says when it has passed.
-    if error == rustix::io::Errno::AGAIN { timed_out() } else { error.into() }
+    if error == rustix::io::Errno::AGAIN {
+        timed_out()
+    } else {
+        error.into()
+    }
 }
 
 fn timed_out() -> io::Error {
@@ -340,21 +350,30 @@ mod tests {
 
     fn pair() -> (Connection, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (Connection::new(ours, Encoding::Postcard, SHORT).unwrap(), theirs)
+        (
+            Connection::new(ours, Encoding::Postcard, SHORT).unwrap(),
+            theirs,
+        )
     }
 
     #[test]
     fn messages_payload_and_descriptors_arrive() {
         let (mut ours, theirs) = pair();
-        let mut theirs =
-            Connection::new(theirs, Encoding::Postcard, SHORT).unwrap().accepting_descriptors();
+        let mut theirs = Connection::new(theirs, Encoding::Postcard, SHORT)
+            .unwrap()
+            .accepting_descriptors();
         let file = tempfile::tempfile().unwrap();
-        ours.send_with_descriptors(&EngineReply::Done, &[file.as_fd(), file.as_fd()]).unwrap();
-        ours.send_with_payload(&EngineReply::Error("x".into()), &[7; 100_000]).unwrap();
+        ours.send_with_descriptors(&EngineReply::Done, &[file.as_fd(), file.as_fd()])
+            .unwrap();
+        ours.send_with_payload(&EngineReply::Error("x".into()), &[7; 100_000])
+            .unwrap();
         ours.send(&EngineReply::Done).unwrap();
         assert_eq!(theirs.receive::<EngineReply>().unwrap(), EngineReply::Done);
         assert_eq!(theirs.take_descriptors().len(), 2);
-        assert_eq!(theirs.receive::<EngineReply>().unwrap(), EngineReply::Error("x".into()));
+        assert_eq!(
+            theirs.receive::<EngineReply>().unwrap(),
+            EngineReply::Error("x".into())
+        );
         let mut payload = vec![0; 100_000];
         theirs.receive_payload(&mut payload).unwrap();
         assert_eq!(payload, [7; 100_000]);
@@ -372,7 +391,11 @@ mod tests {
 
     #[test]
     fn rubbish_is_refused() {
-        for bytes in [&[0u8, 0, 0, 0][..], &[1, 0, 0, 0, 0xff], &[2, 0, 0, 0, 0, 0]] {
+        for bytes in [
+            &[0u8, 0, 0, 0][..],
+            &[1, 0, 0, 0, 0xff],
+            &[2, 0, 0, 0, 0, 0],
+        ] {
             let (mut ours, mut theirs) = pair();
             theirs.write_all(bytes).unwrap();
             let error = ours.receive::<EngineReply>().unwrap_err();
@@ -401,7 +424,9 @@ mod tests {
         let (mut ours, theirs) = pair();
         let mut theirs = Connection::new(theirs, Encoding::Postcard, SHORT).unwrap();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        theirs.send_with_descriptors(&EngineReply::Done, &[writer.as_fd()]).unwrap();
+        theirs
+            .send_with_descriptors(&EngineReply::Done, &[writer.as_fd()])
+            .unwrap();
         drop(writer);
         assert_eq!(ours.receive::<EngineReply>().unwrap(), EngineReply::Done);
         // The copy in the message was the last writer.

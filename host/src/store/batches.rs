@@ -38,7 +38,10 @@ impl Pages for Holding {
     }
 
     fn split_off(&mut self, at: u32) -> Self {
-        Self { span: self.span.split_off(at), store: self.store.saturating_add(at) }
+        Self {
+            span: self.span.split_off(at),
+            store: self.store.saturating_add(at),
+        }
     }
 }
 
@@ -57,14 +60,18 @@ impl Pages for Sighting {
 }
 
 /// Cuts `items`, in order, into requests.
-pub(crate) fn batches<T: Pages>(items: impl IntoIterator<Item = T>) -> impl Iterator<Item = Vec<T>> {
+pub(crate) fn batches<T: Pages>(
+    items: impl IntoIterator<Item = T>,
+) -> impl Iterator<Item = Vec<T>> {
     let mut items = items.into_iter();
     let mut rest = None;
     std::iter::from_fn(move || {
         let mut batch = Vec::new();
         let mut room = MAX_REQUEST_PAGES;
         while batch.len() < MAX_ITEMS && room > 0 {
-            let Some(mut item) = rest.take().or_else(|| items.next()) else { break };
+            let Some(mut item) = rest.take().or_else(|| items.next()) else {
+                break;
+            };
             if item.pages() > room {
                 rest = Some(item.split_off(room as u32));
             }
@@ -81,7 +88,11 @@ pub(crate) fn publications(
     bytes: &[u8],
 ) -> Result<impl Iterator<Item = (FileSpan, &[u8])>, StoreError> {
     if bytes.len() as u64 != span.pages() * PAGE as u64 {
-        return Err(StoreError::Refused(format!("{} bytes for {} pages", bytes.len(), span.pages)));
+        return Err(StoreError::Refused(format!(
+            "{} bytes for {} pages",
+            bytes.len(),
+            span.pages
+        )));
     }
     Ok(bytes.chunks(MAX_PUBLISH_PAGES * PAGE).map(move |bytes| {
         let rest = span.split_off((bytes.len() / PAGE) as u32);
@@ -96,12 +107,26 @@ mod tests {
 
     #[test]
     fn long_spans_are_cut_and_nothing_is_lost() {
-        let file =
-            FileKey { fs_uuid: [0; 16], inode: 1, size: 0, mtime_ns: 0, generation: 0, kind: 1 };
+        let file = FileKey {
+            fs_uuid: [0; 16],
+            inode: 1,
+            size: 0,
+            mtime_ns: 0,
+            generation: 0,
+            kind: 1,
+        };
         let limit = MAX_REQUEST_PAGES as u32;
         let spans = [
-            FileSpan { file, page: 5, pages: limit - 1 },
-            FileSpan { file, page: 0, pages: 2 * limit + 2 },
+            FileSpan {
+                file,
+                page: 5,
+                pages: limit - 1,
+            },
+            FileSpan {
+                file,
+                page: 0,
+                pages: 2 * limit + 2,
+            },
         ];
         let cut: Vec<Vec<_>> = batches(spans)
             .map(|batch| batch.iter().map(|span| (span.page, span.pages)).collect())
@@ -109,10 +134,12 @@ mod tests {
         let end = u64::from(limit);
         assert_eq!(
             cut,
-            [vec![(5, limit - 1), (0, 1)], vec![(1, limit)], vec![(end + 1, limit)], vec![(
-                2 * end + 1,
-                1
-            )]]
+            [
+                vec![(5, limit - 1), (0, 1)],
+                vec![(1, limit)],
+                vec![(end + 1, limit)],
+                vec![(2 * end + 1, 1)]
+            ]
         );
     }
 }

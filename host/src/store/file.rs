@@ -42,7 +42,11 @@ impl StoreFile {
     /// A descriptor of its own that can only read.
     pub fn read_only(&self) -> io::Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
-        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+        Ok(rustix::fs::open(
+            path,
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?)
     }
 
     /// Memory that the file takes, bytes.
@@ -71,16 +75,16 @@ impl StoreFile {
     pub(super) fn write(&self, page: StorePage, bytes: &[u8; PAGE]) -> io::Result<()> {
         let mut done = 0;
         while done < PAGE {
-            let error = match rustix::io::pwrite(&self.fd, &bytes[done..], offset(page) + done as u64)
-            {
-                Ok(0) => io::ErrorKind::WriteZero.into(),
-                Ok(written) => {
-                    done += written;
-                    continue;
-                }
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => io::Error::from(error),
-            };
+            let error =
+                match rustix::io::pwrite(&self.fd, &bytes[done..], offset(page) + done as u64) {
+                    Ok(0) => io::ErrorKind::WriteZero.into(),
+                    Ok(written) => {
+                        done += written;
+                        continue;
+                    }
+                    Err(rustix::io::Errno::INTR) => continue,
+                    Err(error) => io::Error::from(error),
+                };
             if let Err(punch) = self.punch(page, 1) {
                 log::warn!("cannot remove a page that could not be written: {punch}");
             }

@@ -63,11 +63,15 @@ impl Files {
     }
 
     pub(super) fn get(&self, id: FileId) -> &FileRecord {
-        self.records[id as usize].as_ref().expect("a file is kept while something refers to it")
+        self.records[id as usize]
+            .as_ref()
+            .expect("a file is kept while something refers to it")
     }
 
     pub(super) fn get_mut(&mut self, id: FileId) -> &mut FileRecord {
-        self.records[id as usize].as_mut().expect("a file is kept while something refers to it")
+        self.records[id as usize]
+            .as_mut()
+            .expect("a file is kept while something refers to it")
     }
 
     /// Forgets the file if nothing refers to it.
@@ -96,8 +100,12 @@ impl Files {
 
     /// Estimate of the memory taken, bytes.
     pub(super) fn bytes(&self) -> usize {
-        let aliases: usize =
-            self.records.iter().flatten().map(|record| record.aliases.capacity() * 64).sum();
+        let aliases: usize = self
+            .records
+            .iter()
+            .flatten()
+            .map(|record| record.aliases.capacity() * 64)
+            .sum();
         self.records.capacity() * size_of::<Option<FileRecord>>()
             + self.by_key.capacity() * (size_of::<(FileKey, FileId)>() + 1)
             + aliases
@@ -117,7 +125,10 @@ impl FileRecord {
     /// Notes `store` as a content of `page`. Returns what had to be dropped for it, and
     /// whether it is new.
     pub(super) fn add_alias(&mut self, page: u64, store: StorePage) -> (bool, Option<StorePage>) {
-        let aliases = self.aliases.entry(page).or_insert_with(|| Vec::with_capacity(1));
+        let aliases = self
+            .aliases
+            .entry(page)
+            .or_insert_with(|| Vec::with_capacity(1));
         if let Some(at) = aliases.iter().position(|&other| other == store) {
             aliases[at..].rotate_left(1);
             return (false, None);

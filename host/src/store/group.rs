@@ -167,7 +167,9 @@ impl Group {
 
     /// Whether the VM lived under an earlier daemon and may map pages it has not announced.
     pub fn is_waiting_for(&self, vm: u32) -> bool {
-        self.adoption.as_ref().is_some_and(|adoption| adoption.is_waiting_for(vm))
+        self.adoption
+            .as_ref()
+            .is_some_and(|adoption| adoption.is_waiting_for(vm))
     }
 
     /// Whether no VM is left.
@@ -208,9 +210,18 @@ impl Group {
         out: &mut Vec<Verdict>,
     ) -> Result<(), StoreError> {
         self.known(vm)?;
-        check_pages(sightings.iter().map(|sighting| sighting.hashes.len() as u64))?;
-        if sightings.iter().any(|it| it.page.checked_add(it.hashes.len() as u64).is_none()) {
-            return Err(StoreError::Refused("a sighting behind the last page there can be".into()));
+        check_pages(
+            sightings
+                .iter()
+                .map(|sighting| sighting.hashes.len() as u64),
+        )?;
+        if sightings
+            .iter()
+            .any(|it| it.page.checked_add(it.hashes.len() as u64).is_none())
+        {
+            return Err(StoreError::Refused(
+                "a sighting behind the last page there can be".into(),
+            ));
         }
         for sighting in sightings {
             for (&hash, page) in sighting.hashes.iter().zip(sighting.page..) {
@@ -306,7 +317,8 @@ impl Group {
                 0 => u64::MAX,
                 pages => span.page.saturating_add(u64::from(pages)),
             };
-            self.sightings.remove_range(&mut self.files, vm, file, span.page, end);
+            self.sightings
+                .remove_range(&mut self.files, vm, file, span.page, end);
         }
         Ok(())
     }
@@ -328,7 +340,11 @@ impl Group {
                 {
                     last.pages += 1;
                 }
-                _ => spans.push(FileSpan { file, page, pages: 1 }),
+                _ => spans.push(FileSpan {
+                    file,
+                    page,
+                    pages: 1,
+                }),
             }
         }
         reports
@@ -336,7 +352,12 @@ impl Group {
 
     /// [`Self::take_reports`] for one VM; those for others stay.
     pub fn take_reports_of(&mut self, vm: u32) -> Vec<FileSpan> {
-        let others = self.reports.iter().copied().filter(|&(of, ..)| of != vm).collect();
+        let others = self
+            .reports
+            .iter()
+            .copied()
+            .filter(|&(of, ..)| of != vm)
+            .collect();
         self.reports.retain(|&(of, ..)| of == vm);
         let spans = self.take_reports().remove(&vm).unwrap_or_default();
         self.reports = others;
@@ -350,7 +371,11 @@ impl Group {
 
     /// Figures of the group.
     pub fn statistics(&self) -> GroupStatistics {
-        let granted: u64 = self.vms.values().map(|vm| vm.granted.serialized_size() as u64).sum();
+        let granted: u64 = self
+            .vms
+            .values()
+            .map(|vm| vm.granted.serialized_size() as u64)
+            .sum();
         let index = self.index.bytes() + self.files.bytes() + self.sightings.bytes();
         GroupStatistics {
             store_pages: self.index.len() as u64,
@@ -364,18 +389,22 @@ impl Group {
 
     /// Figures of one VM.
     pub fn vm_statistics(&self, vm: u32) -> VmStatistics {
-        self.vms.get(&vm).map_or_else(VmStatistics::default, |it| VmStatistics {
-            granted: it.granted.len(),
-            published: it.published,
-            remembered: self.sightings.pages_of(vm) as u64,
-        })
+        self.vms
+            .get(&vm)
+            .map_or_else(VmStatistics::default, |it| VmStatistics {
+                granted: it.granted.len(),
+                published: it.published,
+                remembered: self.sightings.pages_of(vm) as u64,
+            })
     }
 
     fn known(&self, vm: u32) -> Result<(), StoreError> {
         if self.vms.contains_key(&vm) {
             Ok(())
         } else {
-            Err(StoreError::Refused(format!("VM {vm} does not belong to this trust group")))
+            Err(StoreError::Refused(format!(
+                "VM {vm} does not belong to this trust group"
+            )))
         }
     }
 
@@ -488,14 +517,17 @@ impl Group {
     fn consume_sighting(&mut self, by: Reporter, hash: u64) {
         if let Some(first) = self.sightings.find(hash) {
             if first != by {
-                self.reports.push((first.vm, self.files.get(first.file).key, first.page));
+                self.reports
+                    .push((first.vm, self.files.get(first.file).key, first.page));
             }
             self.sightings.remove(&mut self.files, first);
         }
     }
 
     fn grant(&mut self, vm: u32, store: StorePage) {
-        let Some(page) = self.index.page_mut(store) else { return };
+        let Some(page) = self.index.page_mut(store) else {
+            return;
+        };
         if self.vms.entry(vm).or_default().granted.insert(store) {
             page.references += 1;
         }
@@ -511,9 +543,14 @@ impl Group {
     fn drop_references(&mut self, pages: &RoaringBitmap) {
         let mut unused = Vec::new();
         for store in pages {
-            let Some(page) = self.index.page_mut(store) else { continue };
+            let Some(page) = self.index.page_mut(store) else {
+                continue;
+            };
             page.references -= 1;
-            let kept = self.adoption.as_ref().is_some_and(|adoption| adoption.keeps(store));
+            let kept = self
+                .adoption
+                .as_ref()
+                .is_some_and(|adoption| adoption.keeps(store));
             if page.references == 0 && !kept {
                 unused.push(store);
             }
@@ -522,10 +559,16 @@ impl Group {
     }
 
     fn finish_adoption(&mut self) {
-        let Some(pages) = self.adoption.as_ref().and_then(Adoption::finished) else { return };
+        let Some(pages) = self.adoption.as_ref().and_then(Adoption::finished) else {
+            return;
+        };
         let unused: Vec<_> = pages
             .iter()
-            .filter(|&store| self.index.page(store).is_some_and(|page| page.references == 0))
+            .filter(|&store| {
+                self.index
+                    .page(store)
+                    .is_some_and(|page| page.references == 0)
+            })
             .collect();
         self.adoption = None;
         self.free(&unused);
@@ -535,7 +578,11 @@ impl Group {
     fn free(&mut self, pages: &[StorePage]) {
         let mut rest = pages;
         while let Some(&first) = rest.first() {
-            let count = rest.iter().zip(first..).take_while(|(at, next)| *at == next).count();
+            let count = rest
+                .iter()
+                .zip(first..)
+                .take_while(|(at, next)| *at == next)
+                .count();
             // First the memory, then the numbers: they may be written again from here on.
             if let Err(error) = self.file.punch(first, count as u32) {
                 log::error!("cannot give memory of the page store back: {error}");
@@ -553,13 +600,11 @@ impl Group {
 }
 
 /// Extends the last segment by one page if `store` continues it.
-fn append(
-    segments: &mut [Segment],
-    begin: usize,
-    store: Option<StorePage>,
-) -> Result<(), Segment> {
+fn append(segments: &mut [Segment], begin: usize, store: Option<StorePage>) -> Result<(), Segment> {
     let new = Segment { pages: 1, store };
-    let Some(last) = segments[begin..].last_mut() else { return Err(new) };
+    let Some(last) = segments[begin..].last_mut() else {
+        return Err(new);
+    };
     let continues = match (last.store, store) {
         (None, None) => true,
         (Some(first), Some(store)) => first.checked_add(last.pages) == Some(store),

@@ -92,7 +92,9 @@ impl Index {
         }
         let uses = |store: &StorePage| self.pages.get(store).map_or(0, |page| page.references);
         // The last of equals wins: the latest alias.
-        own.into_iter().chain(record.aliases(page).iter().copied()).max_by_key(uses)
+        own.into_iter()
+            .chain(record.aliases(page).iter().copied())
+            .max_by_key(uses)
     }
 
     /// Pages with this content hash.
@@ -115,7 +117,15 @@ impl Index {
             }
             let base = self.space.take(pages)?;
             record.chunks.insert(number, base);
-            self.chunks.insert(base, Chunk { file, number, pages, used: 0 });
+            self.chunks.insert(
+                base,
+                Chunk {
+                    file,
+                    number,
+                    pages,
+                    used: 0,
+                },
+            );
             Some(base)
         });
         base.and_then(|base| self.in_chunk(base, page))
@@ -134,11 +144,23 @@ impl Index {
 
     /// Enters a page that has been written and that nobody is granted yet.
     pub(super) fn insert(&mut self, store: StorePage, hash: u64, publisher: u32) {
-        self.pages.insert(store, Page { hash, references: 0, publisher });
+        self.pages.insert(
+            store,
+            Page {
+                hash,
+                references: 0,
+                publisher,
+            },
+        );
         if let Some(base) = self.chunk_of(store).map(|(base, _)| base) {
             self.chunks.get_mut(&base).expect("just found").used += 1;
         }
-        let Self { pages, contents, hasher, .. } = self;
+        let Self {
+            pages,
+            contents,
+            hasher,
+            ..
+        } = self;
         contents.insert_unique(hasher.hash_one(hash), store, |other| {
             hasher.hash_one(pages.get(other).map_or(0, |page| page.hash))
         });
@@ -157,7 +179,10 @@ impl Index {
         if base.and_then(|&base| self.in_chunk(base, page)) == Some(store) {
             return;
         }
-        let names = self.names.entry(store).or_insert_with(|| Vec::with_capacity(1));
+        let names = self
+            .names
+            .entry(store)
+            .or_insert_with(|| Vec::with_capacity(1));
         if names.len() >= MAX_NAMES && !names.contains(&(file, page)) {
             return;
         }
@@ -181,18 +206,34 @@ impl Index {
     ) {
         let number = page / CHUNK;
         let record = files.get_mut(file);
-        let Some(pages) = chunk_pages(record.key.size, page) else { return };
-        let Some(base) = store.checked_sub((page % CHUNK) as u32) else { return };
-        let Some(end) = base.checked_add(pages) else { return };
+        let Some(pages) = chunk_pages(record.key.size, page) else {
+            return;
+        };
+        let Some(base) = store.checked_sub((page % CHUNK) as u32) else {
+            return;
+        };
+        let Some(end) = base.checked_add(pages) else {
+            return;
+        };
         let before = self.chunks.range(..end).next_back();
         let overlaps = before.is_some_and(|(&at, chunk)| at + chunk.pages > base);
         if record.chunks.contains_key(&number) || overlaps {
             return;
         }
-        let used = (base..end).filter(|store| self.pages.contains_key(store)).count() as u32;
+        let used = (base..end)
+            .filter(|store| self.pages.contains_key(store))
+            .count() as u32;
         self.space.take_at(base, pages);
         record.chunks.insert(number, base);
-        self.chunks.insert(base, Chunk { file, number, pages, used });
+        self.chunks.insert(
+            base,
+            Chunk {
+                file,
+                number,
+                pages,
+                used,
+            },
+        );
     }
 
     /// Forgets a page and frees its number.
@@ -233,7 +274,9 @@ impl Index {
     }
 
     fn remove_chunk(&mut self, files: &mut Files, base: StorePage) {
-        let Some(chunk) = self.chunks.remove(&base) else { return };
+        let Some(chunk) = self.chunks.remove(&base) else {
+            return;
+        };
         self.space.give(base, chunk.pages);
         files.get_mut(chunk.file).chunks.remove(&chunk.number);
         files.prune(chunk.file);

@@ -18,14 +18,42 @@ const CONTENTS: u8 = 12;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Sight { vm: u32, file: u64, page: u64, contents: Vec<u8> },
-    Publish { vm: u32, file: u64, page: u64, contents: Vec<u8> },
-    Lookup { vm: u32, file: u64, page: u64, pages: u32 },
-    Release { vm: u32, page: StorePage, pages: u32 },
-    Forget { vm: u32, file: u64, page: u64, pages: u32 },
-    End { vm: u32 },
+    Sight {
+        vm: u32,
+        file: u64,
+        page: u64,
+        contents: Vec<u8>,
+    },
+    Publish {
+        vm: u32,
+        file: u64,
+        page: u64,
+        contents: Vec<u8>,
+    },
+    Lookup {
+        vm: u32,
+        file: u64,
+        page: u64,
+        pages: u32,
+    },
+    Release {
+        vm: u32,
+        page: StorePage,
+        pages: u32,
+    },
+    Forget {
+        vm: u32,
+        file: u64,
+        page: u64,
+        pages: u32,
+    },
+    End {
+        vm: u32,
+    },
     /// The daemon dies; of the VMs, those in the mask announce first and then the others.
-    Restart { early: u8 },
+    Restart {
+        early: u8,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -52,7 +80,14 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 fn key(file: u64) -> FileKey {
     let size = FILE_PAGES * PAGE as u64;
-    FileKey { fs_uuid: [1; 16], inode: file, size, mtime_ns: 0, generation: 0, kind: 1 }
+    FileKey {
+        fs_uuid: [1; 16],
+        inode: file,
+        size,
+        mtime_ns: 0,
+        generation: 0,
+        kind: 1,
+    }
 }
 
 fn bytes(content: u8) -> [u8; PAGE] {
@@ -117,17 +152,55 @@ impl Pair {
 
     fn apply(&mut self, step: Step) {
         match step {
-            Step::Sight { vm, file, page, contents } => self.sight(vm, file, page, &contents),
-            Step::Publish { vm, file, page, contents } => self.publish(vm, file, page, &contents),
-            Step::Lookup { vm, file, page, pages } => self.lookup(vm, file, page, pages),
+            Step::Sight {
+                vm,
+                file,
+                page,
+                contents,
+            } => self.sight(vm, file, page, &contents),
+            Step::Publish {
+                vm,
+                file,
+                page,
+                contents,
+            } => self.publish(vm, file, page, &contents),
+            Step::Lookup {
+                vm,
+                file,
+                page,
+                pages,
+            } => self.lookup(vm, file, page, pages),
             Step::Release { vm, page, pages } => {
-                self.group.release(vm, &[StoreSpan { page, pages }]).unwrap();
+                self.group
+                    .release(vm, &[StoreSpan { page, pages }])
+                    .unwrap();
                 let end = page + pages;
-                self.granted.get_mut(&vm).unwrap().retain(|at, _| !(page..end).contains(at));
+                self.granted
+                    .get_mut(&vm)
+                    .unwrap()
+                    .retain(|at, _| !(page..end).contains(at));
             }
-            Step::Forget { vm, file, page, pages } => {
-                self.group.forget(vm, FileSpan { file: key(file), page, pages }).unwrap();
-                let end = if pages == 0 { u64::MAX } else { page + u64::from(pages) };
+            Step::Forget {
+                vm,
+                file,
+                page,
+                pages,
+            } => {
+                self.group
+                    .forget(
+                        vm,
+                        FileSpan {
+                            file: key(file),
+                            page,
+                            pages,
+                        },
+                    )
+                    .unwrap();
+                let end = if pages == 0 {
+                    u64::MAX
+                } else {
+                    page + u64::from(pages)
+                };
                 self.sighted
                     .retain(|&(v, f, p), _| !(v == vm && f == file && (page..end).contains(&p)));
             }
@@ -144,9 +217,16 @@ impl Pair {
 
     fn sight(&mut self, vm: u32, file: u64, first: u64, contents: &[u8]) {
         let seed = self.group.hash_seed();
-        let hashes = contents.iter().map(|&it| hash_page(seed, &bytes(it))).collect();
+        let hashes = contents
+            .iter()
+            .map(|&it| hash_page(seed, &bytes(it)))
+            .collect();
         let mut verdicts = Vec::new();
-        let sighting = Sighting { file: key(file), page: first, hashes };
+        let sighting = Sighting {
+            file: key(file),
+            page: first,
+            hashes,
+        };
         self.group.sight(vm, &[sighting], &mut verdicts).unwrap();
         for ((verdict, &content), page) in verdicts.iter().zip(contents).zip(first..) {
             match *verdict {
@@ -156,8 +236,8 @@ impl Pair {
                 }
                 Verdict::Publish => {
                     let mut others = self.sighted.iter();
-                    let known = others
-                        .any(|(&name, &it)| it == content && name != (vm, file, page));
+                    let known =
+                        others.any(|(&name, &it)| it == content && name != (vm, file, page));
                     assert!(known, "nobody else has it");
                 }
                 Verdict::Remembered => {
@@ -169,31 +249,48 @@ impl Pair {
 
     fn publish(&mut self, vm: u32, file: u64, first: u64, contents: &[u8]) {
         let data: Vec<u8> = contents.iter().flat_map(|&it| bytes(it)).collect();
-        let span = FileSpan { file: key(file), page: first, pages: contents.len() as u32 };
+        let span = FileSpan {
+            file: key(file),
+            page: first,
+            pages: contents.len() as u32,
+        };
         let mut pages = Vec::new();
         self.group.publish(vm, span, &data, &mut pages).unwrap();
         for ((store, &content), page) in pages.iter().zip(contents).zip(first..) {
             let Some(store) = *store else {
-                assert!(!self.contents.values().any(|&it| it == content), "it is in the store");
+                assert!(
+                    !self.contents.values().any(|&it| it == content),
+                    "it is in the store"
+                );
                 self.sighted.insert((vm, file, page), content);
                 continue;
             };
             let before = self.contents.insert(store, content);
-            assert!(before.is_none_or(|before| before == content), "overwritten while granted");
+            assert!(
+                before.is_none_or(|before| before == content),
+                "overwritten while granted"
+            );
             self.grant(vm, store, (file, page));
         }
     }
 
     fn lookup(&mut self, vm: u32, file: u64, first: u64, pages: u32) {
         let mut segments = Vec::new();
-        let span = FileSpan { file: key(file), page: first, pages };
+        let span = FileSpan {
+            file: key(file),
+            page: first,
+            pages,
+        };
         self.group.lookup(vm, &[span], &mut segments).unwrap();
         assert_eq!(segments.iter().map(|it| it.pages).sum::<u32>(), pages);
         let mut page = first;
         for Segment { pages, store } in segments {
             for index in 0..pages {
                 if let Some(store) = store.map(|store| store + index) {
-                    assert!(self.contents.contains_key(&store), "a page that is not there");
+                    assert!(
+                        self.contents.contains_key(&store),
+                        "a page that is not there"
+                    );
                     self.grant(vm, store, (file, page));
                 }
                 page += 1;
@@ -211,7 +308,11 @@ impl Pair {
             let holdings: Vec<_> = self.granted[&vm]
                 .iter()
                 .map(|(&store, &(file, page))| Holding {
-                    span: FileSpan { file: key(file), page, pages: 1 },
+                    span: FileSpan {
+                        file: key(file),
+                        page,
+                        pages: 1,
+                    },
                     store,
                 })
                 .collect();
@@ -221,14 +322,21 @@ impl Pair {
 
     fn check_contents(&self) {
         for (&page, &content) in &self.contents {
-            assert!(self.stored(page) == bytes(content), "page {page} has changed");
+            assert!(
+                self.stored(page) == bytes(content),
+                "page {page} has changed"
+            );
         }
     }
 
     fn check(&self) {
         self.check_contents();
         let memory = self.group.allocated_bytes().unwrap() / PAGE as u64;
-        assert_eq!(memory, self.contents.len() as u64, "memory that nobody is granted");
+        assert_eq!(
+            memory,
+            self.contents.len() as u64,
+            "memory that nobody is granted"
+        );
         assert_eq!(self.group.statistics().store_pages, memory);
         let distinct: BTreeSet<_> = self.contents.values().collect();
         assert_eq!(distinct.len(), self.contents.len(), "stored twice");

@@ -68,11 +68,16 @@ impl Sightings {
     /// Who has a page with this hash.
     pub(super) fn find(&self, hash: u64) -> Option<Reporter> {
         let spread = self.hasher.hash_one(hash);
-        let &reference =
-            self.by_hash.find(spread, |&at| hash_of(&self.leaves, at) == Some(hash))?;
+        let &reference = self
+            .by_hash
+            .find(spread, |&at| hash_of(&self.leaves, at) == Some(hash))?;
         let leaf = &self.leaves[(reference / LEAF as u32) as usize];
         let page = leaf.number * LEAF + u64::from(reference % LEAF as u32);
-        Some(Reporter { vm: leaf.vm, file: leaf.file, page })
+        Some(Reporter {
+            vm: leaf.vm,
+            file: leaf.file,
+            page,
+        })
     }
 
     /// Notes a page whose hash nobody has. What was noted for the same place is replaced.
@@ -102,8 +107,13 @@ impl Sightings {
                     self.leaves.push(Leaf::default());
                     (self.leaves.len() - 1) as u32
                 });
-                self.leaves[index as usize] =
-                    Leaf { vm, file, number, present: 0, hashes: Vec::new() };
+                self.leaves[index as usize] = Leaf {
+                    vm,
+                    file,
+                    number,
+                    present: 0,
+                    hashes: Vec::new(),
+                };
                 files.hold_sighting(file);
                 of_file.insert(number, index);
                 index
@@ -114,7 +124,12 @@ impl Sightings {
         leaf.present |= 1 << bit;
         of_vm.pages += 1;
         self.pages += 1;
-        let Self { by_hash, leaves, hasher, .. } = self;
+        let Self {
+            by_hash,
+            leaves,
+            hasher,
+            ..
+        } = self;
         by_hash.insert_unique(hasher.hash_one(hash), index * LEAF as u32 + bit, |&at| {
             hasher.hash_one(hash_of(leaves, at).unwrap_or_default())
         });
@@ -139,11 +154,17 @@ impl Sightings {
         if start >= end {
             return;
         }
-        let Some(of_file) = self.by_vm.get(&vm).and_then(|of_vm| of_vm.leaves.get(&file)) else {
+        let Some(of_file) = self
+            .by_vm
+            .get(&vm)
+            .and_then(|of_vm| of_vm.leaves.get(&file))
+        else {
             return;
         };
-        let touched: Vec<_> =
-            of_file.range(start / LEAF..=(end - 1) / LEAF).map(|(_, &index)| index).collect();
+        let touched: Vec<_> = of_file
+            .range(start / LEAF..=(end - 1) / LEAF)
+            .map(|(_, &index)| index)
+            .collect();
         for index in touched {
             self.clear(files, index, |page| (start..end).contains(&page));
         }
@@ -151,9 +172,14 @@ impl Sightings {
 
     /// Forgets all of a VM.
     pub(super) fn remove_vm(&mut self, files: &mut Files, vm: u32) {
-        let Some(of_vm) = self.by_vm.get(&vm) else { return };
-        let touched: Vec<_> =
-            of_vm.leaves.values().flat_map(|of_file| of_file.values().copied()).collect();
+        let Some(of_vm) = self.by_vm.get(&vm) else {
+            return;
+        };
+        let touched: Vec<_> = of_vm
+            .leaves
+            .values()
+            .flat_map(|of_file| of_file.values().copied())
+            .collect();
         for index in touched {
             self.clear(files, index, |_| true);
         }
@@ -201,7 +227,10 @@ impl Sightings {
         let of_vm = self.by_vm.get_mut(&vm).expect("a leaf belongs to a VM");
         of_vm.pages -= removed;
         if self.leaves[index as usize].present == 0 {
-            let of_file = of_vm.leaves.get_mut(&file).expect("a leaf belongs to a file");
+            let of_file = of_vm
+                .leaves
+                .get_mut(&file)
+                .expect("a leaf belongs to a file");
             of_file.remove(&number);
             if of_file.is_empty() {
                 of_vm.leaves.remove(&file);

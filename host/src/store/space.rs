@@ -16,8 +16,11 @@ pub(super) struct Space {
 impl Space {
     /// Everything is free; the last number is never used, so that ends fit in 32 bits.
     pub(super) fn new() -> Self {
-        let mut space =
-            Self { by_start: BTreeMap::new(), by_length: BTreeSet::new(), free: 0 };
+        let mut space = Self {
+            by_start: BTreeMap::new(),
+            by_length: BTreeSet::new(),
+            free: 0,
+        };
         space.add(0, StorePage::MAX);
         space
     }
@@ -40,9 +43,16 @@ impl Space {
     /// Takes what is free of `start .. start + pages`.
     pub(super) fn take_at(&mut self, start: StorePage, pages: u32) {
         let end = start.saturating_add(pages);
-        let first = self.by_start.range(..=start).next_back().map_or(start, |(&at, _)| at);
-        let touched: Vec<_> =
-            self.by_start.range(first..end).map(|(&at, &length)| (at, length)).collect();
+        let first = self
+            .by_start
+            .range(..=start)
+            .next_back()
+            .map_or(start, |(&at, _)| at);
+        let touched: Vec<_> = self
+            .by_start
+            .range(first..end)
+            .map(|(&at, &length)| (at, length))
+            .collect();
         for (at, length) in touched {
             let range_end = at + length;
             if range_end <= start {

@@ -31,7 +31,10 @@ fn content(number: u64) -> [u8; PAGE] {
 }
 
 fn sighting(group: &Group, file: FileKey, page: u64, contents: &[u64]) -> Sighting {
-    let hashes = contents.iter().map(|&it| hash_page(group.hash_seed(), &content(it))).collect();
+    let hashes = contents
+        .iter()
+        .map(|&it| hash_page(group.hash_seed(), &content(it)))
+        .collect();
     Sighting { file, page, hashes }
 }
 
@@ -51,13 +54,22 @@ fn publish(
 ) -> Vec<Option<StorePage>> {
     let bytes: Vec<u8> = contents.iter().flat_map(|&it| content(it)).collect();
     let mut out = Vec::new();
-    group.publish(vm, span(file, page, contents.len() as u32), &bytes, &mut out).unwrap();
+    group
+        .publish(
+            vm,
+            span(file, page, contents.len() as u32),
+            &bytes,
+            &mut out,
+        )
+        .unwrap();
     out
 }
 
 fn lookup(group: &mut Group, vm: u32, file: FileKey, page: u64, pages: u32) -> Vec<Segment> {
     let mut out = Vec::new();
-    group.lookup(vm, &[span(file, page, pages)], &mut out).unwrap();
+    group
+        .lookup(vm, &[span(file, page, pages)], &mut out)
+        .unwrap();
     out
 }
 
@@ -73,7 +85,10 @@ fn group_of(vms: u32) -> Group {
 fn share(group: &mut Group, file: FileKey, page: u64, contents: &[u64]) -> Vec<StorePage> {
     sight(group, 1, file, page, contents);
     sight(group, 2, file, page, contents);
-    publish(group, 2, file, page, contents).into_iter().map(Option::unwrap).collect()
+    publish(group, 2, file, page, contents)
+        .into_iter()
+        .map(Option::unwrap)
+        .collect()
 }
 
 fn allocated_pages(group: &Group) -> u64 {
@@ -84,8 +99,14 @@ fn allocated_pages(group: &Group) -> u64 {
 fn what_one_vm_has_takes_no_store_page() {
     let mut group = group_of(1);
     let file = key(1, 100);
-    assert_eq!(sight(&mut group, 1, file, 0, &[1, 2, 3]), [Verdict::Remembered; 3]);
-    assert_eq!(sight(&mut group, 1, file, 0, &[1, 2, 3]), [Verdict::Remembered; 3]);
+    assert_eq!(
+        sight(&mut group, 1, file, 0, &[1, 2, 3]),
+        [Verdict::Remembered; 3]
+    );
+    assert_eq!(
+        sight(&mut group, 1, file, 0, &[1, 2, 3]),
+        [Verdict::Remembered; 3]
+    );
     assert_eq!(publish(&mut group, 1, file, 0, &[1, 2, 3]), [None; 3]);
     assert_eq!(allocated_pages(&group), 0);
     assert_eq!(group.statistics().remembered, 3);
@@ -96,18 +117,33 @@ fn the_second_reporter_publishes_and_the_first_is_asked_again() {
     let mut group = group_of(2);
     let file = key(1, 100);
     sight(&mut group, 1, file, 10, &[1, 2, 3]);
-    assert_eq!(sight(&mut group, 2, file, 10, &[1, 2, 3]), [Verdict::Publish; 3]);
+    assert_eq!(
+        sight(&mut group, 2, file, 10, &[1, 2, 3]),
+        [Verdict::Publish; 3]
+    );
     let pages = publish(&mut group, 2, file, 10, &[1, 2, 3]);
     assert_eq!(pages, [Some(10), Some(11), Some(12)]);
     let reports = group.take_reports();
-    assert_eq!(reports.into_iter().collect::<Vec<_>>(), [(1, vec![span(file, 10, 3)])]);
+    assert_eq!(
+        reports.into_iter().collect::<Vec<_>>(),
+        [(1, vec![span(file, 10, 3)])]
+    );
     assert!(group.take_reports().is_empty());
     assert_eq!(
         lookup(&mut group, 1, file, 8, 8),
         [
-            Segment { pages: 2, store: None },
-            Segment { pages: 3, store: Some(10) },
-            Segment { pages: 3, store: None }
+            Segment {
+                pages: 2,
+                store: None
+            },
+            Segment {
+                pages: 3,
+                store: Some(10)
+            },
+            Segment {
+                pages: 3,
+                store: None
+            }
         ]
     );
     assert_eq!(group.statistics().remembered, 0);
@@ -129,12 +165,21 @@ fn the_same_content_under_two_names_is_stored_once() {
     let pages = share(&mut group, key(1, 4), 0, &[1, 2, 3, 4]);
     let other = key(2, 4);
     let verdicts = sight(&mut group, 3, other, 0, &[1, 2]);
-    assert_eq!(verdicts, [Verdict::Found(pages[0]), Verdict::Found(pages[1])]);
+    assert_eq!(
+        verdicts,
+        [Verdict::Found(pages[0]), Verdict::Found(pages[1])]
+    );
     assert_eq!(publish(&mut group, 3, other, 2, &[3]), [Some(pages[2])]);
     assert_eq!(allocated_pages(&group), 4);
     // From now on the other name is known.
     let found = lookup(&mut group, 1, other, 0, 3);
-    assert_eq!(found, [Segment { pages: 3, store: Some(pages[0]) }]);
+    assert_eq!(
+        found,
+        [Segment {
+            pages: 3,
+            store: Some(pages[0])
+        }]
+    );
 }
 
 #[test]
@@ -143,10 +188,16 @@ fn different_contents_under_one_name_live_side_by_side() {
     let file = key(1, 8);
     let first = share(&mut group, file, 0, &[1, 2]);
     sight(&mut group, 3, file, 0, &[11, 12]);
-    assert_eq!(sight(&mut group, 4, file, 0, &[11, 12]), [Verdict::Publish; 2]);
+    assert_eq!(
+        sight(&mut group, 4, file, 0, &[11, 12]),
+        [Verdict::Publish; 2]
+    );
     let second = publish(&mut group, 4, file, 0, &[11, 12]);
     assert!(second.iter().flatten().all(|page| !first.contains(page)));
-    assert_eq!(sight(&mut group, 3, file, 0, &[11]), [Verdict::Found(second[0].unwrap())]);
+    assert_eq!(
+        sight(&mut group, 3, file, 0, &[11]),
+        [Verdict::Found(second[0].unwrap())]
+    );
     // Two VMs are granted the second content and one the first: it is the likelier one.
     assert_eq!(lookup(&mut group, 2, file, 0, 1)[0].store, second[0]);
 }
@@ -157,9 +208,25 @@ fn memory_goes_back_when_the_last_vm_lets_go() {
     let file = key(1, 100);
     let pages = share(&mut group, file, 0, &[1, 2, 3, 4]);
     lookup(&mut group, 1, file, 0, 4);
-    group.release(2, &[StoreSpan { page: pages[0], pages: 4 }]).unwrap();
+    group
+        .release(
+            2,
+            &[StoreSpan {
+                page: pages[0],
+                pages: 4,
+            }],
+        )
+        .unwrap();
     assert_eq!(allocated_pages(&group), 4);
-    group.release(1, &[StoreSpan { page: pages[1], pages: 2 }]).unwrap();
+    group
+        .release(
+            1,
+            &[StoreSpan {
+                page: pages[1],
+                pages: 2,
+            }],
+        )
+        .unwrap();
     assert_eq!(allocated_pages(&group), 2);
     group.end_vm(1);
     assert_eq!(allocated_pages(&group), 0);
@@ -171,9 +238,33 @@ fn memory_goes_back_when_the_last_vm_lets_go() {
 fn releasing_what_was_not_granted_changes_nothing() {
     let mut group = group_of(3);
     let pages = share(&mut group, key(1, 4), 0, &[1, 2]);
-    group.release(3, &[StoreSpan { page: 0, pages: u32::MAX }]).unwrap();
-    group.release(3, &[StoreSpan { page: u32::MAX, pages: u32::MAX }]).unwrap();
-    group.release(1, &[StoreSpan { page: pages[0], pages: 2 }]).unwrap();
+    group
+        .release(
+            3,
+            &[StoreSpan {
+                page: 0,
+                pages: u32::MAX,
+            }],
+        )
+        .unwrap();
+    group
+        .release(
+            3,
+            &[StoreSpan {
+                page: u32::MAX,
+                pages: u32::MAX,
+            }],
+        )
+        .unwrap();
+    group
+        .release(
+            1,
+            &[StoreSpan {
+                page: pages[0],
+                pages: 2,
+            }],
+        )
+        .unwrap();
     assert_eq!(allocated_pages(&group), 2);
 }
 
@@ -187,7 +278,9 @@ fn forgotten_pages_are_not_asked_for() {
     let (publish, remembered) = (Verdict::Publish, Verdict::Remembered);
     assert_eq!(
         verdicts,
-        [publish, publish, remembered, remembered, remembered, remembered, publish]
+        [
+            publish, publish, remembered, remembered, remembered, remembered, publish
+        ]
     );
     group.forget(1, span(file, 0, 0)).unwrap();
     group.end_vm(2);
@@ -219,9 +312,12 @@ fn a_huge_file_costs_only_what_is_published() {
 
 #[test]
 fn limits_are_kept() {
-    let limits = Limits { store_pages: 3, sightings_per_vm: 4, ..Limits::default() };
-    let mut group =
-        Group::new(StoreFile::anonymous().unwrap(), limits, HashSet::new()).unwrap();
+    let limits = Limits {
+        store_pages: 3,
+        sightings_per_vm: 4,
+        ..Limits::default()
+    };
+    let mut group = Group::new(StoreFile::anonymous().unwrap(), limits, HashSet::new()).unwrap();
     group.add_vm(1);
     group.add_vm(2);
     let file = key(1, 10);
@@ -238,12 +334,28 @@ fn oversized_requests_are_refused() {
     let mut group = group_of(1);
     let file = key(1, 10);
     let mut segments = Vec::new();
-    assert!(group.lookup(1, &[span(file, 0, u32::MAX)], &mut segments).is_err());
+    assert!(
+        group
+            .lookup(1, &[span(file, 0, u32::MAX)], &mut segments)
+            .is_err()
+    );
     let bytes = vec![0; 65 * PAGE];
-    assert!(group.publish(1, span(file, 0, 65), &bytes, &mut Vec::new()).is_err());
-    assert!(group.publish(1, span(file, 0, 2), &bytes[..PAGE], &mut Vec::new()).is_err());
+    assert!(
+        group
+            .publish(1, span(file, 0, 65), &bytes, &mut Vec::new())
+            .is_err()
+    );
+    assert!(
+        group
+            .publish(1, span(file, 0, 2), &bytes[..PAGE], &mut Vec::new())
+            .is_err()
+    );
     assert!(group.lookup(9, &[span(file, 0, 1)], &mut segments).is_err());
-    assert!(group.lookup(1, &[span(file, u64::MAX, 3)], &mut segments).is_ok());
+    assert!(
+        group
+            .lookup(1, &[span(file, u64::MAX, 3)], &mut segments)
+            .is_ok()
+    );
 }
 
 #[test]
@@ -264,7 +376,13 @@ fn a_full_file_system_is_no_page_and_no_crash() {
     assert_eq!(publish(&mut group, 2, file, 0, &[1]), [None]);
     assert_eq!(group.statistics().store_full, 1);
     assert_eq!(group.statistics().store_pages, 0);
-    assert_eq!(lookup(&mut group, 1, file, 0, 1), [Segment { pages: 1, store: None }]);
+    assert_eq!(
+        lookup(&mut group, 1, file, 0, 1),
+        [Segment {
+            pages: 1,
+            store: None
+        }]
+    );
 }
 
 fn reopened(path: &Path, waiting: &[u32]) -> Group {
@@ -273,7 +391,10 @@ fn reopened(path: &Path, waiting: &[u32]) -> Group {
 }
 
 fn holding(file: FileKey, page: u64, pages: u32, store: StorePage) -> Holding {
-    Holding { span: span(file, page, pages), store }
+    Holding {
+        span: span(file, page, pages),
+        store,
+    }
 }
 
 #[test]
@@ -288,12 +409,19 @@ fn a_new_daemon_keeps_what_is_mapped_and_only_that() {
     drop(old);
 
     let mut group = reopened(&path, &[1, 2]);
-    group.announce(1, &[holding(file, 20, 2, pages[0])], true).unwrap();
+    group
+        .announce(1, &[holding(file, 20, 2, pages[0])], true)
+        .unwrap();
     // Nobody has named the fourth page yet; still it is neither lost nor stored twice.
     group.add_vm(3);
-    assert_eq!(sight(&mut group, 3, key(9, 9), 0, &[4]), [Verdict::Found(pages[3])]);
+    assert_eq!(
+        sight(&mut group, 3, key(9, 9), 0, &[4]),
+        [Verdict::Found(pages[3])]
+    );
     assert_eq!(allocated_pages(&group), 6);
-    group.announce(2, &[holding(file, 22, 1, pages[2])], false).unwrap();
+    group
+        .announce(2, &[holding(file, 22, 1, pages[2])], false)
+        .unwrap();
     group.announce(2, &[], true).unwrap();
     assert_eq!(allocated_pages(&group), 4);
     // The layout is back: a new page of the file goes to its own place.
@@ -337,7 +465,9 @@ fn announced_rubbish_is_passed_over() {
     assert_eq!(group.vm_statistics(3).granted, 0);
     assert_eq!(group.statistics().files, 1);
     // Even a true page under a false name only gives a wrong hint.
-    group.announce(3, &[holding(file, 1, 1, pages[0])], true).unwrap();
+    group
+        .announce(3, &[holding(file, 1, 1, pages[0])], true)
+        .unwrap();
     group.end_vm(3);
     group.end_vm(2);
     group.end_vm(1);
@@ -357,7 +487,9 @@ fn a_dropped_local_store_ends_its_vm() {
     second.sight(vec![sighting], &mut verdicts).unwrap();
     assert_eq!(verdicts, [Verdict::Remembered, Verdict::Publish]);
     let mut pages = Vec::new();
-    second.publish(span(file, 0, 1), &content(1), &mut pages).unwrap();
+    second
+        .publish(span(file, 0, 1), &content(1), &mut pages)
+        .unwrap();
     assert_eq!(first.take_reports(), [span(file, 0, 1)]);
     assert_eq!(allocated_pages(&group.lock().unwrap()), 1);
     drop(second);
@@ -368,5 +500,8 @@ fn a_dropped_local_store_ends_its_vm() {
 fn the_descriptor_for_engines_cannot_write() {
     let group = Group::anonymous().unwrap();
     let fd = group.read_only().unwrap();
-    assert_eq!(rustix::io::pwrite(&fd, &[1], 0), Err(rustix::io::Errno::BADF));
+    assert_eq!(
+        rustix::io::pwrite(&fd, &[1], 0),
+        Err(rustix::io::Errno::BADF)
+    );
 }

@@ -3,7 +3,10 @@
 //! Guest memory in the test's own process, and a store with something in it.
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
-#![expect(unsafe_code, reason = "maps memory and reads and writes it like a vCPU")]
+#![expect(
+    unsafe_code,
+    reason = "maps memory and reads and writes it like a vCPU"
+)]
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr;
@@ -18,7 +21,14 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// A file key that only differs by inode.
 pub fn file(inode: u64) -> FileKey {
-    FileKey { fs_uuid: [7; 16], inode, size: 1 << 30, mtime_ns: 1, generation: 1, kind: 0 }
+    FileKey {
+        fs_uuid: [7; 16],
+        inode,
+        size: 1 << 30,
+        mtime_ns: 1,
+        generation: 1,
+        kind: 0,
+    }
 }
 
 /// Anonymous memory that stands for a guest's.
@@ -34,10 +44,20 @@ impl GuestRam {
         let (read, write) = (ProtFlags::READ, ProtFlags::WRITE);
         // SAFETY: fresh memory.
         let raw = unsafe {
-            mmap_anonymous(ptr::null_mut(), bytes + HUGE, read | write, MapFlags::PRIVATE).unwrap()
+            mmap_anonymous(
+                ptr::null_mut(),
+                bytes + HUGE,
+                read | write,
+                MapFlags::PRIVATE,
+            )
+            .unwrap()
         } as usize;
         let base = raw.next_multiple_of(HUGE);
-        let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+        let advice = if huge {
+            Advice::LinuxHugepage
+        } else {
+            Advice::LinuxNoHugepage
+        };
         // SAFETY: the memory just mapped; the ends that alignment leaves over go.
         unsafe {
             madvise(base as *mut _, bytes, advice).unwrap();
@@ -53,7 +73,11 @@ impl GuestRam {
     }
 
     pub fn region(&self) -> Region {
-        Region { gfn: 0, pages: self.pages as u64, hva: self.base }
+        Region {
+            gfn: 0,
+            pages: self.pages as u64,
+            hva: self.base,
+        }
     }
 
     pub fn at(&self, page: usize) -> usize {
@@ -107,7 +131,13 @@ impl Vm {
             let sharing = sharing.clone();
             move || serve_faults(&events, &sharing, stop_read.as_fd()).unwrap()
         });
-        Self { ram, sharing, store: group.clone(), stop: Some(stop), faults: Some(faults) }
+        Self {
+            ram,
+            sharing,
+            store: group.clone(),
+            stop: Some(stop),
+            faults: Some(faults),
+        }
     }
 }
 
@@ -125,19 +155,34 @@ impl Drop for Vm {
 /// Puts pages into the store as two VMs that nobody else is would: keep the answer alive as
 /// long as the pages shall stay.
 pub fn fill(group: &Arc<Mutex<Group>>, file: FileKey, bytes: &[u8]) -> [LocalStore; 2] {
-    let mut stores = [LocalStore::new(group.clone(), 1000), LocalStore::new(group.clone(), 1001)];
+    let mut stores = [
+        LocalStore::new(group.clone(), 1000),
+        LocalStore::new(group.clone(), 1001),
+    ];
     let seed = stores[0].hash_seed();
-    let hashes: Vec<u64> =
-        bytes.chunks_exact(PAGE).map(|p| hash_page(seed, p.try_into().unwrap())).collect();
+    let hashes: Vec<u64> = bytes
+        .chunks_exact(PAGE)
+        .map(|p| hash_page(seed, p.try_into().unwrap()))
+        .collect();
     for (first, some) in (0_u64..).step_by(64).zip(hashes.chunks(64)) {
         for store in &mut stores {
-            let sighting = Sighting { file, page: first, hashes: some.to_vec() };
+            let sighting = Sighting {
+                file,
+                page: first,
+                hashes: some.to_vec(),
+            };
             store.sight(vec![sighting], &mut Vec::new()).unwrap();
         }
         let from = first as usize * PAGE;
-        let span = FileSpan { file, page: first, pages: some.len() as u32 };
+        let span = FileSpan {
+            file,
+            page: first,
+            pages: some.len() as u32,
+        };
         let mut at = Vec::new();
-        stores[1].publish(span, &bytes[from..from + some.len() * PAGE], &mut at).unwrap();
+        stores[1]
+            .publish(span, &bytes[from..from + some.len() * PAGE], &mut at)
+            .unwrap();
         assert!(at.iter().all(Option::is_some), "the store took every page");
     }
     stores
@@ -160,6 +205,8 @@ impl Random {
     }
 
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len / 8).flat_map(|_| self.next().to_ne_bytes()).collect()
+        (0..len / 8)
+            .flat_map(|_| self.next().to_ne_bytes())
+            .collect()
     }
 }

@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 const PAGES: u64 = 32_768;
 
 fn tell(what: &str, run: u64, took: Duration) {
-    println!("{what}, runs of {run}: {:.2} µs a page", took.as_secs_f64() * 1e6 / PAGES as f64);
+    println!(
+        "{what}, runs of {run}: {:.2} µs a page",
+        took.as_secs_f64() * 1e6 / PAGES as f64
+    );
 }
 
 #[test]
@@ -21,15 +24,23 @@ fn cost_of_a_page_through_the_socket() {
     for run in [1, 16, 64] {
         let host = Host::new();
         let _daemon = Daemon::start(&host);
-        let vm = AdminClient::connect(&host.runtime()).unwrap().create_vm(None, None).unwrap();
-        let (mut store, welcome) =
-            StoreClient::connect(&vm.directory.join("engine.sock")).unwrap();
+        let vm = AdminClient::connect(&host.runtime())
+            .unwrap()
+            .create_vm(None, None)
+            .unwrap();
+        let (mut store, welcome) = StoreClient::connect(&vm.directory.join("engine.sock")).unwrap();
         let seed = welcome.welcome.hash_seed;
-        let hashes: Vec<_> = (0..PAGES).map(|page| hash_page(seed, &content(1, page))).collect();
+        let hashes: Vec<_> = (0..PAGES)
+            .map(|page| hash_page(seed, &content(1, page)))
+            .collect();
         let spans = |inode| {
             let mut file = key(inode);
             file.size = PAGES * 4096;
-            (0..PAGES).step_by(run as usize).map(move |page| FileSpan { file, page, pages: run as u32 })
+            (0..PAGES).step_by(run as usize).map(move |page| FileSpan {
+                file,
+                page,
+                pages: run as u32,
+            })
         };
         let (mut segments, mut verdicts, mut pages) = (Vec::new(), Vec::new(), Vec::new());
 
@@ -38,12 +49,22 @@ fn cost_of_a_page_through_the_socket() {
             let begin = Instant::now();
             for span in spans(inode) {
                 let hashes = hashes[span.page as usize..][..run as usize].to_vec();
-                let sighting = Sighting { file: span.file, page: span.page, hashes };
+                let sighting = Sighting {
+                    file: span.file,
+                    page: span.page,
+                    hashes,
+                };
                 store.sight(vec![sighting], &mut verdicts).unwrap();
             }
             tell(what, run, begin.elapsed());
         }
-        assert_eq!(verdicts.iter().filter(|it| **it == Verdict::Publish).count(), PAGES as usize);
+        assert_eq!(
+            verdicts
+                .iter()
+                .filter(|it| **it == Verdict::Publish)
+                .count(),
+            PAGES as usize
+        );
 
         let bytes: Vec<u8> = (0..PAGES).flat_map(|page| content(1, page)).collect();
         let begin = Instant::now();
@@ -60,6 +81,9 @@ fn cost_of_a_page_through_the_socket() {
         }
         tell("lookup, found", run, begin.elapsed());
         let index = host.status().bytes_metadata;
-        println!("index: {:.0} bytes a stored page", index as f64 / PAGES as f64);
+        println!(
+            "index: {:.0} bytes a stored page",
+            index as f64 / PAGES as f64
+        );
     }
 }

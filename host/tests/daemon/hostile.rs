@@ -17,7 +17,10 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// This process is the hostile VM, so only one test can have it at a time: each gets a
 /// daemon of its own.
 fn become_vm(host: &Host) -> CreatedVm {
-    AdminClient::connect(&host.runtime()).unwrap().create_vm(None, Some("g".into())).unwrap()
+    AdminClient::connect(&host.runtime())
+        .unwrap()
+        .create_vm(None, Some("g".into()))
+        .unwrap()
 }
 
 fn raw(vm: &CreatedVm) -> UnixStream {
@@ -28,8 +31,16 @@ fn raw(vm: &CreatedVm) -> UnixStream {
 
 fn greeted(vm: &CreatedVm) -> Connection {
     let mut connection = Connection::new(raw(vm), Encoding::Postcard, LIMIT).unwrap();
-    connection.send(&Hello { version: VERSION, role: Role::Requests }).unwrap();
-    assert!(matches!(connection.receive().unwrap(), HelloReply::Welcome(_)));
+    connection
+        .send(&Hello {
+            version: VERSION,
+            role: Role::Requests,
+        })
+        .unwrap();
+    assert!(matches!(
+        connection.receive().unwrap(),
+        HelloReply::Welcome(_)
+    ));
     connection
 }
 
@@ -51,8 +62,13 @@ fn bad_lengths_and_rubbish_end_the_connection_and_nothing_else() {
         assert!(is_closed(&stream));
     }
     let mut connection = greeted(&vm);
-    connection.send(&EngineRequest::Lookup { spans: vec![] }).unwrap();
-    assert_eq!(connection.receive::<EngineReply>().unwrap(), EngineReply::Segments(vec![]));
+    connection
+        .send(&EngineRequest::Lookup { spans: vec![] })
+        .unwrap();
+    assert_eq!(
+        connection.receive::<EngineReply>().unwrap(),
+        EngineReply::Segments(vec![])
+    );
 }
 
 #[test]
@@ -61,7 +77,12 @@ fn another_version_is_told_what_to_do() {
     let _daemon = Daemon::start(&host);
     let vm = become_vm(&host);
     let mut connection = Connection::new(raw(&vm), Encoding::Postcard, LIMIT).unwrap();
-    connection.send(&Hello { version: VERSION + 1, role: Role::Requests }).unwrap();
+    connection
+        .send(&Hello {
+            version: VERSION + 1,
+            role: Role::Requests,
+        })
+        .unwrap();
     let HelloReply::Refused(reason) = connection.receive().unwrap() else {
         panic!("accepted another version");
     };
@@ -74,10 +95,22 @@ fn requests_beyond_the_limits_are_refused() {
     let _daemon = Daemon::start(&host);
     let vm = become_vm(&host);
     let mut connection = greeted(&vm);
-    let span = FileSpan { file: key(1), page: 0, pages: u32::MAX };
+    let span = FileSpan {
+        file: key(1),
+        page: 0,
+        pages: u32::MAX,
+    };
     let refused = [
-        EngineRequest::Lookup { spans: vec![span; 1000] },
-        EngineRequest::Publish { span: FileSpan { page: u64::MAX, pages: 0, ..span } },
+        EngineRequest::Lookup {
+            spans: vec![span; 1000],
+        },
+        EngineRequest::Publish {
+            span: FileSpan {
+                page: u64::MAX,
+                pages: 0,
+                ..span
+            },
+        },
         EngineRequest::Publish { span },
     ];
     for request in refused {
@@ -102,12 +135,30 @@ fn pages_that_were_not_granted_cannot_be_taken_from_others() {
     }
     let vm = become_vm(&host);
     let mut connection = greeted(&vm);
-    let spans = vec![StoreSpan { page: 0, pages: u32::MAX }; 10];
+    let spans = vec![
+        StoreSpan {
+            page: 0,
+            pages: u32::MAX
+        };
+        10
+    ];
     connection.send(&EngineRequest::Release { spans }).unwrap();
-    assert_eq!(connection.receive::<EngineReply>().unwrap(), EngineReply::Done);
-    let forget = EngineRequest::Forget { span: FileSpan { file: key(1), page: 0, pages: 0 } };
+    assert_eq!(
+        connection.receive::<EngineReply>().unwrap(),
+        EngineReply::Done
+    );
+    let forget = EngineRequest::Forget {
+        span: FileSpan {
+            file: key(1),
+            page: 0,
+            pages: 0,
+        },
+    };
     connection.send(&forget).unwrap();
-    assert_eq!(connection.receive::<EngineReply>().unwrap(), EngineReply::Done);
+    assert_eq!(
+        connection.receive::<EngineReply>().unwrap(),
+        EngineReply::Done
+    );
     assert_eq!(host.stored_pages(), 9);
     assert_eq!(two.tell("check"), "9 of 9");
 }

@@ -30,13 +30,19 @@ fn two_vms_share_and_leave_nothing_behind() {
     let mut pages = 0;
     while pages < 20 {
         let report = one.tell("report");
-        let numbers: Vec<u64> = report.split(' ').map(|word| word.parse().unwrap()).collect();
+        let numbers: Vec<u64> = report
+            .split(' ')
+            .map(|word| word.parse().unwrap())
+            .collect();
         assert_eq!((numbers[0], numbers[1]), (1, pages), "{report}");
         pages += numbers[2];
     }
     assert_eq!(one.tell("share 1 0 20"), "20");
     assert_eq!(host.stored_pages(), 20);
-    assert_eq!((one.tell("check"), two.tell("check")), ("20 of 20".into(), "20 of 20".into()));
+    assert_eq!(
+        (one.tell("check"), two.tell("check")),
+        ("20 of 20".into(), "20 of 20".into())
+    );
 
     let status = host.status();
     assert_eq!((status.pages_shared, status.store_pages), (40, 20));
@@ -76,7 +82,10 @@ fn a_killed_daemon_is_followed_by_one_that_goes_on() {
     one.tell("share 1 0 20");
     daemon.kill();
 
-    assert_eq!((one.tell("check"), two.tell("check")), ("20 of 20".into(), "30 of 30".into()));
+    assert_eq!(
+        (one.tell("check"), two.tell("check")),
+        ("20 of 20".into(), "30 of 30".into())
+    );
     let daemon = Daemon::start(&host);
     // Before anybody has announced anything, a third VM finds what is there.
     let mut three = connected(&host, "three", "g");
@@ -147,7 +156,10 @@ fn a_vm_that_does_not_answer_keeps_nobody_else_waiting() {
     let status = host.status();
     assert!(begin.elapsed().as_secs() < 10);
     assert!(!status.vms[0].connected);
-    assert_eq!(status.vms[0].engine.disabled.as_deref(), Some("the engine does not answer"));
+    assert_eq!(
+        status.vms[0].engine.disabled.as_deref(),
+        Some("the engine does not answer")
+    );
     assert!(status.vms[1].connected);
     // A report for the hung one does not hold up the publisher.
     hung.tell("share 2 0 3");
@@ -204,7 +216,9 @@ fn killing_anybody_at_any_point_loses_no_page_and_keeps_none() {
     let mut vmms: Vec<(String, Vmm)> = Vec::new();
     let mut seed = 0x5eed_u64;
     let mut random = move |below: u64| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (seed >> 33) % below
     };
     for round in 0..40 {
@@ -215,7 +229,12 @@ fn killing_anybody_at_any_point_loses_no_page_and_keeps_none() {
         }
         // All are busy when somebody dies.
         for (_, vmm) in &mut vmms {
-            vmm.order(&format!("share {} {} {}", random(3), random(50), 1 + random(60)));
+            vmm.order(&format!(
+                "share {} {} {}",
+                random(3),
+                random(50),
+                1 + random(60)
+            ));
         }
         match random(3) {
             0 => {

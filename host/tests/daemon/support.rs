@@ -23,7 +23,10 @@ pub(crate) struct Host {
 impl Host {
     pub(crate) fn new() -> Self {
         // Short, because of the sockets, and on a tmpfs, because of the store.
-        let directory = tempfile::Builder::new().prefix("pf").tempdir_in("/dev/shm").unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("pf")
+            .tempdir_in("/dev/shm")
+            .unwrap();
         Self { directory }
     }
 
@@ -43,17 +46,27 @@ impl Host {
     }
 
     pub(crate) fn status(&self) -> Status {
-        AdminClient::connect(&self.runtime()).unwrap().status().unwrap()
+        AdminClient::connect(&self.runtime())
+            .unwrap()
+            .status()
+            .unwrap()
     }
 
     /// Pages that all stores take.
     pub(crate) fn stored_pages(&self) -> u64 {
-        self.store_files().iter().map(|path| path.metadata().unwrap().blocks() * 512 / 4096).sum()
+        self.store_files()
+            .iter()
+            .map(|path| path.metadata().unwrap().blocks() * 512 / 4096)
+            .sum()
     }
 
     pub(crate) fn store_files(&self) -> Vec<PathBuf> {
-        let paths = std::fs::read_dir(self.store()).unwrap().map(|entry| entry.unwrap().path());
-        paths.filter(|path| path.extension().is_some_and(|it| it == "pages")).collect()
+        let paths = std::fs::read_dir(self.store())
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        paths
+            .filter(|path| path.extension().is_some_and(|it| it == "pages"))
+            .collect()
     }
 
     pub(crate) fn is_clean(&self) -> bool {
@@ -95,7 +108,10 @@ impl Daemon {
     pub(crate) fn expect(&self, text: &str) {
         loop {
             let line = self.lines.recv_timeout(LIMIT);
-            if line.unwrap_or_else(|_| panic!("the daemon never said: {text}")).contains(text) {
+            if line
+                .unwrap_or_else(|_| panic!("the daemon never said: {text}"))
+                .contains(text)
+            {
                 return;
             }
         }
@@ -146,7 +162,12 @@ impl Vmm {
             .unwrap();
         let input = child.stdin.take().unwrap();
         let lines = lines(child.stdout.take().unwrap());
-        let mut vmm = Self { child, input, lines, directory: PathBuf::new() };
+        let mut vmm = Self {
+            child,
+            input,
+            lines,
+            directory: PathBuf::new(),
+        };
         vmm.directory = vmm.answer().into();
         vmm
     }

@@ -19,7 +19,14 @@ use std::time::Duration;
 
 pub(crate) fn key(inode: u64) -> FileKey {
     let size = 1000 * PAGE as u64;
-    FileKey { fs_uuid: [3; 16], inode, size, mtime_ns: 5, generation: 1, kind: 1 }
+    FileKey {
+        fs_uuid: [3; 16],
+        inode,
+        size,
+        mtime_ns: 5,
+        generation: 1,
+        kind: 1,
+    }
 }
 
 /// Every page of these tests has content that follows from file and page.
@@ -34,9 +41,15 @@ pub(crate) fn content(inode: u64, page: u64) -> [u8; PAGE] {
 #[ignore = "a process that other tests start"]
 fn process() {
     let runtime = PathBuf::from(std::env::var_os("PF_RUNTIME").expect("started by a test"));
-    let (name, group) = (std::env::var("PF_NAME").unwrap(), std::env::var("PF_GROUP").unwrap());
+    let (name, group) = (
+        std::env::var("PF_NAME").unwrap(),
+        std::env::var("PF_GROUP").unwrap(),
+    );
     let group = (!group.is_empty()).then_some(group);
-    let created = AdminClient::connect(&runtime).unwrap().create_vm(Some(name), group).unwrap();
+    let created = AdminClient::connect(&runtime)
+        .unwrap()
+        .create_vm(Some(name), group)
+        .unwrap();
     let mut vmm = Vmm::new(&created.directory);
     println!("> {}", created.directory.display());
     for line in std::io::stdin().lines() {
@@ -81,8 +94,15 @@ impl Vmm {
             ("release", &[file, page]) => self.release(file, page),
             ("check", []) => self.check(),
             ("report", []) => {
-                let span = self.reports.1.lock().unwrap().recv_timeout(Duration::from_secs(20));
-                span.map_or("none".into(), |it| format!("{} {} {}", it.file.inode, it.page, it.pages))
+                let span = self
+                    .reports
+                    .1
+                    .lock()
+                    .unwrap()
+                    .recv_timeout(Duration::from_secs(20));
+                span.map_or("none".into(), |it| {
+                    format!("{} {} {}", it.file.inode, it.page, it.pages)
+                })
             }
             ("listen", []) => self.listen(),
             ("hang", []) => {
@@ -115,12 +135,18 @@ impl Vmm {
             .held
             .iter()
             .map(|(&(file, page), &store)| Holding {
-                span: FileSpan { file: key(file), page, pages: 1 },
+                span: FileSpan {
+                    file: key(file),
+                    page,
+                    pages: 1,
+                },
                 store,
             })
             .collect();
         let (client, _) = self.store.as_mut().unwrap();
-        client.announce(holdings).map_or_else(|error| error.to_string(), |()| "done".into())
+        client
+            .announce(holdings)
+            .map_or_else(|error| error.to_string(), |()| "done".into())
     }
 
     /// Shares pages, in the order of a real engine. Answers with how many it holds then.
@@ -143,7 +169,14 @@ impl Vmm {
         let (client, welcome) = self.store.as_mut().unwrap();
         let (key, seed) = (key(file), welcome.welcome.hash_seed);
         let mut segments = Vec::new();
-        client.lookup(&[FileSpan { file: key, page: first, pages: pages as u32 }], &mut segments)?;
+        client.lookup(
+            &[FileSpan {
+                file: key,
+                page: first,
+                pages: pages as u32,
+            }],
+            &mut segments,
+        )?;
         let mut page = first;
         for segment in segments {
             for index in 0..segment.pages {
@@ -152,12 +185,23 @@ impl Vmm {
                     None => {
                         let hashes = vec![hash_page(seed, &content(file, page))];
                         let mut verdicts = Vec::new();
-                        client.sight(vec![Sighting { file: key, page, hashes }], &mut verdicts)?;
+                        client.sight(
+                            vec![Sighting {
+                                file: key,
+                                page,
+                                hashes,
+                            }],
+                            &mut verdicts,
+                        )?;
                         match verdicts[0] {
                             Verdict::Found(store) => Some(store),
                             Verdict::Remembered => None,
                             Verdict::Publish => {
-                                let span = FileSpan { file: key, page, pages: 1 };
+                                let span = FileSpan {
+                                    file: key,
+                                    page,
+                                    pages: 1,
+                                };
                                 let mut published = Vec::new();
                                 client.publish(span, &content(file, page), &mut published)?;
                                 published[0]
@@ -175,16 +219,23 @@ impl Vmm {
     }
 
     fn release(&mut self, file: u64, page: u64) -> String {
-        let Some(store) = self.held.remove(&(file, page)) else { return "not held".into() };
+        let Some(store) = self.held.remove(&(file, page)) else {
+            return "not held".into();
+        };
         self.shared.store(self.held.len() as u64, Ordering::Relaxed);
         let (client, _) = self.store.as_mut().unwrap();
-        let released = client.release(vec![StoreSpan { page: store, pages: 1 }]);
+        let released = client.release(vec![StoreSpan {
+            page: store,
+            pages: 1,
+        }]);
         released.map_or_else(|error| error.to_string(), |()| "done".into())
     }
 
     /// Whether every page held has its content still.
     fn check(&self) -> String {
-        let Some((_, welcome)) = &self.store else { return "0 of 0".into() };
+        let Some((_, welcome)) = &self.store else {
+            return "0 of 0".into();
+        };
         let good = self.held.iter().filter(|&(&(file, page), &store)| {
             let mut bytes = [0; PAGE];
             rustix::io::pread(&welcome.store, &mut bytes, u64::from(store) * PAGE as u64).unwrap();
@@ -227,7 +278,9 @@ impl Vmm {
     /// The VMM's part of the ivshmem handshake, without the descriptors.
     fn connect_device(&mut self) -> String {
         let mut stream = UnixStream::connect(&self.device_socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         let mut numbers = Vec::new();
         for _ in 0..5 {
             let mut bytes = [0; 8];
