@@ -61,11 +61,15 @@ impl Proof {
         let deviation = self.deviation();
         ensure!(
             deviation.abs() <= AGREEMENT,
-            "the counters claim {} bytes saved, the charge rose by {} on undo: {:+.2}%, allowed {:.0}%",
+            "the counters claim {} bytes saved, the charge rose by {} on undo: {:+.2}%, allowed {:.0}% \
+             ({} guest pages on {} canonical ones, {} frames more after the undo)",
             self.bytes_saved(),
             self.rise(),
             deviation * 100.0,
-            AGREEMENT * 100.0
+            AGREEMENT * 100.0,
+            self.pages_shared,
+            self.store_pages,
+            self.unshared.frames as i64 - self.shared.frames as i64
         );
         Ok(())
     }

@@ -64,6 +64,21 @@ pub fn settle(world: &mut World, start: Instant) -> Result<Growth> {
     }
 }
 
+/// Waits until at least `pages` are shared, and then until sharing has settled.
+pub fn settle_with(world: &mut World, pages: u64) -> Result<Growth> {
+    let start = Instant::now();
+    let deadline = start + world.limits.settle;
+    loop {
+        let growth = settle(world, start)?;
+        if growth.last() >= pages {
+            return Ok(growth);
+        }
+        if Instant::now() >= deadline {
+            bail!("{} pages are shared, at least {pages} should be", growth.last());
+        }
+    }
+}
+
 /// Since when nothing has changed.
 #[derive(Debug, Default)]
 struct Quiet {
