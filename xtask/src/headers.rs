@@ -98,33 +98,33 @@ pub(crate) fn provision(cache: &Cache, kernel: &Kernel) -> Result<BuildRoot> {
 
 const HEADER_PACKAGES: &[&str] = &["linux-headers-", "linux-kbuild-", "linux-source-"];
 
-/// In the tools root: builds what is missing into /work/out.
+/// In the tools root: builds what is missing into /scratch/out.
 const PREPARE: &str = r#"
     release=$1 version=$2 source=$3 cc=$4
     headers=/usr/src/linux-headers-$release
     echo "unpacking the source"
-    tar -C /usr/src -xJf "/work/package/usr/src/$source.tar.xz" --exclude="$source/drivers/gpu/drm/amd/include"
-    rm -rf /work/package
+    tar -C /usr/src -xJf "/scratch/package/usr/src/$source.tar.xz" --exclude="$source/drivers/gpu/drm/amd/include"
+    rm -rf /scratch/package
     cp "$headers/.config" /build/.config
     cd "/usr/src/$source"
     make -j"$(nproc)" O=/build CC="$cc" KERNELRELEASE="$release" olddefconfig modules_prepare
 
-    out=/work/out/usr/src/linux-headers-$release
-    mkdir -p "$out/rust" "/work/out/usr/lib/linux-kbuild-$version/scripts"
+    out=/scratch/out/usr/src/linux-headers-$release
+    mkdir -p "$out/rust" "/scratch/out/usr/lib/linux-kbuild-$version/scripts"
     cp /build/rust/*.rmeta /build/rust/*.so "$out/rust/"
-    cp /build/scripts/target.json "/work/out/usr/lib/linux-kbuild-$version/scripts/"
+    cp /build/scripts/target.json "/scratch/out/usr/lib/linux-kbuild-$version/scripts/"
     # For modules that generate bindings of their own, and for clippy.
-    common=/work/out/usr/src/linux-headers-$version-common
+    common=/scratch/out/usr/src/linux-headers-$version-common
     mkdir -p "$common/rust"
     cp rust/bindgen_parameters "$common/rust/"
     if [ -e .clippy.toml ]; then cp .clippy.toml "$common/"; fi
 
     echo "comparing crate hashes with Debian's"
-    cat /build/rust/exports_*_generated.h | grep -o '_R[A-Za-z0-9_]*' | LC_ALL=C sort -u > /work/ours
-    awk '$2 ~ /^_R/ && $3 == "vmlinux" { print $2 }' "$headers/Module.symvers" | LC_ALL=C sort -u > /work/debians
-    missing=$(LC_ALL=C comm -13 /work/ours /work/debians | wc -l)
-    echo "$(wc -l < /work/debians) symbols of Debian's kernel, $missing of them not in ours"
-    if [ "$missing" -ne 0 ] || [ ! -s /work/debians ]; then
+    cat /build/rust/exports_*_generated.h | grep -o '_R[A-Za-z0-9_]*' | LC_ALL=C sort -u > /scratch/ours
+    awk '$2 ~ /^_R/ && $3 == "vmlinux" { print $2 }' "$headers/Module.symvers" | LC_ALL=C sort -u > /scratch/debians
+    missing=$(LC_ALL=C comm -13 /scratch/ours /scratch/debians | wc -l)
+    echo "$(wc -l < /scratch/debians) symbols of Debian's kernel, $missing of them not in ours"
+    if [ "$missing" -ne 0 ] || [ ! -s /scratch/debians ]; then
         echo "the rebuilt Rust metadata does not fit Debian's kernel: its crate hashes differ"
         exit 1
     fi
@@ -160,7 +160,7 @@ fn make(
     fs::create_dir(&sources)?;
     fs::create_dir(&objects)?;
     let sandbox = Sandbox::new([tree.clone(), tools.to_owned()])
-        .writable(&work, "/work")
+        .writable(&work, "/scratch")
         .writable(&sources, &format!("/usr/src/{source}"))
         .writable(&objects, "/build");
     check_rustc(&sandbox, &tree, kernel, release)?;

@@ -72,8 +72,8 @@ impl Sandbox {
         const ENTER: &str = r#"
             scratch=/run
             mount -t tmpfs -o mode=0755 pagefusion "$scratch"
-            mkdir "$scratch/upper" "$scratch/work" "$scratch/root"
-            mount -t overlay -o "lowerdir=$1,upperdir=$scratch/upper,workdir=$scratch/work" pagefusion "$scratch/root"
+            mkdir "$scratch/upper" "$scratch/workdir" "$scratch/root"
+            mount -t overlay -o "lowerdir=$1,upperdir=$scratch/upper,workdir=$scratch/workdir" pagefusion "$scratch/root"
             inner=$2 binds=$3
             shift 3
             root=$scratch/root
