@@ -56,7 +56,6 @@ impl Config {
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
         add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         let accelerator = match self.accelerator {
-            Accelerator::Tcg if self.mode == Mode::Lab => "tcg,thread=single",
             Accelerator::Tcg => "tcg,thread=multi",
             Accelerator::Kvm => "kvm",
         };
