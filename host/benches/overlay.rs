@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use common::{Random, Vm, file, fill};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use pagefusion_host::engine::ReportedRun;
+use pagefusion_host::engine::{ReportedRun, mappings_now};
 use pagefusion_host::store::{Group, PAGE};
 
 /// 64 MiB: half as many single-page runs as the kernel lets a process have mappings.
@@ -99,7 +99,13 @@ fn engine(group: &Arc<Mutex<Group>>, bytes: &[u8], run: usize, huge: bool) -> Du
             .sum::<usize>();
     }
     let time = start.elapsed();
-    assert_eq!(shared, PAGES);
+    assert_eq!(
+        shared,
+        PAGES,
+        "{:?}, {} mappings",
+        vm.sharing.memory().budget(),
+        mappings_now().expect("/proc/self/maps")
+    );
     time
 }
 

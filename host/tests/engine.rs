@@ -70,6 +70,31 @@ fn equal_pages_are_shared_and_undone_without_a_trace() {
     assert_eq!(vm.sharing.memory().overlays().pages(), 0);
 }
 
+#[test]
+fn undoing_scattered_single_pages_leaves_one_mapping_again() {
+    const PAGES: usize = 2048;
+    let group = group();
+    let mut random = Random(9);
+    let bytes = random.bytes(PAGES * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, PAGES, true);
+    let places = permuted(&mut random, PAGES, 1);
+    for (from, to) in &places {
+        vm.ram.write_page(*to, &bytes[from * PAGE..][..PAGE]);
+    }
+    let maps_before = maps_of(&vm.ram);
+    // Every page but each eighth, so that ordinary memory lies between.
+    let some = places.iter().filter(|(_, to)| to % 8 != 0);
+    let runs: Vec<_> = some.map(|(from, to)| run(*from as u64, *to, 1)).collect();
+    let shared: u16 = vm.sharing.share(&runs).iter().map(|o| o.shared).sum();
+    assert_eq!(usize::from(shared), PAGES / 8 * 7);
+    let cut = maps_of(&vm.ram).len();
+    assert!(cut > PAGES / 2);
+    assert_eq!(audit(&vm.sharing).unwrap().mappings, cut as u64 - 1);
+    vm.sharing.undo_all().unwrap();
+    assert_eq!(maps_of(&vm.ram), maps_before);
+}
+
 /// Start, end and permissions of every mapping in guest memory.
 fn maps_of(ram: &GuestRam) -> Vec<String> {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();

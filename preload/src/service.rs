@@ -321,6 +321,7 @@ impl Service {
             pages_shared: audit.intact,
             pages_broken: audit.broken,
             overlays: audit.overlays,
+            overlay_mappings: audit.mappings,
             mappings: mappings_now()? as u64,
             ..EngineStatus::default()
         };
@@ -330,8 +331,6 @@ impl Service {
             status.mappings_limit = memory.budget().limit() as u64;
             status.disabled = memory.disabled();
         }
-        // One for the overlay, one for the ordinary memory behind it that it cuts off.
-        status.overlay_mappings = 2 * audit.overlays;
         let nanoseconds: u64 = self.cpu.iter().map(|t| t.load(Ordering::Relaxed)).sum();
         status.cpu_seconds = nanoseconds as f64 / 1e9;
         lock(&self.guest).fill_status(&mut status);

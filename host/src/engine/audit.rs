@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 
 use super::mapped;
+use super::mappings::mappings_added;
 use super::memory::WINDOW_PAGES;
 use super::sharing::Sharing;
 use crate::store::PAGE;
@@ -20,22 +21,25 @@ pub struct Audit {
     pub broken: u64,
     /// Overlays that continue no other.
     pub overlays: u64,
+    /// Mappings that guest memory is cut into, beyond what it would be without overlays.
+    pub mappings: u64,
 }
 
 /// Looks at every overlay, without holding up anybody: an overlay that comes or goes
 /// meanwhile may or may not be counted.
 pub fn audit(sharing: &Sharing) -> io::Result<Audit> {
-    let overlays: Vec<(usize, usize)> = {
+    let (overlays, ranges): (Vec<(usize, usize)>, _) = {
         let memory = sharing.memory();
-        memory
+        let overlays = memory
             .overlays()
             .iter()
-            .map(|(address, o)| (address, o.pages as usize))
-            .collect()
+            .map(|(at, o)| (at, o.pages as usize));
+        (overlays.collect(), memory.overlaid_ranges())
     };
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut audit = Audit {
         overlays: overlays.len() as u64,
+        mappings: mappings_added(&ranges)? as u64,
         ..Audit::default()
     };
     for (address, pages) in overlays {

@@ -15,7 +15,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr;
 
 use rustix::mm::{
-    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap,
+    Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous,
+    mprotect, mremap_fixed, munmap,
 };
 
 use super::regions::Attributes;
@@ -241,31 +242,9 @@ pub(super) unsafe fn map_back(
     buffer: &mut [u8],
 ) -> io::Result<()> {
     let buffer = &mut buffer[..range.len()];
-    let mut flags = MapFlags::PRIVATE;
-    flags.set(MapFlags::NORESERVE, attributes.no_reserve);
-    // SAFETY: fresh memory where the kernel likes.
-    let fresh = unsafe {
-        mmap_anonymous(
-            ptr::null_mut(),
-            range.len(),
-            ProtFlags::READ | ProtFlags::WRITE,
-            flags,
-        )
-    }?;
-    let fresh_range = fresh as usize..fresh as usize + range.len();
-    let undo_fresh = |e: io::Error| {
-        // SAFETY: the fresh mapping above, which nobody else knows.
-        let _ = unsafe { munmap(fresh, range.len()) };
-        Err(e)
-    };
-    // SAFETY: as above.
-    unsafe { set_attributes(fresh, range.len(), &attributes) };
-    if let Err(e) = uffd.register_missing(&fresh_range) {
-        return undo_fresh(e.into());
-    }
-    if let Err(e) = uffd.protect(range) {
-        return undo_fresh(e.into());
-    }
+    let mut fresh = Fresh::map(range.len(), &attributes)?;
+    uffd.register_missing(&fresh.range())?;
+    uffd.protect(range)?;
     // SAFETY: the overlay is readable, and nobody can write to it now.
     unsafe { copy_out(range.start, buffer) };
     // SAFETY: the caller gives the overlay up. The empty mapping that takes its place keeps
@@ -274,7 +253,7 @@ pub(super) unsafe fn map_back(
     // its neighbours it becomes one mapping with them again.
     let moved = unsafe {
         mremap_fixed(
-            fresh,
+            fresh.range().start as *mut c_void,
             range.len(),
             range.len(),
             MremapFlags::MAYMOVE,
@@ -283,8 +262,9 @@ pub(super) unsafe fn map_back(
     };
     if let Err(e) = moved {
         let _ = uffd.unprotect(range);
-        return undo_fresh(e.into());
+        return Err(e.into());
     }
+    fresh.bytes = 0;
     // From here on there is no way back: a page that is not filled would hang the guest.
     let mut tries = 0;
     // SAFETY: guest memory, reached by nobody through a reference.
@@ -312,6 +292,60 @@ pub(super) unsafe fn map_back(
     // Writers that waited for the protection of the old mapping.
     let _ = uffd.wake(range);
     Ok(())
+}
+
+/// Anonymous memory that was never touched and is no neighbour of any other.
+///
+/// What is mapped next to memory of the same kind becomes one mapping with it, and so takes
+/// over its history; memory with a history keeps its old offset when it is moved, and could
+/// not join its new neighbours. So it is mapped with a protection that nothing else has, and
+/// only the middle is made ordinary.
+struct Fresh {
+    base: usize,
+    /// Bytes between the two guard pages.
+    middle: usize,
+    /// How many of them are still here.
+    bytes: usize,
+}
+
+impl Fresh {
+    fn map(bytes: usize, attributes: &Attributes) -> io::Result<Self> {
+        let mut flags = MapFlags::PRIVATE;
+        flags.set(MapFlags::NORESERVE, attributes.no_reserve);
+        let all = bytes + 2 * PAGE;
+        // SAFETY: fresh memory where the kernel likes.
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), all, ProtFlags::WRITE, flags) }?;
+        let fresh = Self {
+            base: base as usize,
+            middle: bytes,
+            bytes,
+        };
+        let middle = fresh.range().start as *mut c_void;
+        // SAFETY: part of the memory just mapped.
+        unsafe { mprotect(middle, bytes, MprotectFlags::READ | MprotectFlags::WRITE) }?;
+        // SAFETY: as above.
+        unsafe { set_attributes(middle, bytes, attributes) };
+        Ok(fresh)
+    }
+
+    fn range(&self) -> Range<usize> {
+        self.base + PAGE..self.base + PAGE + self.middle
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        // The middle only if it is still here: once moved away, its address may be another's.
+        if self.bytes > 0 {
+            // SAFETY: part of our mapping.
+            let _ = unsafe { munmap(self.range().start as *mut c_void, self.bytes) };
+        }
+        let last = self.base + PAGE + self.middle;
+        // SAFETY: the first page of our mapping.
+        let _ = unsafe { munmap(self.base as *mut c_void, PAGE) };
+        // SAFETY: its last page.
+        let _ = unsafe { munmap(last as *mut c_void, PAGE) };
+    }
 }
 
 fn fill_page_by_page(uffd: &Uffd, address: usize, bytes: &[u8]) {

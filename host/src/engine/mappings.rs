@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{self, BufRead};
+use std::ops::Range;
 
 /// Part of the limit that is left to the VMM itself.
 const HEADROOM_DIVISOR: usize = 8;
@@ -77,13 +78,40 @@ impl MappingBudget {
 
 /// Mappings of this process now.
 pub fn mappings_now() -> io::Result<usize> {
+    let mut count = 0;
+    each_mapping(|_| count += 1)?;
+    Ok(count)
+}
+
+/// How many mappings `ranges` are cut into beyond one each. The ranges are sorted and do not
+/// touch.
+pub(super) fn mappings_added(ranges: &[Range<usize>]) -> io::Result<usize> {
+    let mut found = 0;
+    each_mapping(|mapping| {
+        let next = ranges.partition_point(|range| range.end <= mapping.start);
+        let inside = ranges
+            .get(next)
+            .is_some_and(|range| range.start < mapping.end);
+        found += usize::from(inside);
+    })?;
+    Ok(found.saturating_sub(ranges.len()))
+}
+
+fn each_mapping(mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
     let file = fs::File::open("/proc/self/maps")?;
     let mut reader = io::BufReader::with_capacity(1 << 16, file);
-    let mut lines = 0;
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? > 0 {
-        lines += 1;
+        let text = String::from_utf8_lossy(&line);
+        let address = |text: &str| usize::from_str_radix(text, 16).ok();
+        let range = text
+            .split(' ')
+            .next()
+            .and_then(|range| range.split_once('-'));
+        if let Some((Some(start), Some(end))) = range.map(|(s, e)| (address(s), address(e))) {
+            each(start..end);
+        }
         line.clear();
     }
-    Ok(lines)
+    Ok(())
 }

@@ -164,6 +164,22 @@ impl Memory {
         &self.overlays
     }
 
+    /// Guest memory that has overlays, as addresses; regions that continue each other in this
+    /// process are one range, as they are one mapping.
+    pub fn overlaid_ranges(&self) -> Vec<Range<usize>> {
+        let regions = self.regions.iter().map(Region::addresses);
+        let mut sorted: Vec<_> = regions.filter(|r| self.overlays.intersects(r)).collect();
+        sorted.sort_by_key(|range| range.start);
+        let mut ranges: Vec<Range<usize>> = Vec::with_capacity(sorted.len());
+        for range in sorted {
+            match ranges.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => ranges.push(range),
+            }
+        }
+        ranges
+    }
+
     /// Numbers a file.
     pub fn file_number(&mut self, key: FileKey) -> Option<u32> {
         self.files.number(key)
