@@ -3,12 +3,11 @@
 //! How much of what was overlaid still is: the kernel breaks overlays on its own when the
 //! guest writes, and only the page tables know.
 
-use std::fs::File;
 use std::io;
 
-use super::mapped;
 use super::mappings::mappings_added;
 use super::memory::WINDOW_PAGES;
+use super::pagemap::Pagemap;
 use super::sharing::Sharing;
 use crate::store::PAGE;
 
@@ -36,7 +35,7 @@ pub fn audit(sharing: &Sharing) -> io::Result<Audit> {
             .map(|(at, o)| (at, o.pages as usize));
         (overlays.collect(), memory.overlaid_ranges())
     };
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut pagemap = Pagemap::open()?;
     let mut audit = Audit {
         overlays: overlays.len() as u64,
         mappings: mappings_added(&ranges)? as u64,
@@ -45,7 +44,7 @@ pub fn audit(sharing: &Sharing) -> io::Result<Audit> {
     for (address, pages) in overlays {
         for from in (0..pages).step_by(WINDOW_PAGES) {
             let count = WINDOW_PAGES.min(pages - from);
-            let intact = mapped::intact(&pagemap, address + from * PAGE, count)?;
+            let intact = pagemap.intact_lately(address + from * PAGE, count)?;
             let intact = u64::from(intact.count_ones());
             audit.intact += intact;
             audit.broken += count as u64 - intact;

@@ -242,17 +242,25 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
     }
 
     fn request(&mut self, request: Request) {
-        /// As many as the ring of requests holds; beyond it, asking for all is cheaper.
-        const MOST: usize = 128;
+        /// Beyond so many files, asking for everything is cheaper.
+        const MOST: usize = 4096;
         if self.waiting.contains(&Request::Rescan) {
             return;
         }
         if request == Request::Rescan || self.waiting.len() >= MOST {
             self.waiting.clear();
             self.waiting.push(Request::Rescan);
-        } else {
-            self.waiting.push(request);
+            return;
         }
+        // Requests for one file that wait become one: what lies between is mostly wanted as
+        // well, and what is shared already costs little to see again.
+        for waiting in &mut self.waiting {
+            if let Some(joined) = join(waiting, &request) {
+                *waiting = joined;
+                return;
+            }
+        }
+        self.waiting.push(request);
     }
 
     /// Asks the guest to stop reporting, or to report everything again; it is to be rung.
@@ -292,6 +300,39 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         status.guest_errors = self.counts.errors;
         status.guest_passes = self.counts.passes;
     }
+}
+
+/// One request for what both ask of the same file.
+fn join(a: &Request, b: &Request) -> Option<Request> {
+    let (Request::Report { file, page, pages }, Request::Report { file: other, .. }) = (a, b)
+    else {
+        return None;
+    };
+    let Request::Report {
+        page: from,
+        pages: count,
+        ..
+    } = b
+    else {
+        return None;
+    };
+    if file != other {
+        return None;
+    }
+    if *pages == 0 || *count == 0 {
+        return Some(Request::Report {
+            file: *file,
+            page: 0,
+            pages: 0,
+        });
+    }
+    let start = *page.min(from);
+    let end = page.saturating_add(*pages).max(from.saturating_add(*count));
+    Some(Request::Report {
+        file: *file,
+        page: start,
+        pages: end - start,
+    })
 }
 
 fn refused(reason: u8) -> Outcome {

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::ptr;
 
 use rustix::mm::{
@@ -358,32 +358,4 @@ fn fill_page_by_page(uffd: &Uffd, address: usize, bytes: &[u8]) {
             std::thread::yield_now();
         }
     }
-}
-
-/// Which pages of `range` lie on store pages still: bit i is page i, at most 64 pages.
-pub(super) fn intact(pagemap: impl AsFd, address: usize, pages: usize) -> io::Result<u64> {
-    /// `Documentation/admin-guide/mm/pagemap.rst`
-    const FILE: u64 = 1 << 61;
-    const SWAPPED: u64 = 1 << 62;
-    const PRESENT: u64 = 1 << 63;
-    let mut entries = [0_u8; 64 * 8];
-    let wanted = &mut entries[..pages.min(64) * 8];
-    let mut done = 0;
-    while done < wanted.len() {
-        let offset = (address / PAGE * 8 + done) as u64;
-        match rustix::io::pread(&pagemap, &mut wanted[done..], offset)? {
-            0 => return Err(io::Error::other("pagemap ended early")),
-            n => done += n,
-        }
-    }
-    let mut intact = 0;
-    for (i, entry) in wanted.chunks_exact(8).enumerate() {
-        let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
-        // A page that was never read through the overlay is not present, and still intact.
-        let broken = (entry & PRESENT != 0 && entry & FILE == 0) || entry & SWAPPED != 0;
-        if !broken {
-            intact |= 1 << i;
-        }
-    }
-    Ok(intact)
 }

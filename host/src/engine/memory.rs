@@ -24,6 +24,7 @@ use super::files::Files;
 use super::mapped::{self, StoreView, mask};
 use super::mappings::MappingBudget;
 use super::overlays::{Overlay, Overlays};
+use super::pagemap::Pagemap;
 use super::regions::{Attributes, Piece, Region, Regions, Unsuitable, inspect};
 use super::uffd::Uffd;
 use crate::protocol::{FileKey, FileSpan, Holding, StoreSpan};
@@ -53,6 +54,7 @@ pub struct Memory {
     files: Files,
     store: Option<StoreView>,
     budget: MappingBudget,
+    pagemap: Pagemap,
     split_huge_pages: bool,
     paused: bool,
     /// Undos under way; while there are any, regions are registered for missing pages.
@@ -72,6 +74,7 @@ impl Memory {
             files: Files::default(),
             store: None,
             budget: MappingBudget::new()?,
+            pagemap: Pagemap::open()?,
             split_huge_pages,
             paused: false,
             undoing: 0,
@@ -258,6 +261,9 @@ impl Memory {
         {
             return Err(reason::OUTSIDE_MEMORY);
         }
+        if self.is_shared_already(address, &overlay) {
+            return Ok(mask(pages));
+        }
         // In the worst case a run cuts one mapping into three.
         if !self.budget.admits(pages, 2) {
             return Err(reason::MAPPING_LIMIT);
@@ -321,6 +327,26 @@ impl Memory {
             Some(e) if shared == 0 => Err(host_error("mapping over guest memory", &e)),
             _ => Ok(shared),
         }
+    }
+
+    /// Whether these very store pages lie there, unbroken: then the bytes are equal, and a
+    /// guest that reports everything again costs next to nothing.
+    fn is_shared_already(&self, address: usize, overlay: &Overlay) -> bool {
+        let range = address..address + overlay.pages as usize * PAGE;
+        let (mut at, mut store) = (address, overlay.store);
+        for (start, part) in self.overlays.in_range(&range) {
+            if start != at || part.store != store {
+                return false;
+            }
+            at += part.pages as usize * PAGE;
+            store += part.pages;
+        }
+        let pages = overlay.pages as usize;
+        at == range.end
+            && self
+                .pagemap
+                .intact_now(address, pages)
+                .is_ok_and(|intact| intact == mask(pages))
     }
 
     /// A page that stays protected would stop the guest for ever: this must not fail.

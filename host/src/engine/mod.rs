@@ -15,6 +15,7 @@ mod mapped;
 mod mappings;
 mod memory;
 mod overlays;
+mod pagemap;
 mod regions;
 mod ring;
 mod shared_memory;

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the page tables know of this process's own memory.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use super::memory::WINDOW_PAGES;
+use crate::store::PAGE;
+
+/// Bits of an entry, `Documentation/admin-guide/mm/pagemap.rst`.
+const FILE: u64 = 1 << 61;
+const SWAPPED: u64 = 1 << 62;
+const PRESENT: u64 = 1 << 63;
+
+/// Entries read at once when many are wanted: those of a huge page.
+const CHUNK: usize = 512;
+const ENTRY: usize = 8;
+
+/// `/proc/self/pagemap`.
+#[derive(Debug)]
+pub(super) struct Pagemap {
+    file: File,
+    /// Pages whose entries are in `entries`.
+    chunk: Range<usize>,
+    entries: Box<[u8; CHUNK * ENTRY]>,
+}
+
+impl Pagemap {
+    pub(super) fn open() -> io::Result<Self> {
+        let file = File::open("/proc/self/pagemap")?;
+        Ok(Self {
+            file,
+            chunk: 0..0,
+            entries: Box::new([0; CHUNK * ENTRY]),
+        })
+    }
+
+    /// Which of at most 64 pages at `address`, all of them on overlays, lie on store pages
+    /// still: bit i is page i. As of this moment.
+    pub(super) fn intact_now(&self, address: usize, pages: usize) -> io::Result<u64> {
+        let mut entries = [0; WINDOW_PAGES * ENTRY];
+        let wanted = &mut entries[..pages * ENTRY];
+        self.file
+            .read_exact_at(wanted, (address / PAGE * ENTRY) as u64)?;
+        Ok(intact(wanted))
+    }
+
+    /// As [`Self::intact_now`], but entries near those asked for before may be as old as the
+    /// first question about them: for counting many overlays in order.
+    pub(super) fn intact_lately(&mut self, address: usize, pages: usize) -> io::Result<u64> {
+        let wanted = address / PAGE..address / PAGE + pages;
+        if wanted.start < self.chunk.start || wanted.end > self.chunk.end {
+            self.chunk = wanted.start..wanted.start;
+            let mut read = 0;
+            // The end of the address space may come first.
+            while read < self.entries.len() {
+                let at = (wanted.start * ENTRY + read) as u64;
+                match self.file.read_at(&mut self.entries[read..], at)? {
+                    0 => break,
+                    n => read += n,
+                }
+            }
+            self.chunk.end += read / ENTRY;
+            if self.chunk.end < wanted.end {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+            }
+        }
+        let first = (wanted.start - self.chunk.start) * ENTRY;
+        Ok(intact(&self.entries[first..first + pages * ENTRY]))
+    }
+}
+
+fn intact(entries: &[u8]) -> u64 {
+    let mut intact = 0;
+    for (i, entry) in entries.chunks_exact(ENTRY).enumerate() {
+        let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
+        // A page that was never read through the overlay is not present, and still intact.
+        let broken = (entry & PRESENT != 0 && entry & FILE == 0) || entry & SWAPPED != 0;
+        intact |= u64::from(!broken) << i;
+    }
+    intact
+}
