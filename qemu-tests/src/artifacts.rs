@@ -40,10 +40,20 @@ impl Artifacts {
     /// Reads the description and checks that what it names is there.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
-        let artifacts: Self = serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))?;
-        let needed = [&artifacts.kernel, &artifacts.guest_image, &artifacts.guest_manifest, &artifacts.qemu];
+        let artifacts: Self =
+            serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))?;
+        let needed = [
+            &artifacts.kernel,
+            &artifacts.guest_image,
+            &artifacts.guest_manifest,
+            &artifacts.qemu,
+        ];
         for needed in needed {
-            ensure!(needed.exists(), "{} is missing; provision the machine first", needed.display());
+            ensure!(
+                needed.exists(),
+                "{} is missing; provision the machine first",
+                needed.display()
+            );
         }
         Ok(artifacts)
     }
@@ -52,9 +62,15 @@ impl Artifacts {
     pub fn program(&self, name: &str) -> Result<PathBuf> {
         let path = match &self.bin_dir {
             Some(directory) => directory.join(name),
-            None => std::env::current_exe().context("find this program")?.with_file_name(name),
+            None => std::env::current_exe()
+                .context("find this program")?
+                .with_file_name(name),
         };
-        ensure!(path.exists(), "{} is missing; build the workspace first", path.display());
+        ensure!(
+            path.exists(),
+            "{} is missing; build the workspace first",
+            path.display()
+        );
         Ok(path)
     }
 
@@ -65,7 +81,13 @@ impl Artifacts {
             .output()
             .with_context(|| format!("run {}", self.qemu.display()))?;
         let text = String::from_utf8_lossy(&output.stdout);
-        let version = text.lines().next().and_then(|line| line.split("version ").nth(1));
-        Ok(version.context("QEMU does not tell its version")?.trim().to_owned())
+        let version = text
+            .lines()
+            .next()
+            .and_then(|line| line.split("version ").nth(1));
+        Ok(version
+            .context("QEMU does not tell its version")?
+            .trim()
+            .to_owned())
     }
 }

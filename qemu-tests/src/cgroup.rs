@@ -32,7 +32,8 @@ impl MemoryCgroup {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let path = root.join(format!("pagefusion-{}-{count}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("create the memory cgroup {}", path.display()))?;
+        fs::create_dir(&path)
+            .with_context(|| format!("create the memory cgroup {}", path.display()))?;
         Ok(Self { path, version })
     }
 
@@ -47,14 +48,18 @@ impl MemoryCgroup {
         if !controllers.split_whitespace().any(|name| name == "memory") {
             bail!("the kernel has no memory cgroups");
         }
-        fs::write(root.join("cgroup.subtree_control"), "+memory").context("switch on memory cgroups")?;
+        fs::write(root.join("cgroup.subtree_control"), "+memory")
+            .context("switch on memory cgroups")?;
         Ok((root, Version::V2))
     }
 
     /// Opened for a process to enter by writing `0`.
     pub fn procs(&self) -> Result<File> {
         let path = self.path.join("cgroup.procs");
-        OpenOptions::new().write(true).open(&path).with_context(|| format!("open {}", path.display()))
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("open {}", path.display()))
     }
 
     /// The bytes charged now.
@@ -80,8 +85,11 @@ impl MemoryCgroup {
     }
 
     fn number(&self, name: &str) -> Result<u64> {
-        let text = fs::read_to_string(self.path.join(name)).with_context(|| format!("read {name}"))?;
-        text.trim().parse().with_context(|| format!("{name} holds {text:?}"))
+        let text =
+            fs::read_to_string(self.path.join(name)).with_context(|| format!("read {name}"))?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("{name} holds {text:?}"))
     }
 }
 
@@ -98,7 +106,9 @@ fn remove_stale(root: &Path) -> Result<()> {
     for entry in fs::read_dir(root).context("list cgroups")? {
         let entry = entry?;
         let name = entry.file_name();
-        let Some(owner) = name.to_str().and_then(crate::workdir::owner) else { continue };
+        let Some(owner) = name.to_str().and_then(crate::workdir::owner) else {
+            continue;
+        };
         if !crate::workdir::alive(owner) {
             // A leftover that cannot be removed yet is left to the next run.
             let _ = fs::remove_dir(entry.path());
@@ -125,13 +135,20 @@ mod tests {
         };
         let script = "import sys; b = bytearray(b'x') * (64 << 20); print('up', flush=True); sys.stdin.read()";
         let mut command = Command::new("python3");
-        command.args(["-c", script]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
-        let Ok(mut process) = Process::spawn(&mut command, Some(cgroup.procs().unwrap()), Vec::new()) else {
+        command
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped());
+        let Ok(mut process) =
+            Process::spawn(&mut command, Some(cgroup.procs().unwrap()), Vec::new())
+        else {
             eprintln!("skipped: no python3");
             return;
         };
         let mut line = String::new();
-        std::io::BufReader::new(process.child().stdout.take().unwrap()).read_line(&mut line).unwrap();
+        std::io::BufReader::new(process.child().stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         let high = cgroup.charge().unwrap();
         assert!(high > 64 << 20, "{high}");
         let frames = crate::frames::distinct(&[process.pid()]).unwrap();

@@ -45,7 +45,12 @@ pub fn run(world: &mut World, integrity: &mut Integrity, seed: u64) -> Result<()
     integrity.held(first, &rewritten.path, &content.sha256())?;
     integrity.held(second, &rewritten.path, &rewritten.before)?;
 
-    unit(first, Op::Delete { path: deleted.path.clone() })?;
+    unit(
+        first,
+        Op::Delete {
+            path: deleted.path.clone(),
+        },
+    )?;
     integrity.held(first, &deleted.path, &deleted.before)?;
     let anew = Expected::new(seed + 200, deleted.bytes).sha256();
     rewrite(first, &deleted.path, seed + 200, 0, deleted.bytes)?;
@@ -55,10 +60,20 @@ pub fn run(world: &mut World, integrity: &mut Integrity, seed: u64) -> Result<()
     integrity.file(first, &reread.path, &reread.before)?;
     integrity.held(first, &reread.path, &reread.before)?;
 
-    unit(first, Op::Release { path: evicted.path.clone() })?;
+    unit(
+        first,
+        Op::Release {
+            path: evicted.path.clone(),
+        },
+    )?;
     unit(first, Op::Evict)?;
     integrity.file(first, &evicted.path, &evicted.before)?;
-    unit(first, Op::Hold { path: evicted.path.clone() })?;
+    unit(
+        first,
+        Op::Hold {
+            path: evicted.path.clone(),
+        },
+    )?;
 
     second_is_untouched(second, integrity, &subjects)?;
     // What the guest reports now is new content under an old name; sharing must not bring the old bytes back.
@@ -71,8 +86,18 @@ pub fn run(world: &mut World, integrity: &mut Integrity, seed: u64) -> Result<()
     second_is_untouched(second, integrity, &subjects)?;
 
     for subject in &subjects {
-        unit(first, Op::Release { path: subject.path.clone() })?;
-        unit(second, Op::Release { path: subject.path.clone() })?;
+        unit(
+            first,
+            Op::Release {
+                path: subject.path.clone(),
+            },
+        )?;
+        unit(
+            second,
+            Op::Release {
+                path: subject.path.clone(),
+            },
+        )?;
     }
     Ok(())
 }
@@ -84,7 +109,12 @@ fn prepare(world: &mut World, seed: u64) -> Result<[Subject; 4]> {
         bytes: BYTES,
         before: Expected::new(seed + index, BYTES).sha256(),
     };
-    let subjects = [own("rewritten", 0), own("deleted", 1), own("reread", 2), of_image(world)?];
+    let subjects = [
+        own("rewritten", 0),
+        own("deleted", 1),
+        own("reread", 2),
+        of_image(world)?,
+    ];
     settle(world, Instant::now())?;
     let before = world.site.status()?.pages_shared;
     for guest in &mut world.guests[..2] {
@@ -93,7 +123,12 @@ fn prepare(world: &mut World, seed: u64) -> Result<[Subject; 4]> {
             if subject.path.starts_with(DIRECTORY) {
                 rewrite(guest, &subject.path, seed + index as u64, 0, BYTES)?;
             }
-            unit(guest, Op::Hold { path: subject.path.clone() })?;
+            unit(
+                guest,
+                Op::Hold {
+                    path: subject.path.clone(),
+                },
+            )?;
         }
     }
     // Most of our own in both guests; the systems change what else they share meanwhile.
@@ -106,19 +141,29 @@ fn of_image(world: &mut World) -> Result<Subject> {
     let manifest = world.manifest.clone();
     let guest = world.guests.first_mut().context("no guest")?;
     let mapped: Vec<String> = guest.request(Op::MappedFiles)?;
-    let candidates = manifest.below("/usr/share/").filter(|path| !mapped.iter().any(|mapped| mapped == path));
+    let candidates = manifest
+        .below("/usr/share/")
+        .filter(|path| !mapped.iter().any(|mapped| mapped == path));
     for chunk in candidates.collect::<Vec<_>>().chunks(500).take(8) {
         for sum in sums(guest, chunk.iter().map(|&path| path.to_owned()).collect())? {
             if IMAGE_BYTES.contains(&sum.bytes) && manifest.compare(&sum).is_ok() {
                 let before = sum.by_read.context("no hash")?;
-                return Ok(Subject { path: sum.path, bytes: sum.bytes, before });
+                return Ok(Subject {
+                    path: sum.path,
+                    bytes: sum.bytes,
+                    before,
+                });
             }
         }
     }
     anyhow::bail!("the image has no file of {IMAGE_BYTES:?} bytes below /usr/share")
 }
 
-fn second_is_untouched(second: &mut Guest, integrity: &mut Integrity, subjects: &[Subject]) -> Result<()> {
+fn second_is_untouched(
+    second: &mut Guest,
+    integrity: &mut Integrity,
+    subjects: &[Subject],
+) -> Result<()> {
     for subject in subjects {
         integrity.file(second, &subject.path, &subject.before)?;
         integrity.held(second, &subject.path, &subject.before)?;
@@ -127,7 +172,15 @@ fn second_is_untouched(second: &mut Guest, integrity: &mut Integrity, subjects: 
 }
 
 fn rewrite(guest: &mut Guest, path: &str, seed: u64, offset: u64, bytes: u64) -> Result<()> {
-    unit(guest, Op::WritePattern { path: path.to_owned(), seed, offset, bytes })
+    unit(
+        guest,
+        Op::WritePattern {
+            path: path.to_owned(),
+            seed,
+            offset,
+            bytes,
+        },
+    )
 }
 
 fn unit(guest: &mut Guest, op: Op) -> Result<()> {

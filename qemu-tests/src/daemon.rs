@@ -91,11 +91,25 @@ impl Site {
         // A daemon started before this one had its socket here.
         let _ = std::fs::remove_file(&notify);
         let socket = UnixDatagram::bind(&notify).context("bind the notification socket")?;
-        socket.set_read_timeout(Some(Duration::from_millis(200))).context("limit the wait")?;
-        let log = File::options().create(true).append(true).open(self.logs.join("pagefusiond")).context("open a log")?;
+        socket
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .context("limit the wait")?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.logs.join("pagefusiond"))
+            .context("open a log")?;
         let mut command = Command::new(&self.daemon);
-        command.arg("--runtime-dir").arg(&self.runtime).arg("--store-dir").arg(&self.store);
-        command.env("NOTIFY_SOCKET", &notify).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command
+            .arg("--runtime-dir")
+            .arg(&self.runtime)
+            .arg("--store-dir")
+            .arg(&self.store);
+        command
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         let mut process = Process::spawn(&mut command, Some(cgroup.procs()?), Vec::new())?;
 
         let deadline = Instant::now() + START_LIMIT;
@@ -103,21 +117,32 @@ impl Site {
         loop {
             interrupt::check()?;
             if let Ok(length) = socket.recv(&mut message) {
-                if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
+                if String::from_utf8_lossy(&message[..length])
+                    .lines()
+                    .any(|line| line == "READY=1")
+                {
                     return Ok(Daemon { process });
                 }
             }
             if let Some(status) = process.ended()? {
                 bail!("pagefusiond ended with {status}:\n{}", self.log_tail());
             }
-            ensure!(Instant::now() < deadline, "pagefusiond was not ready after {START_LIMIT:?}:\n{}", self.log_tail());
+            ensure!(
+                Instant::now() < deadline,
+                "pagefusiond was not ready after {START_LIMIT:?}:\n{}",
+                self.log_tail()
+            );
         }
     }
 
     /// The beginning of a QEMU command line that shares memory within `group`.
     pub fn launcher(&self, group: &str, vm: &str, qemu: &Path) -> Command {
         let mut command = self.control();
-        command.args(["run", "--group", group, "--name", vm, "--preload"]).arg(&self.preload).arg("--").arg(qemu);
+        command
+            .args(["run", "--group", group, "--name", vm, "--preload"])
+            .arg(&self.preload)
+            .arg("--")
+            .arg(qemu);
         command
     }
 
@@ -130,9 +155,19 @@ impl Site {
 
     /// Runs `pagefusionctl` and returns what it printed.
     pub fn ctl(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.control().args(arguments).stdin(Stdio::null()).output().context("run pagefusionctl")?;
+        let output = self
+            .control()
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .context("run pagefusionctl")?;
         let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "pagefusionctl {}: {}", arguments.join(" "), errors.trim());
+        ensure!(
+            output.status.success(),
+            "pagefusionctl {}: {}",
+            arguments.join(" "),
+            errors.trim()
+        );
         String::from_utf8(output.stdout).context("pagefusionctl printed no text")
     }
 
@@ -151,14 +186,20 @@ impl Site {
     fn log_tail(&self) -> String {
         let text = std::fs::read_to_string(self.logs.join("pagefusiond")).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();
-        lines[lines.len().saturating_sub(20)..].iter().map(|line| format!("    | {line}\n")).collect()
+        lines[lines.len().saturating_sub(20)..]
+            .iter()
+            .map(|line| format!("    | {line}\n"))
+            .collect()
     }
 }
 
 impl Status {
     /// The machine of that name.
     pub fn vm(&self, name: &str) -> Result<&VmStatus> {
-        self.vms.iter().find(|vm| vm.name == name).with_context(|| format!("the daemon does not know {name}"))
+        self.vms
+            .iter()
+            .find(|vm| vm.name == name)
+            .with_context(|| format!("the daemon does not know {name}"))
     }
 }
 
@@ -195,7 +236,10 @@ impl Daemon {
     pub fn stop(mut self) -> Result<()> {
         self.process.signal(Signal::TERM)?;
         let status = self.process.wait(STOP_LIMIT)?;
-        ensure!(status.is_some_and(|status| status.success()), "pagefusiond did not end cleanly: {status:?}");
+        ensure!(
+            status.is_some_and(|status| status.success()),
+            "pagefusiond did not end cleanly: {status:?}"
+        );
         Ok(())
     }
 }

@@ -58,7 +58,9 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
     progress.step("checksum every mapped file in every guest");
     let mut integrity = Integrity::default();
     let half = proof.pages_shared / 2;
-    integrity.check(rebuilt.last() > half, || format!("only {} pages are shared again", rebuilt.last()));
+    integrity.check(rebuilt.last() > half, || {
+        format!("only {} pages are shared again", rebuilt.last())
+    });
     check_guests(&mut world, &mut integrity)?;
     progress.step("rewrite, delete, reread and evict shared files");
     changes::run(&mut world, &mut integrity, 1)?;
@@ -86,7 +88,10 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
         charge_unshared: proof.unshared.charge,
         frames_shared: proof.shared.frames,
         frames_unshared: proof.unshared.frames,
-        seconds_to_95_percent: growth.time_to(0.95).context("nothing was shared")?.as_secs_f64(),
+        seconds_to_95_percent: growth
+            .time_to(0.95)
+            .context("nothing was shared")?
+            .as_secs_f64(),
         seconds_to_rebuild,
         integrity_checks: integrity.checks,
         integrity_errors: integrity.errors.len() as u64,
@@ -97,8 +102,14 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
 /// Fails unless memory was saved, as much as claimed, and nothing was wrong.
 pub fn verdict(report: &Report) -> Result<()> {
     let proof = proof::Proof {
-        shared: proof::Reading { charge: report.charge_shared, frames: report.frames_shared },
-        unshared: proof::Reading { charge: report.charge_unshared, frames: report.frames_unshared },
+        shared: proof::Reading {
+            charge: report.charge_shared,
+            frames: report.frames_shared,
+        },
+        unshared: proof::Reading {
+            charge: report.charge_unshared,
+            frames: report.frames_unshared,
+        },
         net_shared: report.bytes_saved - report.bytes_metadata_kept,
         net_unshared: -report.bytes_metadata_kept,
         pages_shared: report.pages_shared,

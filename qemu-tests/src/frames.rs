@@ -14,9 +14,13 @@ const FRAME: u64 = (1 << 55) - 1;
 pub fn distinct(pids: &[u32]) -> Result<u64> {
     let mut frames = Vec::new();
     for pid in pids {
-        collect(*pid, &mut frames).with_context(|| format!("read the page map of process {pid}"))?;
+        collect(*pid, &mut frames)
+            .with_context(|| format!("read the page map of process {pid}"))?;
     }
-    ensure!(frames.iter().any(|frame| *frame != 0), "the kernel hides frame numbers; run as root");
+    ensure!(
+        frames.iter().any(|frame| *frame != 0),
+        "the kernel hides frame numbers; run as root"
+    );
     frames.sort_unstable();
     frames.dedup();
     Ok(frames.len() as u64)
@@ -32,8 +36,15 @@ fn collect(pid: u32, frames: &mut Vec<u64>) -> Result<()> {
         while at < end {
             let length = (end - at).min(buffer.len() as u64) as usize;
             pagemap.read_exact_at(&mut buffer[..length], at)?;
-            let entries = buffer[..length].chunks_exact(8).filter_map(|entry| entry.try_into().ok());
-            frames.extend(entries.map(u64::from_le_bytes).filter(|entry| entry & PRESENT != 0).map(|e| e & FRAME));
+            let entries = buffer[..length]
+                .chunks_exact(8)
+                .filter_map(|entry| entry.try_into().ok());
+            frames.extend(
+                entries
+                    .map(u64::from_le_bytes)
+                    .filter(|entry| entry & PRESENT != 0)
+                    .map(|e| e & FRAME),
+            );
             at += length as u64;
         }
     }
@@ -56,13 +67,18 @@ mod tests {
     #[test]
     fn ranges_are_parsed() {
         assert_eq!(range("7f00-7f10 r-xp 0 fe:00 1 /x"), Some(0x7f00..0x7f10));
-        assert_eq!(range("ffffffffff600000-ffffffffff601000 --xp 0 00:00 0 [vsyscall]"), None);
+        assert_eq!(
+            range("ffffffffff600000-ffffffffff601000 --xp 0 00:00 0 [vsyscall]"),
+            None
+        );
     }
 
     #[test]
     fn a_process_counted_twice_uses_the_same_frames() {
         let me = std::process::id();
-        let (Ok(once), Ok(twice)) = (distinct(&[me]), distinct(&[me, me])) else { return };
+        let (Ok(once), Ok(twice)) = (distinct(&[me]), distinct(&[me, me])) else {
+            return;
+        };
         assert!(twice < once + once / 2, "{once} {twice}");
     }
 }

@@ -28,7 +28,11 @@ pub fn build_guest(artifacts: &Artifacts, target: &Path) -> Result<()> {
     archive.directory("run")?;
     archive.directory("run/pagefusion")?;
     // The same program is the agent when it is not the first process.
-    archive.file("run/pagefusion/agent", 0o755, &read(&artifacts.program("pf-init")?)?)?;
+    archive.file(
+        "run/pagefusion/agent",
+        0o755,
+        &read(&artifacts.program("pf-init")?)?,
+    )?;
     if let Some(module) = &artifacts.module_ko {
         archive.file("run/pagefusion/pagefusion.ko", 0o644, &read(module)?)?;
     }
@@ -52,7 +56,10 @@ struct Archive {
 impl Archive {
     fn create(target: &Path) -> Result<Self> {
         let file = File::create(target).with_context(|| format!("create {}", target.display()))?;
-        Ok(Self { output: BufWriter::new(file), inode: 1 })
+        Ok(Self {
+            output: BufWriter::new(file),
+            inode: 1,
+        })
     }
 
     fn init(&mut self, artifacts: &Artifacts) -> Result<()> {
@@ -89,7 +96,13 @@ impl Archive {
     }
 
     fn device(&mut self, name: &str, major: u32, minor: u32) -> Result<()> {
-        self.entry(self.header(name).mode(0o020_600).rdev_major(major).rdev_minor(minor), &[])
+        self.entry(
+            self.header(name)
+                .mode(0o020_600)
+                .rdev_major(major)
+                .rdev_minor(minor),
+            &[],
+        )
     }
 
     fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<()> {
@@ -116,8 +129,16 @@ impl Archive {
 
 /// A dynamically linked program cannot run in an initramfs that holds nothing else.
 fn names_interpreter(elf: &[u8]) -> bool {
-    let word = |at: usize| elf.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes);
-    let half = |at: usize| elf.get(at..at + 2).and_then(|bytes| bytes.try_into().ok()).map_or(0, u16::from_le_bytes);
+    let word = |at: usize| {
+        elf.get(at..at + 8)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map_or(0, u64::from_le_bytes)
+    };
+    let half = |at: usize| {
+        elf.get(at..at + 2)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map_or(0, u16::from_le_bytes)
+    };
     let (table, size, count) = (word(32), half(54), half(56));
     (0..count).any(|index| {
         let at = table as usize + usize::from(index) * usize::from(size);

@@ -28,7 +28,9 @@ impl Integrity {
 
     /// Counts one comparison of two values.
     pub fn equal(&mut self, what: &str, found: &str, expected: &str) {
-        self.check(found == expected, || format!("{what}: found {found}, expected {expected}"));
+        self.check(found == expected, || {
+            format!("{what}: found {found}, expected {expected}")
+        });
     }
 
     /// Fails when anything was wrong.
@@ -49,12 +51,19 @@ impl Integrity {
     pub fn mapped_files(&mut self, guest: &mut Guest, manifest: &Manifest) -> Result<()> {
         let mut paths: Vec<String> = guest.request(Op::MappedFiles)?;
         paths.retain(|path| manifest.has(path));
-        ensure!(paths.len() >= 20, "{}: only {} files of the image are mapped", guest.name(), paths.len());
+        ensure!(
+            paths.len() >= 20,
+            "{}: only {} files of the image are mapped",
+            guest.name(),
+            paths.len()
+        );
         for sum in sums(guest, paths)? {
             let verdict = manifest.compare(&sum);
             // Both ways of reading were compared.
             self.checks += 1;
-            self.check(verdict.is_ok(), || format!("{}: {}", guest.name(), verdict.err().unwrap_or_default()));
+            self.check(verdict.is_ok(), || {
+                format!("{}: {}", guest.name(), verdict.err().unwrap_or_default())
+            });
         }
         Ok(())
     }
@@ -65,18 +74,31 @@ impl Integrity {
                            insert into pagefusion select generate_series(1, 10000); checkpoint; \
                            select sum(x) from pagefusion";
         let sum = guest.output(&["runuser", "-u", "postgres", "--", "psql", "-qAtc", SQL])?;
-        self.equal(&format!("{}: PostgreSQL's sum", guest.name()), sum.trim(), "50005000");
+        self.equal(
+            &format!("{}: PostgreSQL's sum", guest.name()),
+            sum.trim(),
+            "50005000",
+        );
         const FETCH: &str = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:80/', timeout=60).status)";
         let status = guest.output(&["python3", "-c", FETCH])?;
-        self.equal(&format!("{}: nginx's answer", guest.name()), status.trim(), "200");
+        self.equal(
+            &format!("{}: nginx's answer", guest.name()),
+            status.trim(),
+            "200",
+        );
         Ok(())
     }
 
     /// One file must have this hash, read and mapped.
     pub fn file(&mut self, guest: &mut Guest, path: &str, expected: &str) -> Result<()> {
-        let sum = sums(guest, vec![path.to_owned()])?.pop().context("no hash came back")?;
+        let sum = sums(guest, vec![path.to_owned()])?
+            .pop()
+            .context("no hash came back")?;
         for (how, hash) in [("read", &sum.by_read), ("mapped", &sum.by_map)] {
-            let found = hash.as_deref().or(sum.error.as_deref()).unwrap_or("nothing");
+            let found = hash
+                .as_deref()
+                .or(sum.error.as_deref())
+                .unwrap_or("nothing");
             self.equal(&format!("{}: {path}, {how}", guest.name()), found, expected);
         }
         Ok(())
@@ -84,8 +106,14 @@ impl Integrity {
 
     /// A mapping that has been there all the time must show this.
     pub fn held(&mut self, guest: &mut Guest, path: &str, expected: &str) -> Result<()> {
-        let found: String = guest.request(Op::HeldSum { path: path.to_owned() })?;
-        self.equal(&format!("{}: {path}, mapped since before", guest.name()), &found, expected);
+        let found: String = guest.request(Op::HeldSum {
+            path: path.to_owned(),
+        })?;
+        self.equal(
+            &format!("{}: {path}, mapped since before", guest.name()),
+            &found,
+            expected,
+        );
         Ok(())
     }
 }
@@ -111,6 +139,9 @@ mod tests {
         assert!(integrity.verdict().is_ok());
         integrity.equal("b", "1", "2");
         let text = integrity.verdict().unwrap_err().to_string();
-        assert!(text.contains("1 of 2") && text.contains("b: found 1, expected 2"), "{text}");
+        assert!(
+            text.contains("1 of 2") && text.contains("b: found 1, expected 2"),
+            "{text}"
+        );
     }
 }

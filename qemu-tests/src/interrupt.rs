@@ -17,7 +17,8 @@ static INTERRUPTED: std::sync::OnceLock<Arc<AtomicBool>> = std::sync::OnceLock::
 pub fn install() -> Result<()> {
     let interrupted = INTERRUPTED.get_or_init(Arc::default);
     for signal in [SIGINT, SIGTERM, SIGHUP] {
-        flag::register_conditional_shutdown(signal, 130, Arc::clone(interrupted)).context("catch a signal")?;
+        flag::register_conditional_shutdown(signal, 130, Arc::clone(interrupted))
+            .context("catch a signal")?;
         flag::register(signal, Arc::clone(interrupted)).context("catch a signal")?;
     }
     Ok(())
@@ -25,7 +26,10 @@ pub fn install() -> Result<()> {
 
 /// Fails once a signal has come.
 pub fn check() -> Result<()> {
-    if INTERRUPTED.get().is_some_and(|interrupted| interrupted.load(Ordering::Relaxed)) {
+    if INTERRUPTED
+        .get()
+        .is_some_and(|interrupted| interrupted.load(Ordering::Relaxed))
+    {
         bail!("interrupted");
     }
     Ok(())

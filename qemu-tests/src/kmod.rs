@@ -29,7 +29,9 @@ impl ModuleTree {
         let mut paths = BTreeMap::new();
         let mut pending = vec![directory.to_owned()];
         while let Some(directory) = pending.pop() {
-            for entry in fs::read_dir(&directory).with_context(|| format!("list {}", directory.display()))? {
+            for entry in
+                fs::read_dir(&directory).with_context(|| format!("list {}", directory.display()))?
+            {
                 let entry = entry?;
                 if entry.file_type()?.is_dir() {
                     pending.push(entry.path());
@@ -55,7 +57,9 @@ impl ModuleTree {
         if depth > 32 {
             bail!("the dependencies of module {name} go in circles");
         }
-        let Some(path) = self.paths.get(name) else { return Ok(()) };
+        let Some(path) = self.paths.get(name) else {
+            return Ok(());
+        };
         if ordered.iter().any(|module: &Module| module.name == name) {
             return Ok(());
         }
@@ -63,13 +67,18 @@ impl ModuleTree {
         for dependency in dependencies(&image) {
             self.visit(&dependency, ordered, depth + 1)?;
         }
-        ordered.push(Module { name: name.to_owned(), image });
+        ordered.push(Module {
+            name: name.to_owned(),
+            image,
+        });
         Ok(())
     }
 }
 
 fn module_name(file: &str) -> Option<String> {
-    let stem = file.strip_suffix(".ko").or_else(|| file.strip_suffix(".ko.xz"))?;
+    let stem = file
+        .strip_suffix(".ko")
+        .or_else(|| file.strip_suffix(".ko.xz"))?;
     Some(stem.replace('-', "_"))
 }
 
@@ -88,11 +97,19 @@ fn read_image(path: &Path) -> Result<Vec<u8>> {
 /// The `depends=` entry of the module's `.modinfo`: NUL-terminated `key=value` strings.
 fn dependencies(image: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
-    let Some(at) = image.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
+    let Some(at) = image.windows(KEY.len()).position(|window| window == KEY) else {
+        return Vec::new();
+    };
     let value = &image[at + KEY.len()..];
-    let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
+    let end = value
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(value.len());
     let text = String::from_utf8_lossy(&value[..end]);
-    text.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
+    text.split(',')
+        .filter(|name| !name.is_empty())
+        .map(|name| name.replace('-', "_"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -110,12 +127,25 @@ mod tests {
     #[test]
     fn every_module_comes_after_what_it_needs() {
         let directory = tempfile::tempdir().unwrap();
-        for (name, depends) in [("a.ko", "b,c"), ("b.ko", "c"), ("c.ko", ""), ("unused.ko", "")] {
-            fs::write(directory.path().join(name), format!("\0depends={depends}\0")).unwrap();
+        for (name, depends) in [
+            ("a.ko", "b,c"),
+            ("b.ko", "c"),
+            ("c.ko", ""),
+            ("unused.ko", ""),
+        ] {
+            fs::write(
+                directory.path().join(name),
+                format!("\0depends={depends}\0"),
+            )
+            .unwrap();
         }
         let tree = ModuleTree::scan(directory.path()).unwrap();
-        let order: Vec<_> =
-            tree.in_load_order(&["a", "built-in"]).unwrap().into_iter().map(|module| module.name).collect();
+        let order: Vec<_> = tree
+            .in_load_order(&["a", "built-in"])
+            .unwrap()
+            .into_iter()
+            .map(|module| module.name)
+            .collect();
         assert_eq!(order, ["c", "b", "a"]);
     }
 
@@ -124,6 +154,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("a.ko"), "\0depends=b\0").unwrap();
         fs::write(directory.path().join("b.ko"), "\0depends=a\0").unwrap();
-        assert!(ModuleTree::scan(directory.path()).unwrap().in_load_order(&["a"]).is_err());
+        assert!(
+            ModuleTree::scan(directory.path())
+                .unwrap()
+                .in_load_order(&["a"])
+                .is_err()
+        );
     }
 }

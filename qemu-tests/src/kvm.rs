@@ -16,7 +16,11 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Fails with the reason when it cannot. `/dev/kvm` alone proves nothing: on some machines it runs only tiny guests.
 pub fn probe(artifacts: &Artifacts) -> Result<()> {
     ensure!(Path::new("/dev/kvm").exists(), "there is no /dev/kvm");
-    std::fs::File::options().read(true).write(true).open("/dev/kvm").context("open /dev/kvm")?;
+    std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("open /dev/kvm")?;
     let directory = workdir::create()?;
     let initramfs = directory.path().join("probe.cpio");
     initramfs::build_guest(artifacts, &initramfs)?;
@@ -32,9 +36,19 @@ pub fn probe(artifacts: &Artifacts) -> Result<()> {
         disks: Vec::new(),
         arguments: Vec::new(),
     };
-    let mut guest = Guest::start(&config, Command::new(&artifacts.qemu), None, directory.path())?;
+    let mut guest = Guest::start(
+        &config,
+        Command::new(&artifacts.qemu),
+        None,
+        directory.path(),
+    )?;
     guest.wait_agent(LIMIT).map(drop).map_err(|error| {
-        let first = error.to_string().lines().next().unwrap_or_default().to_owned();
+        let first = error
+            .to_string()
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned();
         anyhow::anyhow!("a real kernel does not boot under /dev/kvm: {first}")
     })
 }

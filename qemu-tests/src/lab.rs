@@ -27,7 +27,13 @@ const GUEST_DISK: &str = "/dev/vdc";
 const LIMIT: Duration = Duration::from_secs(25 * 60);
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// Our programs that run inside.
-const PROGRAMS: [&str; 5] = ["qemu-tests", "pagefusiond", "pagefusionctl", "libpagefusion_preload.so", "pf-init"];
+const PROGRAMS: [&str; 5] = [
+    "qemu-tests",
+    "pagefusiond",
+    "pagefusionctl",
+    "libpagefusion_preload.so",
+    "pf-init",
+];
 
 /// A running lab host.
 #[derive(Debug)]
@@ -39,8 +45,14 @@ pub struct Lab {
 impl Lab {
     /// Boots it with everything the harness inside needs.
     pub fn start(artifacts: &Artifacts, logs: Option<&Path>) -> Result<Self> {
-        let image = artifacts.lab_image.clone().context("there is no image of the lab host")?;
-        let kernel = artifacts.lab_kernel.clone().context("there is no kernel for the lab host")?;
+        let image = artifacts
+            .lab_image
+            .clone()
+            .context("there is no image of the lab host")?;
+        let kernel = artifacts
+            .lab_kernel
+            .clone()
+            .context("there is no kernel for the lab host")?;
         let directory = workdir::create()?;
         let logs = logs.unwrap_or(directory.path()).to_owned();
         fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
@@ -52,7 +64,9 @@ impl Lab {
             mode: Mode::Lab,
             accelerator: Accelerator::Tcg,
             memory_mib: 6144,
-            cpus: 2,
+            // With two, QEMU 10.0 resets the lab host or a guest in it every few minutes, whether memory is shared or
+            // not: its emulation of SVM does not stand several CPU threads.
+            cpus: 1,
             // Without five-level page tables: every level is walked twice, and in software.
             cpu: "max,svm=on,npt=on,la57=off",
             kernel,
@@ -62,7 +76,10 @@ impl Lab {
         };
         let mut host = Guest::start(&config, Command::new(&artifacts.qemu), None, &logs)?;
         host.wait_agent(BOOT_LIMIT).context("boot the lab host")?;
-        Ok(Self { host, _directory: directory })
+        Ok(Self {
+            host,
+            _directory: directory,
+        })
     }
 
     /// Runs the harness inside with `arguments`; its lines go to `output`. Returns its exit status.
@@ -71,15 +88,26 @@ impl Lab {
         let description = format!("{PAYLOAD}/artifacts.json");
         let mut argv = vec![program, "--artifacts".to_owned(), description];
         argv.extend(arguments.iter().map(|&word| word.to_owned()));
-        let op = Op::Run { argv, timeout_ms: LIMIT.as_millis() as u64, stream: true };
-        let outcome: RunOutcome = self.host.request_for(op, LIMIT + Duration::from_secs(60), output)?;
-        ensure!(!outcome.timed_out, "the run in the lab took longer than {LIMIT:?}");
+        let op = Op::Run {
+            argv,
+            timeout_ms: LIMIT.as_millis() as u64,
+            stream: true,
+        };
+        let outcome: RunOutcome =
+            self.host
+                .request_for(op, LIMIT + Duration::from_secs(60), output)?;
+        ensure!(
+            !outcome.timed_out,
+            "the run in the lab took longer than {LIMIT:?}"
+        );
         outcome.status.context("the harness in the lab was killed")
     }
 
     /// Reads a file the harness inside wrote.
     pub fn read(&mut self, path: &str) -> Result<String> {
-        self.host.request(Op::Read { path: path.to_owned() })
+        self.host.request(Op::Read {
+            path: path.to_owned(),
+        })
     }
 }
 
@@ -105,12 +133,24 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
         lab_kernel: None,
         ..artifacts.clone()
     };
-    fs::write(staging.join("artifacts.json"), serde_json::to_vec_pretty(&description)?).context("describe the payload")?;
+    fs::write(
+        staging.join("artifacts.json"),
+        serde_json::to_vec_pretty(&description)?,
+    )
+    .context("describe the payload")?;
 
     let disk = directory.join("payload.ext4");
     let size = 128 << 20;
-    fs::File::create(&disk).and_then(|file| file.set_len(size)).context("create the payload's disk")?;
-    let arguments = [OsStr::new("-q"), "-F".as_ref(), "-O".as_ref(), "^has_journal".as_ref(), "-d".as_ref()];
+    fs::File::create(&disk)
+        .and_then(|file| file.set_len(size))
+        .context("create the payload's disk")?;
+    let arguments = [
+        OsStr::new("-q"),
+        "-F".as_ref(),
+        "-O".as_ref(),
+        "^has_journal".as_ref(),
+        "-d".as_ref(),
+    ];
     let output = Command::new("/sbin/mkfs.ext4")
         .args(arguments)
         .args([&staging, &disk])
@@ -118,12 +158,17 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
         .output()
         .context("run mkfs.ext4")?;
     if !output.status.success() {
-        bail!("mkfs.ext4: {}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "mkfs.ext4: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     fs::remove_dir_all(&staging).context("remove the staged payload")?;
     Ok(disk)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to).map(drop).with_context(|| format!("copy {} to the payload", from.display()))
+    fs::copy(from, to)
+        .map(drop)
+        .with_context(|| format!("copy {} to the payload", from.display()))
 }

@@ -27,7 +27,11 @@ pub struct Process {
 
 impl Process {
     /// Starts `command`, in the memory cgroup whose `cgroup.procs` is given, with `inherited` left open in it.
-    pub fn spawn(command: &mut Command, cgroup_procs: Option<File>, inherited: Vec<OwnedFd>) -> Result<Self> {
+    pub fn spawn(
+        command: &mut Command,
+        cgroup_procs: Option<File>,
+        inherited: Vec<OwnedFd>,
+    ) -> Result<Self> {
         let enter = move || {
             set_parent_process_death_signal(Some(Signal::KILL))?;
             for descriptor in &inherited {
@@ -43,7 +47,10 @@ impl Process {
         let command = unsafe { command.pre_exec(enter) };
         let name = command.get_program().to_string_lossy().into_owned();
         let child = command.spawn().with_context(|| format!("start {name}"))?;
-        Ok(Self { child, reaped: None })
+        Ok(Self {
+            child,
+            reaped: None,
+        })
     }
 
     /// Its process id.
@@ -61,14 +68,19 @@ impl Process {
         if self.reaped.is_some() {
             return Ok(());
         }
-        kill_process(Pid::from_child(&self.child), signal).with_context(|| format!("signal {}", self.pid()))
+        kill_process(Pid::from_child(&self.child), signal)
+            .with_context(|| format!("signal {}", self.pid()))
     }
 
     /// Waits for its end; `None` when it has not ended within `limit`.
     pub fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         if self.reaped.is_none() {
-            let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty()).context("pidfd_open")?;
-            let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+            let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())
+                .context("pidfd_open")?;
+            let limit = Timespec {
+                tv_sec: limit.as_secs() as i64,
+                tv_nsec: limit.subsec_nanos().into(),
+            };
             match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
                 Ok(_) => self.reaped = Some(self.child.wait().context("reap a child")?),
@@ -116,9 +128,18 @@ mod tests {
 
     #[test]
     fn waiting_sees_the_exit_status() {
-        let mut process = Process::spawn(Command::new("sh").args(["-c", "exit 3"]), None, Vec::new()).unwrap();
-        assert_eq!(process.wait(Duration::from_secs(10)).unwrap().unwrap().code(), Some(3));
-        let mut process = Process::spawn(Command::new("sleep").arg("1000"), None, Vec::new()).unwrap();
+        let mut process =
+            Process::spawn(Command::new("sh").args(["-c", "exit 3"]), None, Vec::new()).unwrap();
+        assert_eq!(
+            process
+                .wait(Duration::from_secs(10))
+                .unwrap()
+                .unwrap()
+                .code(),
+            Some(3)
+        );
+        let mut process =
+            Process::spawn(Command::new("sleep").arg("1000"), None, Vec::new()).unwrap();
         assert_eq!(process.wait(Duration::from_millis(1)).unwrap(), None);
     }
 }

@@ -56,8 +56,16 @@ impl Proof {
 
     /// Fails unless memory was saved, and as much as claimed.
     pub fn check(&self) -> Result<()> {
-        ensure!(self.rise() > 0, "no memory was saved: the charge changed by {} bytes on undo", self.rise());
-        ensure!(self.net_shared > 0, "the metadata costs more than sharing saves: {} bytes net", self.net_shared);
+        ensure!(
+            self.rise() > 0,
+            "no memory was saved: the charge changed by {} bytes on undo",
+            self.rise()
+        );
+        ensure!(
+            self.net_shared > 0,
+            "the metadata costs more than sharing saves: {} bytes net",
+            self.net_shared
+        );
         let deviation = self.deviation();
         ensure!(
             deviation.abs() <= AGREEMENT,
@@ -90,7 +98,11 @@ fn readings(world: &mut World) -> Result<Proof> {
     let (shared, status) = still(world).context("the reading with sharing")?;
     world.site.ctl(&["undo", "--all"])?;
     let (unshared, after) = still(world).context("the reading without sharing")?;
-    ensure!(after.pages_shared == 0, "{} pages are still shared after the undo", after.pages_shared);
+    ensure!(
+        after.pages_shared == 0,
+        "{} pages are still shared after the undo",
+        after.pages_shared
+    );
     Ok(Proof {
         shared,
         unshared,
@@ -107,12 +119,18 @@ fn still(world: &World) -> Result<(Reading, crate::daemon::Status)> {
     loop {
         crate::interrupt::check()?;
         let before = world.site.status()?;
-        let reading = Reading { frames: frames::distinct(&world.pids())?, charge: world.cgroup.charge()? };
+        let reading = Reading {
+            frames: frames::distinct(&world.pids())?,
+            charge: world.cgroup.charge()?,
+        };
         let after = world.site.status()?;
         if before.pages_shared == after.pages_shared && before.store_pages == after.store_pages {
             return Ok((reading, after));
         }
-        ensure!(Instant::now() < deadline, "the counters still move though the guests stand still");
+        ensure!(
+            Instant::now() < deadline,
+            "the counters still move though the guests stand still"
+        );
     }
 }
 

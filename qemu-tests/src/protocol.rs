@@ -176,7 +176,12 @@ mod tests {
 
     #[test]
     fn requests_are_flat_json() {
-        let request = Request { id: 7, op: Op::Read { path: "/sys/x".into() } };
+        let request = Request {
+            id: 7,
+            op: Op::Read {
+                path: "/sys/x".into(),
+            },
+        };
         let text = serde_json::to_string(&request).unwrap();
         assert_eq!(text, r#"{"id":7,"op":"read","path":"/sys/x"}"#);
         let back: Request = serde_json::from_str(&text).unwrap();
@@ -186,13 +191,27 @@ mod tests {
 
     #[test]
     fn operations_without_fields_round_trip() {
-        let text = serde_json::to_string(&Request { id: 1, op: Op::Evict }).unwrap();
-        assert!(matches!(serde_json::from_str::<Request>(&text).unwrap().op, Op::Evict));
+        let text = serde_json::to_string(&Request {
+            id: 1,
+            op: Op::Evict,
+        })
+        .unwrap();
+        assert!(matches!(
+            serde_json::from_str::<Request>(&text).unwrap().op,
+            Op::Evict
+        ));
     }
 
     #[test]
     fn replies_carry_either_a_value_or_an_error() {
         let reply: Message = serde_json::from_str(r#"{"type":"reply","id":3,"ok":[1]}"#).unwrap();
-        assert!(matches!(reply, Message::Reply { id: 3, ok: Some(_), error: None }));
+        assert!(matches!(
+            reply,
+            Message::Reply {
+                id: 3,
+                ok: Some(_),
+                error: None
+            }
+        ));
     }
 }

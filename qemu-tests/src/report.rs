@@ -34,7 +34,7 @@ pub struct Report {
     pub frames_unshared: u64,
     /// From the last module load to 95% of the final sharing.
     pub seconds_to_95_percent: f64,
-    /// From the resumption after the undo until sharing had settled again.
+    /// From the resumption after the undo until 95% of it was back.
     pub seconds_to_rebuild: f64,
     /// Comparisons made.
     pub integrity_checks: u64,
@@ -68,7 +68,15 @@ impl Report {
     pub fn table(&self) -> String {
         let mut guests = Table::new();
         guests.load_preset(UTF8_FULL_CONDENSED);
-        guests.set_header(["guest", "reported", "shared", "only here", "refused", "broken", "ready after"]);
+        guests.set_header([
+            "guest",
+            "reported",
+            "shared",
+            "only here",
+            "refused",
+            "broken",
+            "ready after",
+        ]);
         for guest in &self.guests {
             let pages = [
                 guest.pages_reported,
@@ -91,12 +99,30 @@ impl Report {
         let row = |name: &str, with: u64, without: u64| {
             let saved = without as i64 - with as i64;
             let colour = if saved > 0 { Color::Green } else { Color::Red };
-            [Cell::new(name), Cell::new(mib(with as i64)), Cell::new(mib(without as i64)), Cell::new(mib(saved)).fg(colour)]
+            [
+                Cell::new(name),
+                Cell::new(mib(with as i64)),
+                Cell::new(mib(without as i64)),
+                Cell::new(mib(saved)).fg(colour),
+            ]
         };
-        host.add_row(row("memory cgroup's charge", self.charge_shared, self.charge_unshared));
-        host.add_row(row("distinct frames", self.frames_shared * 4096, self.frames_unshared * 4096));
+        host.add_row(row(
+            "memory cgroup's charge",
+            self.charge_shared,
+            self.charge_unshared,
+        ));
+        host.add_row(row(
+            "distinct frames",
+            self.frames_shared * 4096,
+            self.frames_unshared * 4096,
+        ));
         let agreement = (self.bytes_saved - charge) as f64 / charge as f64 * 100.0;
-        host.add_row(["our own counters", "", "", &format!("{} ({agreement:+.2}%)", mib(self.bytes_saved))]);
+        host.add_row([
+            "our own counters",
+            "",
+            "",
+            &format!("{} ({agreement:+.2}%)", mib(self.bytes_saved)),
+        ]);
         align_right(&mut host);
 
         let errors = match self.integrity_errors {
@@ -106,7 +132,7 @@ impl Report {
         format!(
             "{} guests on {}, kernel {}, QEMU {}\n\n{guests}\n\n{host}\n\n\
              {} guest pages on {} canonical ones\n\
-             95% of that {:.1} s after the last module was loaded; all of it back {:.1} s after the undo\n\
+             95% of that {:.1} s after the last module was loaded; built again {:.1} s after the undo\n\
              {} of metadata, which an undo keeps, to be subtracted\n\
              {} integrity checks, {errors}\n",
             self.vms,
@@ -152,7 +178,12 @@ mod tests {
 
     #[test]
     fn digits_are_grouped() {
-        for (number, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
+        for (number, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1000, "1,000"),
+            (1_234_567, "1,234,567"),
+        ] {
             assert_eq!(grouped(number), text);
         }
     }
@@ -167,22 +198,51 @@ mod tests {
             charge_unshared: 150 << 20,
             bytes_saved: 49 << 20,
             integrity_checks: 7,
-            guests: vec![GuestReport { name: "vm1".into(), pages_reported: 6133, ..GuestReport::default() }],
+            guests: vec![GuestReport {
+                name: "vm1".into(),
+                pages_reported: 6133,
+                ..GuestReport::default()
+            }],
             ..Report::default()
         };
         let table = report.table();
-        for text in ["vm1", "6,133", "12,345", "50.0 MiB", "49.0 MiB (-2.00%)", "7 integrity checks, none wrong"] {
+        for text in [
+            "vm1",
+            "6,133",
+            "12,345",
+            "50.0 MiB",
+            "49.0 MiB (-2.00%)",
+            "7 integrity checks, none wrong",
+        ] {
             assert!(table.contains(text), "{text} is not in\n{table}");
         }
-        assert!(Report { integrity_errors: 3, ..report }.table().contains("3 WRONG"));
+        assert!(
+            Report {
+                integrity_errors: 3,
+                ..report
+            }
+            .table()
+            .contains("3 WRONG")
+        );
     }
 
     #[test]
     fn the_promised_fields_are_there() {
         let json = serde_json::to_value(Report::default()).unwrap();
         for field in [
-            "host", "kernel", "qemu", "vms", "pages_reported", "pages_shared", "bytes_saved", "charge_shared",
-            "charge_unshared", "frames_shared", "frames_unshared", "seconds_to_95_percent", "integrity_checks",
+            "host",
+            "kernel",
+            "qemu",
+            "vms",
+            "pages_reported",
+            "pages_shared",
+            "bytes_saved",
+            "charge_shared",
+            "charge_unshared",
+            "frames_shared",
+            "frames_unshared",
+            "seconds_to_95_percent",
+            "integrity_checks",
             "integrity_errors",
         ] {
             assert!(json.get(field).is_some(), "{field}");

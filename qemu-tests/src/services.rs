@@ -24,11 +24,21 @@ pub fn wait(guest: &mut Guest, limit: Duration) -> Result<()> {
     let up = guest.run_for(&["systemctl", "is-system-running", "--wait"], limit)?;
     if up.stdout.trim() != "running" {
         let failed = guest.run_for(&["systemctl", "--failed", "--no-legend", "--plain"], limit)?;
-        bail!("{}: the system is {:?}: {}", guest.name(), up.stdout.trim(), failed.stdout);
+        bail!(
+            "{}: the system is {:?}: {}",
+            guest.name(),
+            up.stdout.trim(),
+            failed.stdout
+        );
     }
     for unit in UNITS {
         let state = guest.run_for(&["systemctl", "is-active", unit], limit)?;
-        ensure!(state.status == Some(0), "{}: {unit} is {:?}", guest.name(), state.stdout.trim());
+        ensure!(
+            state.status == Some(0),
+            "{}: {unit} is {:?}",
+            guest.name(),
+            state.stdout.trim()
+        );
     }
     Ok(())
 }
@@ -37,7 +47,12 @@ pub fn wait(guest: &mut Guest, limit: Duration) -> Result<()> {
 pub fn start(guest: &mut Guest, limit: Duration) -> Result<()> {
     for command in COMMANDS {
         let outcome = guest.run_for(&["sh", "-c", command], limit)?;
-        ensure!(outcome.status == Some(0), "{}: {command}: {}", guest.name(), outcome.stderr.trim());
+        ensure!(
+            outcome.status == Some(0),
+            "{}: {command}: {}",
+            guest.name(),
+            outcome.stderr.trim()
+        );
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ const QUIET_PASSES: u64 = 3;
 /// A running system maps and unmaps files: changes up to this fraction are its own.
 const TOLERANCE: f64 = 0.002;
 /// How often the counters are looked at; they have no event.
-const INTERVAL: Duration = Duration::from_millis(50);
+const INTERVAL: Duration = Duration::from_millis(250);
 
 /// How sharing grew.
 #[derive(Clone, Debug, Default)]
@@ -35,7 +35,10 @@ impl Growth {
     /// When it reached `fraction` of its end.
     pub fn time_to(&self, fraction: f64) -> Option<Duration> {
         let wanted = self.last() as f64 * fraction;
-        self.samples.iter().find(|(_, pages)| *pages as f64 >= wanted && *pages > 0).map(|(at, _)| *at)
+        self.samples
+            .iter()
+            .find(|(_, pages)| *pages as f64 >= wanted && *pages > 0)
+            .map(|(at, _)| *at)
     }
 }
 
@@ -58,7 +61,10 @@ pub fn settle(world: &mut World, start: Instant) -> Result<Growth> {
             return Ok(growth);
         }
         if Instant::now() >= deadline {
-            bail!("sharing did not settle: {} pages shared, full passes {passes:?}", status.pages_shared);
+            bail!(
+                "sharing did not settle: {} pages shared, full passes {passes:?}",
+                status.pages_shared
+            );
         }
         thread::sleep(INTERVAL);
     }
@@ -74,7 +80,10 @@ pub fn settle_with(world: &mut World, pages: u64) -> Result<Growth> {
             return Ok(growth);
         }
         if Instant::now() >= deadline {
-            bail!("{} pages are shared, at least {pages} should be", growth.last());
+            bail!(
+                "{} pages are shared, at least {pages} should be",
+                growth.last()
+            );
         }
     }
 }
@@ -94,7 +103,10 @@ impl Quiet {
             self.passes = passes.to_vec();
             return false;
         }
-        passes.iter().zip(&self.passes).all(|(now, then)| *now >= then + QUIET_PASSES)
+        passes
+            .iter()
+            .zip(&self.passes)
+            .all(|(now, then)| *now >= then + QUIET_PASSES)
     }
 }
 
@@ -107,8 +119,14 @@ mod tests {
         let mut quiet = Quiet::default();
         assert!(!quiet.settled(1000, &[1, 1]));
         assert!(!quiet.settled(1000, &[9, 3]));
-        assert!(!quiet.settled(2000, &[9, 9]), "a change starts the count again");
-        assert!(!quiet.settled(2001, &[12, 11]), "a small change does not, and one guest is not there yet");
+        assert!(
+            !quiet.settled(2000, &[9, 9]),
+            "a change starts the count again"
+        );
+        assert!(
+            !quiet.settled(2001, &[12, 11]),
+            "a small change does not, and one guest is not there yet"
+        );
         assert!(quiet.settled(2001, &[12, 12]));
     }
 
@@ -117,14 +135,25 @@ mod tests {
         let mut quiet = Quiet::default();
         quiet.settled(1000, &[0]);
         assert!(!quiet.settled(1002, &[2]));
-        assert!(!quiet.settled(1004, &[3]), "compared with where the quiet began, not with the last look");
+        assert!(
+            !quiet.settled(1004, &[3]),
+            "compared with where the quiet began, not with the last look"
+        );
     }
 
     #[test]
     fn the_time_to_a_fraction_is_that_of_the_first_sample_there() {
         let at = Duration::from_secs;
-        let growth = Growth { samples: vec![(at(1), 0), (at(2), 50), (at(3), 96), (at(9), 100)] };
+        let growth = Growth {
+            samples: vec![(at(1), 0), (at(2), 50), (at(3), 96), (at(9), 100)],
+        };
         assert_eq!(growth.time_to(0.95), Some(at(3)));
-        assert_eq!(Growth { samples: vec![(at(1), 0)] }.time_to(0.95), None);
+        assert_eq!(
+            Growth {
+                samples: vec![(at(1), 0)]
+            }
+            .time_to(0.95),
+            None
+        );
     }
 }

@@ -60,7 +60,10 @@ impl Tally {
 
     /// The closing line.
     pub fn line(&self) -> String {
-        format!("{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+        format!(
+            "{} passed, {} failed, {} skipped",
+            self.passed, self.failed, self.skipped
+        )
     }
 }
 
@@ -79,7 +82,9 @@ pub fn run(
         let start = Instant::now();
         let result = match &mut stage {
             Some(stage) => stage.play(scenario),
-            None => Stage::new(artifacts, host, logs).and_then(|new| stage.insert(new).play(scenario)),
+            None => {
+                Stage::new(artifacts, host, logs).and_then(|new| stage.insert(new).play(scenario))
+            }
         };
         // Ctrl-C is nobody's failure.
         interrupt::check()?;
@@ -95,8 +100,16 @@ pub fn run(
     }
     if let Some(stage) = stage {
         let start = Instant::now();
-        let verdict = stage.close().map_or_else(|error| Verdict::Failed(format!("{error:#}")), |()| Verdict::Passed);
-        tally.record(host.name(), "everything_ends_cleanly", &verdict, start.elapsed());
+        let verdict = stage.close().map_or_else(
+            |error| Verdict::Failed(format!("{error:#}")),
+            |()| Verdict::Passed,
+        );
+        tally.record(
+            host.name(),
+            "everything_ends_cleanly",
+            &verdict,
+            start.elapsed(),
+        );
     }
     Ok(())
 }
@@ -120,7 +133,10 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<_> = scenarios::ALL.iter().map(|scenario| scenario.name).collect();
+        let mut names: Vec<_> = scenarios::ALL
+            .iter()
+            .map(|scenario| scenario.name)
+            .collect();
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), scenarios::ALL.len());

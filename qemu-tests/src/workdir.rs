@@ -26,7 +26,12 @@ pub(crate) fn alive(pid: u32) -> bool {
 pub fn create_in(parent: &Path) -> Result<TempDir> {
     for entry in fs::read_dir(parent).with_context(|| format!("list {}", parent.display()))? {
         let entry = entry?;
-        if entry.file_name().to_str().and_then(owner).is_some_and(|owner| !alive(owner)) {
+        if entry
+            .file_name()
+            .to_str()
+            .and_then(owner)
+            .is_some_and(|owner| !alive(owner))
+        {
             // Another harness may be removing the same leftover.
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -45,7 +50,9 @@ pub fn create() -> Result<TempDir> {
 /// A directory on tmpfs, for the store.
 pub fn create_on_tmpfs() -> Result<TempDir> {
     let parent = Path::new("/dev/shm");
-    let kind = rustix::fs::statfs(parent).context("look at /dev/shm")?.f_type;
+    let kind = rustix::fs::statfs(parent)
+        .context("look at /dev/shm")?
+        .f_type;
     ensure!(kind == TMPFS, "/dev/shm is not on tmpfs");
     create_in(parent)
 }
@@ -64,7 +71,9 @@ mod tests {
     #[test]
     fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() {
         let parent = tempfile::tempdir().unwrap();
-        let mine = parent.path().join(format!("pagefusion-{}-x", std::process::id()));
+        let mine = parent
+            .path()
+            .join(format!("pagefusion-{}-x", std::process::id()));
         let dead = parent.path().join("pagefusion-4194999-x");
         fs::create_dir(&mine).unwrap();
         fs::create_dir(&dead).unwrap();

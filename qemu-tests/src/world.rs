@@ -41,7 +41,11 @@ impl Limits {
             (Accelerator::Kvm, true) => 6,
         };
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes * factor);
-        Self { boot: minutes(1), services: minutes(2), settle: minutes(1) }
+        Self {
+            boot: minutes(1),
+            services: minutes(2),
+            settle: minutes(1),
+        }
     }
 }
 
@@ -57,7 +61,11 @@ pub struct Host {
 impl Host {
     /// What its Debian guests boot into. Under a nested host systemd's boot alone would take minutes.
     fn mode(self) -> Mode {
-        if self.nested { Mode::Bare } else { Mode::Systemd }
+        if self.nested {
+            Mode::Bare
+        } else {
+            Mode::Systemd
+        }
     }
 
     /// Its name in reports.
@@ -134,8 +142,14 @@ impl World {
 
     /// Starts QEMU for one more Debian guest; it boots while others do.
     pub fn start_guest(&mut self) -> Result<()> {
-        let config = self.config(self.host.mode(), 1024, vec![self.artifacts.guest_image.clone()]);
-        let launcher = self.site.launcher(GROUP, &config.name, &self.artifacts.qemu);
+        let config = self.config(
+            self.host.mode(),
+            1024,
+            vec![self.artifacts.guest_image.clone()],
+        );
+        let launcher = self
+            .site
+            .launcher(GROUP, &config.name, &self.artifacts.qemu);
         let guest = Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)?;
         self.guests.push(guest);
         Ok(())
@@ -173,7 +187,11 @@ impl World {
             accelerator: self.host.accelerator,
             memory_mib,
             cpus: 1,
-            cpu: if self.host.accelerator == Accelerator::Kvm { "host" } else { "max,la57=off" },
+            cpu: if self.host.accelerator == Accelerator::Kvm {
+                "host"
+            } else {
+                "max,la57=off"
+            },
             kernel: self.artifacts.kernel.clone(),
             initramfs: self.initramfs.clone(),
             disks,
@@ -183,7 +201,11 @@ impl World {
 
     /// Every process whose memory counts.
     pub fn pids(&self) -> Vec<u32> {
-        self.guests.iter().map(Guest::pid).chain(self.daemon.iter().map(Daemon::pid)).collect()
+        self.guests
+            .iter()
+            .map(Guest::pid)
+            .chain(self.daemon.iter().map(Daemon::pid))
+            .collect()
     }
 
     /// Fails when a guest or the daemon is not well.

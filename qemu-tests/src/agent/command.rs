@@ -21,11 +21,18 @@ use crate::protocol::{Message, RunOutcome};
 const KEPT: usize = 64 << 10;
 
 /// Runs `argv`. With `relay` its output goes out line by line under that request id and is not kept.
-pub(super) fn run(argv: &[String], timeout_ms: u64, relay: Option<(Line, u64)>) -> Result<RunOutcome> {
+pub(super) fn run(
+    argv: &[String],
+    timeout_ms: u64,
+    relay: Option<(Line, u64)>,
+) -> Result<RunOutcome> {
     let (program, arguments) = argv.split_first().context("no program given")?;
     let mut child = Command::new(program)
         .args(arguments)
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -39,7 +46,10 @@ pub(super) fn run(argv: &[String], timeout_ms: u64, relay: Option<(Line, u64)>) 
     let deadline = Instant::now() + Duration::from_millis(timeout_ms);
     let timed_out = loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let limit = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        };
         match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)) {
             Ok(0) => break true,
             Ok(_) => break false,
@@ -52,7 +62,12 @@ pub(super) fn run(argv: &[String], timeout_ms: u64, relay: Option<(Line, u64)>) 
     }
     let status = child.wait().context("reap the program")?;
     let text = |reader: thread::JoinHandle<String>| reader.join().unwrap_or_default();
-    Ok(RunOutcome { status: status.code(), timed_out, stdout: text(stdout), stderr: text(stderr) })
+    Ok(RunOutcome {
+        status: status.code(),
+        timed_out,
+        stdout: text(stdout),
+        stderr: text(stderr),
+    })
 }
 
 /// Reads one stream to its end in a thread of its own.
@@ -62,7 +77,9 @@ fn collect(
     stderr: bool,
 ) -> thread::JoinHandle<String> {
     thread::spawn(move || {
-        let Some(stream) = stream else { return String::new() };
+        let Some(stream) = stream else {
+            return String::new();
+        };
         let mut kept = VecDeque::new();
         let mut reader = BufReader::new(stream);
         let mut line = Vec::new();
@@ -70,7 +87,14 @@ fn collect(
             if let Some((port, id)) = &relay {
                 let line = String::from_utf8_lossy(&line).trim_end().to_owned();
                 // A harness that has gone away needs no output; the program runs on.
-                let _ = send(port, &Message::Output { id: *id, line, stderr });
+                let _ = send(
+                    port,
+                    &Message::Output {
+                        id: *id,
+                        line,
+                        stderr,
+                    },
+                );
             } else {
                 kept.extend(line.iter().copied());
                 let excess = kept.len().saturating_sub(KEPT);

@@ -15,9 +15,18 @@ use crate::{pattern, protocol::FileSum};
 
 /// Writes `data` in one `write`, as sysfs wants it.
 pub(super) fn write_once(path: &str, data: &str) -> Result<()> {
-    let mut file = OpenOptions::new().write(true).open(path).with_context(|| format!("open {path}"))?;
-    let written = file.write(data.as_bytes()).with_context(|| format!("write {data:?} to {path}"))?;
-    ensure!(written == data.len(), "{path} took {written} of {} bytes", data.len());
+    let mut file = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .with_context(|| format!("open {path}"))?;
+    let written = file
+        .write(data.as_bytes())
+        .with_context(|| format!("write {data:?} to {path}"))?;
+    ensure!(
+        written == data.len(),
+        "{path} took {written} of {} bytes",
+        data.len()
+    );
     Ok(())
 }
 
@@ -37,7 +46,9 @@ pub(super) fn mapped() -> Result<BTreeSet<String>> {
     for process in fs::read_dir("/proc").context("list /proc")? {
         let maps = process?.path().join("maps");
         // Not a process, or one that has just ended.
-        let Ok(maps) = fs::read_to_string(maps) else { continue };
+        let Ok(maps) = fs::read_to_string(maps) else {
+            continue;
+        };
         files.extend(maps.lines().filter_map(mapped_path).map(str::to_owned));
     }
     Ok(files)
@@ -61,7 +72,13 @@ fn mapped_path(line: &str) -> Option<&str> {
 
 /// Hashes one file both ways.
 pub(super) fn checksum(path: &str) -> FileSum {
-    let mut sum = FileSum { path: path.to_owned(), bytes: 0, by_read: None, by_map: None, error: None };
+    let mut sum = FileSum {
+        path: path.to_owned(),
+        bytes: 0,
+        by_read: None,
+        by_map: None,
+        error: None,
+    };
     let result = read_sum(path).and_then(|(bytes, hash)| {
         sum.bytes = bytes;
         sum.by_read = Some(hash);
@@ -78,7 +95,9 @@ fn read_sum(path: &str) -> Result<(u64, String)> {
     let mut buffer = vec![0; 256 << 10];
     let mut bytes = 0;
     loop {
-        let read = file.read(&mut buffer).with_context(|| format!("read {path}"))?;
+        let read = file
+            .read(&mut buffer)
+            .with_context(|| format!("read {path}"))?;
         if read == 0 {
             return Ok((bytes, pattern::hex(&hasher.finalize())));
         }
@@ -101,7 +120,8 @@ pub(super) fn write_pattern(path: &str, seed: u64, offset: u64, bytes: u64) -> R
     while position < end {
         let length = (end - position).min(buffer.len() as u64) as usize;
         pattern::fill(seed, position, &mut buffer[..length]);
-        file.write_all_at(&buffer[..length], position).with_context(|| format!("write {path}"))?;
+        file.write_all_at(&buffer[..length], position)
+            .with_context(|| format!("write {path}"))?;
         position += length as u64;
     }
     file.sync_all().with_context(|| format!("fsync {path}"))
@@ -114,7 +134,10 @@ mod tests {
     #[test]
     fn only_ordinary_mapped_files_count() {
         let library = "7f00-7f01 r-xp 00001000 fe:00 1234                       /usr/lib/x86_64-linux-gnu/libc.so.6";
-        assert_eq!(mapped_path(library), Some("/usr/lib/x86_64-linux-gnu/libc.so.6"));
+        assert_eq!(
+            mapped_path(library),
+            Some("/usr/lib/x86_64-linux-gnu/libc.so.6")
+        );
         for line in [
             "7f00-7f01 rw-p 00000000 00:00 0 ",
             "7f00-7f01 rw-p 00000000 00:00 0                          [heap]",
@@ -134,7 +157,10 @@ mod tests {
         write_pattern(path, 3, 0, 10_000).unwrap();
         let sum = checksum(path);
         assert_eq!(sum.bytes, 10_000);
-        assert_eq!(sum.by_read, Some(pattern::Expected::new(3, 10_000).sha256()));
+        assert_eq!(
+            sum.by_read,
+            Some(pattern::Expected::new(3, 10_000).sha256())
+        );
         assert_eq!(sum.by_read, sum.by_map);
         assert_eq!(sum.error, None);
     }

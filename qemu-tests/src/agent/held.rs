@@ -22,14 +22,27 @@ impl Held {
         let file = File::open(path).with_context(|| format!("open {path}"))?;
         let length = usize::try_from(file.metadata()?.len())?;
         if length == 0 {
-            return Ok(Self { start: NonNull::dangling(), length });
+            return Ok(Self {
+                start: NonNull::dangling(),
+                length,
+            });
         }
         // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let start = unsafe {
-            mmap(ptr::null_mut(), length, ProtFlags::READ, MapFlags::PRIVATE | MapFlags::POPULATE, &file, 0)
+            mmap(
+                ptr::null_mut(),
+                length,
+                ProtFlags::READ,
+                MapFlags::PRIVATE | MapFlags::POPULATE,
+                &file,
+                0,
+            )
         }
         .with_context(|| format!("map {path}"))?;
-        Ok(Self { start: NonNull::new(start.cast()).context("mmap returned null")?, length })
+        Ok(Self {
+            start: NonNull::new(start.cast()).context("mmap returned null")?,
+            length,
+        })
     }
 
     /// SHA-256 of what the mapping shows now.
@@ -38,9 +51,11 @@ impl Held {
         let mut page = [0_u8; 4096];
         for offset in (0..self.length).step_by(page.len()) {
             let length = page.len().min(self.length - offset);
-            // SAFETY: `offset + length` is inside the mapping, which lives as long as `self`. No reference to the
-            // mapping is made: the file may be rewritten at any time, and a torn page only fails the comparison.
-            unsafe { ptr::copy_nonoverlapping(self.start.as_ptr().add(offset), page.as_mut_ptr(), length) };
+            // SAFETY: `offset` is inside the mapping, which lives as long as `self`.
+            let from = unsafe { self.start.as_ptr().add(offset) };
+            // SAFETY: `offset + length` is inside the mapping. No reference to it is made: the file may be
+            // rewritten at any time, and a torn page only fails the comparison.
+            unsafe { ptr::copy_nonoverlapping(from, page.as_mut_ptr(), length) };
             hasher.update(&page[..length]);
         }
         pattern::hex(&hasher.finalize())

@@ -14,13 +14,19 @@ const COUNTER_INTERVAL: Duration = Duration::from_millis(20);
 
 /// `uname -r`.
 pub(super) fn release() -> String {
-    rustix::system::uname().release().to_string_lossy().into_owned()
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// Seconds since the kernel started.
 pub(super) fn uptime() -> Result<f64> {
     let text = fs::read_to_string("/proc/uptime").context("read /proc/uptime")?;
-    text.split(' ').next().and_then(|seconds| seconds.parse().ok()).context("parse /proc/uptime")
+    text.split(' ')
+        .next()
+        .and_then(|seconds| seconds.parse().ok())
+        .context("parse /proc/uptime")
 }
 
 /// `finit_module`.
@@ -42,7 +48,10 @@ pub(super) fn wait_counter(path: &str, at_least: u64, timeout_ms: u64) -> Result
     let deadline = Instant::now() + Duration::from_millis(timeout_ms);
     loop {
         let text = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
-        let value: u64 = text.trim().parse().with_context(|| format!("{path} holds {text:?}"))?;
+        let value: u64 = text
+            .trim()
+            .parse()
+            .with_context(|| format!("{path} holds {text:?}"))?;
         if value >= at_least {
             return Ok(value);
         }

@@ -19,7 +19,11 @@ pub(super) type Line = Arc<Mutex<fs::File>>;
 
 /// Serves the harness on a serial port until it goes away.
 pub fn serve(path: &str) -> Result<()> {
-    let port = OpenOptions::new().read(true).write(true).open(path).with_context(|| format!("open {path}"))?;
+    let port = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .with_context(|| format!("open {path}"))?;
     let mut settings = tcgetattr(&port).with_context(|| format!("{path} is no terminal"))?;
     settings.make_raw();
     tcsetattr(&port, OptionalActions::Flush, &settings).context("make the port raw")?;
@@ -28,14 +32,33 @@ pub fn serve(path: &str) -> Result<()> {
 
 fn requests(port: fs::File) -> Result<()> {
     let line: Line = Arc::new(Mutex::new(port.try_clone().context("duplicate the port")?));
-    send(&line, &Message::Ready { kernel: kernel::release(), uptime: kernel::uptime()? })?;
-    let mut agent = Agent { line: Arc::clone(&line), held: HashMap::new() };
+    send(
+        &line,
+        &Message::Ready {
+            kernel: kernel::release(),
+            uptime: kernel::uptime()?,
+        },
+    )?;
+    let mut agent = Agent {
+        line: Arc::clone(&line),
+        held: HashMap::new(),
+    };
     for text in BufReader::new(port).lines() {
         let text = text.context("read a request")?;
-        let Ok(request) = serde_json::from_str::<Request>(&text) else { continue };
+        let Ok(request) = serde_json::from_str::<Request>(&text) else {
+            continue;
+        };
         let reply = match agent.perform(request.id, request.op) {
-            Ok(value) => Message::Reply { id: request.id, ok: Some(value), error: None },
-            Err(error) => Message::Reply { id: request.id, ok: None, error: Some(format!("{error:#}")) },
+            Ok(value) => Message::Reply {
+                id: request.id,
+                ok: Some(value),
+                error: None,
+            },
+            Err(error) => Message::Reply {
+                id: request.id,
+                ok: None,
+                error: Some(format!("{error:#}")),
+            },
         };
         send(&line, &reply)?;
     }
@@ -46,7 +69,9 @@ fn requests(port: fs::File) -> Result<()> {
 pub(super) fn send(line: &Line, message: &Message) -> Result<()> {
     let mut text = serde_json::to_vec(message)?;
     text.push(b'\n');
-    let mut port = line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut port = line
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     port.write_all(&text).context("write to the harness")
 }
 
@@ -60,26 +85,39 @@ impl Agent {
     fn perform(&mut self, id: u64, op: Op) -> Result<Value> {
         let unit = |()| Value::Null;
         match op {
-            Op::Run { argv, timeout_ms, stream } => {
+            Op::Run {
+                argv,
+                timeout_ms,
+                stream,
+            } => {
                 let relay = stream.then(|| (Arc::clone(&self.line), id));
-                Ok(serde_json::to_value(command::run(&argv, timeout_ms, relay)?)?)
+                Ok(serde_json::to_value(command::run(
+                    &argv, timeout_ms, relay,
+                )?)?)
             }
             Op::LoadModule { path, params } => kernel::load_module(&path, &params).map(unit),
             Op::UnloadModule { name } => kernel::unload_module(&name).map(unit),
-            Op::Read { path } => Ok(fs::read_to_string(&path).with_context(|| format!("read {path}"))?.into()),
+            Op::Read { path } => Ok(fs::read_to_string(&path)
+                .with_context(|| format!("read {path}"))?
+                .into()),
             Op::Write { path, data } => files::write_once(&path, &data).map(unit),
             Op::List { path } => Ok(serde_json::to_value(files::list(&path)?)?),
-            Op::WaitCounter { path, at_least, timeout_ms } => {
-                Ok(kernel::wait_counter(&path, at_least, timeout_ms)?.into())
-            }
+            Op::WaitCounter {
+                path,
+                at_least,
+                timeout_ms,
+            } => Ok(kernel::wait_counter(&path, at_least, timeout_ms)?.into()),
             Op::MappedFiles => Ok(serde_json::to_value(files::mapped()?)?),
             Op::Checksum { paths } => {
                 let sums: Vec<_> = paths.iter().map(|path| files::checksum(path)).collect();
                 Ok(serde_json::to_value(sums)?)
             }
-            Op::WritePattern { path, seed, offset, bytes } => {
-                files::write_pattern(&path, seed, offset, bytes).map(unit)
-            }
+            Op::WritePattern {
+                path,
+                seed,
+                offset,
+                bytes,
+            } => files::write_pattern(&path, seed, offset, bytes).map(unit),
             Op::Hold { path } => {
                 let held = Held::map(&path)?;
                 self.held.insert(path, held);
@@ -87,7 +125,9 @@ impl Agent {
             }
             Op::HeldSum { path } => Ok(self.held(&path)?.sha256().into()),
             Op::Release { path } => {
-                self.held.remove(&path).with_context(|| format!("{path} is not held"))?;
+                self.held
+                    .remove(&path)
+                    .with_context(|| format!("{path} is not held"))?;
                 Ok(Value::Null)
             }
             Op::Delete { path } => {
@@ -99,6 +139,8 @@ impl Agent {
     }
 
     fn held(&self, path: &str) -> Result<&Held> {
-        self.held.get(path).with_context(|| format!("{path} is not held"))
+        self.held
+            .get(path)
+            .with_context(|| format!("{path} is not held"))
     }
 }

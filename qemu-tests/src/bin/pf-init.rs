@@ -58,7 +58,9 @@ fn run() -> Result<Infallible> {
         mount_at(kind, kind, target, MountFlags::empty(), "")?;
     }
     let arguments = fs::read_to_string("/proc/cmdline").context("read the kernel command line")?;
-    let mode = arguments.split_whitespace().find_map(|word| word.strip_prefix("pf.mode="));
+    let mode = arguments
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("pf.mode="));
     load_modules()?;
     match mode {
         Some("systemd") => systemd(),
@@ -71,7 +73,13 @@ fn run() -> Result<Infallible> {
 
 fn systemd() -> Result<Infallible> {
     mount_disk("vda", ROOT, MountFlags::empty())?;
-    mount_at("tmpfs", "tmpfs", &format!("{ROOT}/run"), MountFlags::NODEV | MountFlags::NOSUID, "mode=0755")?;
+    mount_at(
+        "tmpfs",
+        "tmpfs",
+        &format!("{ROOT}/run"),
+        MountFlags::NODEV | MountFlags::NOSUID,
+        "mode=0755",
+    )?;
     copy_run(&format!("{ROOT}{RUN}"))?;
     move_to_root(&["dev", "proc", "sys"])?;
     enter_root()?;
@@ -82,11 +90,23 @@ fn bare() -> Result<Infallible> {
     let under = |path: &str| format!("{ROOT}{path}");
     mount_disk("vda", ROOT, MountFlags::empty())?;
     for path in ["/run", "/tmp"] {
-        mount_at("tmpfs", "tmpfs", &under(path), MountFlags::NODEV | MountFlags::NOSUID, "")?;
+        mount_at(
+            "tmpfs",
+            "tmpfs",
+            &under(path),
+            MountFlags::NODEV | MountFlags::NOSUID,
+            "",
+        )?;
     }
     copy_run(&under(RUN))?;
     move_to_root(&["dev", "proc", "sys"])?;
-    mount_at("tmpfs", "tmpfs", &under("/dev/shm"), MountFlags::NODEV | MountFlags::NOSUID, "")?;
+    mount_at(
+        "tmpfs",
+        "tmpfs",
+        &under("/dev/shm"),
+        MountFlags::NODEV | MountFlags::NOSUID,
+        "",
+    )?;
     enter_root()?;
     serve(&format!("{RUN}/agent"))
 }
@@ -105,7 +125,13 @@ fn lab() -> Result<Infallible> {
     move_to_root(&["dev", "proc", "sys"])?;
     mount_at("tmpfs", "tmpfs", &under("/tmp"), plain, "")?;
     mount_at("tmpfs", "tmpfs", &under("/dev/shm"), plain, "")?;
-    mount_at("cgroup2", "cgroup2", &under("/sys/fs/cgroup"), MountFlags::empty(), "")?;
+    mount_at(
+        "cgroup2",
+        "cgroup2",
+        &under("/sys/fs/cgroup"),
+        MountFlags::empty(),
+        "",
+    )?;
     enter_root()?;
     serve(&format!("{RUN}/bin/pf-init"))
 }
@@ -120,7 +146,9 @@ fn move_to_root(directories: &[&str]) -> Result<()> {
 
 /// Runs the agent to its end, reaping whatever else ends meanwhile, and switches the machine off.
 fn serve(program: &str) -> Result<Infallible> {
-    let agent = Command::new(program).spawn().with_context(|| format!("start {program}"))?;
+    let agent = Command::new(program)
+        .spawn()
+        .with_context(|| format!("start {program}"))?;
     let agent = rustix::process::Pid::from_child(&agent);
     loop {
         match rustix::process::wait(rustix::process::WaitOptions::empty()) {
@@ -144,10 +172,13 @@ fn load_modules() -> Result<()> {
         Err(error) => return Err(error).context("read /modules/order"),
     };
     for name in list.lines() {
-        let file = File::open(format!("/modules/{name}")).with_context(|| format!("open module {name}"))?;
+        let file = File::open(format!("/modules/{name}"))
+            .with_context(|| format!("open module {name}"))?;
         match rustix::system::finit_module(&file, c"", 0) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(rustix::io::Errno::NODEV | rustix::io::Errno::OPNOTSUPP) => println!("pf-init: no hardware for {name}"),
+            Err(rustix::io::Errno::NODEV | rustix::io::Errno::OPNOTSUPP) => {
+                println!("pf-init: no hardware for {name}");
+            }
             Err(error) => return Err(error).with_context(|| format!("load {name}")),
         }
     }
@@ -157,7 +188,8 @@ fn load_modules() -> Result<()> {
 fn mount_at(kind: &str, source: &str, target: &str, flags: MountFlags, data: &str) -> Result<()> {
     fs::create_dir_all(target).with_context(|| format!("create {target}"))?;
     let data = std::ffi::CString::new(data)?;
-    mount(source, target, kind, flags, Some(data.as_c_str())).with_context(|| format!("mount {kind} on {target}"))
+    mount(source, target, kind, flags, Some(data.as_c_str()))
+        .with_context(|| format!("mount {kind} on {target}"))
 }
 
 fn mount_disk(disk: &str, target: &str, flags: MountFlags) -> Result<()> {
@@ -170,13 +202,21 @@ fn wait_for_device(name: &str) -> Result<()> {
     let path = Path::new("/dev").join(name);
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC).context("inotify")?;
     inotify::add_watch(&watch, "/dev", inotify::WatchFlags::CREATE).context("watch /dev")?;
-    let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
+    let limit = Timespec {
+        tv_sec: 30,
+        tv_nsec: 0,
+    };
     let mut buffer = [MaybeUninit::uninit(); 1024];
     while !path.exists() {
-        if poll(&mut [PollFd::new(&watch, PollFlags::IN)], Some(&limit)).context("wait for a device")? == 0 {
+        if poll(&mut [PollFd::new(&watch, PollFlags::IN)], Some(&limit))
+            .context("wait for a device")?
+            == 0
+        {
             bail!("{} did not appear", path.display());
         }
-        inotify::Reader::new(&watch, &mut buffer).next().context("read device events")?;
+        inotify::Reader::new(&watch, &mut buffer)
+            .next()
+            .context("read device events")?;
     }
     Ok(())
 }

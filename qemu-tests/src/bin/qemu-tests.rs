@@ -24,7 +24,11 @@ use qemu_tests::{
 #[command(about = "Boots real guests, shares their memory and checks that nothing breaks")]
 struct Arguments {
     /// What provisioning made (JSON).
-    #[arg(long, global = true, default_value = "target/pagefusion/artifacts.json")]
+    #[arg(
+        long,
+        global = true,
+        default_value = "target/pagefusion/artifacts.json"
+    )]
     artifacts: PathBuf,
     /// Keep consoles and logs in this directory.
     #[arg(long, global = true)]
@@ -95,10 +99,18 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     interrupt::install()?;
     let artifacts = Artifacts::read(&arguments.artifacts)?;
     let logs = arguments.logs.as_deref();
-    let harness = Harness { artifacts: &artifacts, logs, nested: arguments.nested };
+    let harness = Harness {
+        artifacts: &artifacts,
+        logs,
+        nested: arguments.nested,
+    };
     match arguments.task {
         Task::Demo { vms, host, json } => harness.demo(vms, host, json.as_deref()),
-        Task::Test { quick, host, filter } => harness.test(quick, host, filter.as_deref()),
+        Task::Test {
+            quick,
+            host,
+            filter,
+        } => harness.test(quick, host, filter.as_deref()),
         Task::LabHost { arguments } => {
             let mut lab = Lab::start(&artifacts, logs)?;
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
@@ -149,7 +161,9 @@ impl Harness<'_> {
         eprintln!("boot a lab host with emulated virtualisation");
         let mut lab = Lab::start(self.artifacts, self.logs)?;
         let vms = vms.to_string();
-        let arguments = ["--nested", "demo", "--host", "kvm", "--vms", &vms, "--json", REPORT];
+        let arguments = [
+            "--nested", "demo", "--host", "kvm", "--vms", &vms, "--json", REPORT,
+        ];
         let mut last = String::new();
         let status = lab.run(&arguments, |line| {
             eprintln!("lab: {line}");
@@ -166,26 +180,43 @@ impl Harness<'_> {
 
     fn test(self, quick: bool, only: Option<HostKind>, filter: Option<&str>) -> Result<ExitCode> {
         let mut tally = Tally::default();
-        let wanted = |host: HostKind| only.map_or(host == HostKind::Tcg || !quick, |only| only == host);
+        let wanted =
+            |host: HostKind| only.map_or(host == HostKind::Tcg || !quick, |only| only == host);
         if wanted(HostKind::Tcg) {
-            suite::run(self.artifacts, self.host(Accelerator::Tcg), filter, self.logs, &mut tally)?;
+            suite::run(
+                self.artifacts,
+                self.host(Accelerator::Tcg),
+                filter,
+                self.logs,
+                &mut tally,
+            )?;
         }
         if wanted(HostKind::Kvm) {
             let start = Instant::now();
             match kvm::probe(self.artifacts) {
-                Ok(()) => suite::run(self.artifacts, self.host(Accelerator::Kvm), filter, self.logs, &mut tally)?,
+                Ok(()) => suite::run(
+                    self.artifacts,
+                    self.host(Accelerator::Kvm),
+                    filter,
+                    self.logs,
+                    &mut tally,
+                )?,
                 Err(error) => {
                     let verdict = Verdict::Skipped(format!("{error:#}"));
                     tally.record("kvm", "all_scenarios", &verdict, start.elapsed());
                 }
             }
         }
-        if wanted(HostKind::KvmLab) && filter.is_none_or(|filter| "main_scenario".contains(filter)) {
+        if wanted(HostKind::KvmLab) && filter.is_none_or(|filter| "main_scenario".contains(filter))
+        {
             let start = Instant::now();
             let verdict = if self.artifacts.lab_image.is_none() {
                 Verdict::Skipped("there is no image of the lab host".to_owned())
             } else {
-                match self.report_from_lab(2).and_then(|report| demo::verdict(&report)) {
+                match self
+                    .report_from_lab(2)
+                    .and_then(|report| demo::verdict(&report))
+                {
                     Ok(()) => Verdict::Passed,
                     Err(error) => Verdict::Failed(format!("{error:#}")),
                 }
@@ -194,10 +225,17 @@ impl Harness<'_> {
             tally.record("kvm-lab", "main_scenario", &verdict, start.elapsed());
         }
         println!("{}", tally.line());
-        Ok(if tally.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if tally.good() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 
     fn host(self, accelerator: Accelerator) -> Host {
-        Host { accelerator, nested: self.nested }
+        Host {
+            accelerator,
+            nested: self.nested,
+        }
     }
 }

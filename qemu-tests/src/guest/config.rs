@@ -54,12 +54,25 @@ impl Config {
     pub(super) fn qemu_arguments(&self) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
-        add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        add(&[
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
         let accelerator = match self.accelerator {
             Accelerator::Tcg => "tcg,thread=multi",
             Accelerator::Kvm => "kvm",
         };
-        add(&["-accel", accelerator, "-cpu", self.cpu, "-smp", &self.cpus.to_string()]);
+        add(&[
+            "-accel",
+            accelerator,
+            "-cpu",
+            self.cpu,
+            "-smp",
+            &self.cpus.to_string(),
+        ]);
         add(&["-m", &self.memory_mib.to_string(), "-name", &self.name]);
         add(&["-device", "virtio-rng-pci"]);
         let mode = match self.mode {
@@ -70,7 +83,9 @@ impl Config {
         };
         // Warnings and worse reach the console; the first oops ends the machine. Mitigations of hardware that is not
         // there only cost time.
-        let kernel = format!("console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off rdinit=/init pf.mode={mode}");
+        let kernel = format!(
+            "console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off rdinit=/init pf.mode={mode}"
+        );
         add(&["-append", &kernel]);
         arguments.extend(["-kernel".into(), self.kernel.clone().into()]);
         arguments.extend(["-initrd".into(), self.initramfs.clone().into()]);
@@ -103,11 +118,21 @@ mod tests {
             disks: vec!["/with,comma".into()],
             arguments: vec![],
         };
-        let line: Vec<_> = config.qemu_arguments().iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        let line: Vec<_> = config
+            .qemu_arguments()
+            .iter()
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
         let line = line.join(" ");
         assert!(line.contains("-m 512 "));
         assert!(line.contains("file=/with,,comma"));
-        for option in ["memory-backend", "mem-path", "mem-prealloc", "mem-lock", "merge="] {
+        for option in [
+            "memory-backend",
+            "mem-path",
+            "mem-prealloc",
+            "mem-lock",
+            "merge=",
+        ] {
             assert!(!line.contains(option), "{line}");
         }
     }

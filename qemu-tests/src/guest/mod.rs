@@ -61,29 +61,72 @@ pub struct Guest {
 impl Guest {
     /// Starts a machine. `launcher` is the command that ends in QEMU's name: QEMU itself, or `pagefusionctl run … --`
     /// and QEMU. Logs go to `logs`.
-    pub fn start(config: &Config, mut launcher: Command, cgroup: Option<&MemoryCgroup>, logs: &Path) -> Result<Self> {
+    pub fn start(
+        config: &Config,
+        mut launcher: Command,
+        cgroup: Option<&MemoryCgroup>,
+        logs: &Path,
+    ) -> Result<Self> {
         let (console, console_end) = pair()?;
         let (agent, agent_end) = pair()?;
         let (monitor, monitor_end) = pair()?;
         launcher.args(config.qemu_arguments());
-        let ports = [("console", &console_end), ("agent", &agent_end), ("monitor", &monitor_end)];
+        let ports = [
+            ("console", &console_end),
+            ("agent", &agent_end),
+            ("monitor", &monitor_end),
+        ];
         for (id, end) in ports {
-            launcher.args(["-chardev".into(), OsString::from(format!("socket,id=pf-{id},fd={}", end.as_raw_fd()))]);
+            launcher.args([
+                "-chardev".into(),
+                OsString::from(format!("socket,id=pf-{id},fd={}", end.as_raw_fd())),
+            ]);
         }
-        launcher.args(["-serial", "chardev:pf-console", "-serial", "chardev:pf-agent"]);
+        launcher.args([
+            "-serial",
+            "chardev:pf-console",
+            "-serial",
+            "chardev:pf-agent",
+        ]);
         launcher.args(["-mon", "chardev=pf-monitor,mode=control"]);
         let own_log = logs.join(format!("{}.qemu", config.name));
         let log = std::fs::File::create(&own_log).context("create QEMU's log")?;
-        launcher.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        launcher
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         let procs = cgroup.map(MemoryCgroup::procs).transpose()?;
-        let process = Process::spawn(&mut launcher, procs, vec![console_end, agent_end, monitor_end])?;
+        let process = Process::spawn(
+            &mut launcher,
+            procs,
+            vec![console_end, agent_end, monitor_end],
+        )?;
 
         let (sender, events) = channel();
-        lines::read_agent(agent.try_clone().context("duplicate a socket")?, sender.clone());
-        let tail = lines::watch_console(console, &logs.join(format!("{}.console", config.name)), sender)?;
-        agent.set_write_timeout(Some(REQUEST_LIMIT)).context("limit writes")?;
+        lines::read_agent(
+            agent.try_clone().context("duplicate a socket")?,
+            sender.clone(),
+        );
+        let tail = lines::watch_console(
+            console,
+            &logs.join(format!("{}.console", config.name)),
+            sender,
+        )?;
+        agent
+            .set_write_timeout(Some(REQUEST_LIMIT))
+            .context("limit writes")?;
         let name = config.name.clone();
-        Ok(Self { name, process, agent, qmp: Qmp::new(monitor)?, events, tail, own_log, next_id: 1, failure: None })
+        Ok(Self {
+            name,
+            process,
+            agent,
+            qmp: Qmp::new(monitor)?,
+            events,
+            tail,
+            own_log,
+            next_id: 1,
+            failure: None,
+        })
     }
 
     /// Its name.
@@ -123,10 +166,16 @@ impl Guest {
         let what = format!("{op:?}");
         let mut line = serde_json::to_vec(&Request { id, op })?;
         line.push(b'\n');
-        self.agent.write_all(&line).with_context(|| format!("{}: send {what}", self.name))?;
+        self.agent
+            .write_all(&line)
+            .with_context(|| format!("{}: send {what}", self.name))?;
         let deadline = Instant::now() + limit;
         let answer = self.wait(deadline, &what, |message| match message {
-            Message::Reply { id: replied, ok, error } if replied == id => Some((ok, error)),
+            Message::Reply {
+                id: replied,
+                ok,
+                error,
+            } if replied == id => Some((ok, error)),
             Message::Output { id: of, line, .. } if of == id => {
                 output(&line);
                 None
@@ -135,7 +184,8 @@ impl Guest {
         })?;
         match answer {
             (_, Some(error)) => bail!("{}: {error}", self.name),
-            (ok, None) => serde_json::from_value(ok.unwrap_or(Value::Null)).with_context(|| format!("answer to {what}")),
+            (ok, None) => serde_json::from_value(ok.unwrap_or(Value::Null))
+                .with_context(|| format!("answer to {what}")),
         }
     }
 
@@ -147,9 +197,17 @@ impl Guest {
     /// The same with another time limit.
     pub fn run_for(&mut self, argv: &[&str], limit: Duration) -> Result<RunOutcome> {
         let argv = argv.iter().map(|&word| word.to_owned()).collect();
-        let op = Op::Run { argv, timeout_ms: limit.as_millis() as u64, stream: false };
+        let op = Op::Run {
+            argv,
+            timeout_ms: limit.as_millis() as u64,
+            stream: false,
+        };
         let outcome: RunOutcome = self.request_for(op, limit + REQUEST_LIMIT, |_| {})?;
-        ensure!(!outcome.timed_out, "{}: a program took longer than {limit:?}", self.name);
+        ensure!(
+            !outcome.timed_out,
+            "{}: a program took longer than {limit:?}",
+            self.name
+        );
         Ok(outcome)
     }
 
@@ -168,23 +226,35 @@ impl Guest {
 
     /// Loads the module.
     pub fn load_module(&mut self) -> Result<()> {
-        self.request(Op::LoadModule { path: MODULE_PATH.into(), params: String::new() })
+        self.request(Op::LoadModule {
+            path: MODULE_PATH.into(),
+            params: String::new(),
+        })
     }
 
     /// Unloads the module.
     pub fn unload_module(&mut self) -> Result<()> {
-        self.request(Op::UnloadModule { name: MODULE.into() })
+        self.request(Op::UnloadModule {
+            name: MODULE.into(),
+        })
     }
 
     /// Reads a number the module keeps.
     pub fn counter(&mut self, name: &str) -> Result<u64> {
-        let text: String = self.request(Op::Read { path: format!("{SYSFS}/{name}") })?;
-        text.trim().parse().with_context(|| format!("{}: {name} holds {text:?}", self.name))
+        let text: String = self.request(Op::Read {
+            path: format!("{SYSFS}/{name}"),
+        })?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("{}: {name} holds {text:?}", self.name))
     }
 
     /// Sets a knob of the module.
     pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
-        self.request(Op::Write { path: format!("{SYSFS}/{name}"), data: value.into() })
+        self.request(Op::Write {
+            path: format!("{SYSFS}/{name}"),
+            data: value.into(),
+        })
     }
 
     /// Waits until the module has made `passes` more full passes.
@@ -209,7 +279,9 @@ impl Guest {
     }
 
     fn monitor(&mut self, command: &str) -> Result<Value> {
-        self.qmp.execute(command, json!({})).with_context(|| self.name.clone())
+        self.qmp
+            .execute(command, json!({}))
+            .with_context(|| self.name.clone())
     }
 
     /// Fails when its console has shown something it must not, or when QEMU has ended.
@@ -223,7 +295,11 @@ impl Guest {
     /// Waits for QEMU's end by itself.
     pub fn wait_end(&mut self, limit: Duration) -> Result<()> {
         let ended = self.process.wait(limit)?;
-        ensure!(ended.is_some(), "{}: did not end within {limit:?}", self.name);
+        ensure!(
+            ended.is_some(),
+            "{}: did not end within {limit:?}",
+            self.name
+        );
         Ok(())
     }
 
@@ -236,16 +312,27 @@ impl Guest {
     pub fn wait_failure(&mut self, limit: Duration) -> Result<String> {
         let deadline = Instant::now() + limit;
         while self.failure.is_none() {
-            let Some(event) = self.next_event(deadline)? else { bail!("{}: nothing failed", self.name) };
+            let Some(event) = self.next_event(deadline)? else {
+                bail!("{}: nothing failed", self.name)
+            };
             self.note(&event);
         }
         Ok(self.failure.clone().unwrap_or_default())
     }
 
-    fn wait<T>(&mut self, deadline: Instant, what: &str, mut take: impl FnMut(Message) -> Option<T>) -> Result<T> {
+    fn wait<T>(
+        &mut self,
+        deadline: Instant,
+        what: &str,
+        mut take: impl FnMut(Message) -> Option<T>,
+    ) -> Result<T> {
         loop {
             let Some(event) = self.next_event(deadline)? else {
-                bail!("{}: timed out on {what}; the console's last lines:\n{}", self.name, self.tail.text());
+                bail!(
+                    "{}: timed out on {what}; the console's last lines:\n{}",
+                    self.name,
+                    self.tail.text()
+                );
             };
             self.note(&event);
             self.fail_if_broken()?;
@@ -275,10 +362,14 @@ impl Guest {
             Event::Fatal(line) => line.clone(),
             Event::Closed => {
                 let said = std::fs::read_to_string(&self.own_log).unwrap_or_default();
-                let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+                let last = said
+                    .lines()
+                    .rfind(|line| !line.trim().is_empty())
+                    .unwrap_or("it said nothing");
                 // Its sockets close just before it is a zombie.
                 let status = self.process.wait(SLICE).ok().flatten();
-                let status = status.map_or_else(|| "not gone yet".to_owned(), |status| status.to_string());
+                let status =
+                    status.map_or_else(|| "not gone yet".to_owned(), |status| status.to_string());
                 format!("QEMU has ended ({status}): {last}")
             }
             Event::Agent(_) => return,
@@ -287,8 +378,14 @@ impl Guest {
     }
 
     fn fail_if_broken(&self) -> Result<()> {
-        let Some(failure) = &self.failure else { return Ok(()) };
-        bail!("{}: {failure}; the console's last lines:\n{}", self.name, self.tail.text());
+        let Some(failure) = &self.failure else {
+            return Ok(());
+        };
+        bail!(
+            "{}: {failure}; the console's last lines:\n{}",
+            self.name,
+            self.tail.text()
+        );
     }
 }
 

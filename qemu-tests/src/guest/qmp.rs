@@ -22,9 +22,16 @@ pub(super) struct Qmp {
 impl Qmp {
     /// The harness's end of the socket; QEMU may not have started yet.
     pub(super) fn new(stream: UnixStream) -> Result<Self> {
-        stream.set_read_timeout(Some(LIMIT)).context("limit QMP reads")?;
-        stream.set_write_timeout(Some(LIMIT)).context("limit QMP writes")?;
-        Ok(Self { reader: BufReader::new(stream), negotiated: false })
+        stream
+            .set_read_timeout(Some(LIMIT))
+            .context("limit QMP reads")?;
+        stream
+            .set_write_timeout(Some(LIMIT))
+            .context("limit QMP writes")?;
+        Ok(Self {
+            reader: BufReader::new(stream),
+            negotiated: false,
+        })
     }
 
     /// Runs one command to its answer.
@@ -39,7 +46,10 @@ impl Qmp {
 
     fn send(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let text = json!({ "execute": command, "arguments": arguments }).to_string();
-        self.reader.get_mut().write_all(text.as_bytes()).context("write to QMP")?;
+        self.reader
+            .get_mut()
+            .write_all(text.as_bytes())
+            .context("write to QMP")?;
         loop {
             let mut message = self.message()?;
             if let Some(error) = message.get("error") {

@@ -14,7 +14,10 @@ pub(super) fn qemu_runs_without_a_daemon(stage: &mut Stage) -> Result<()> {
     let mut guest = stage.world.start_small(launcher, &[])?;
     // No device: the module has nothing to drive and does no harm.
     guest.load_module()?;
-    ensure!(bound(&mut guest)?.is_empty(), "the module drives a device that is not there");
+    ensure!(
+        bound(&mut guest)?.is_empty(),
+        "the module drives a device that is not there"
+    );
     guest.unload_module()?;
     guest.healthy()?;
     guest.kill()
@@ -29,17 +32,27 @@ pub(super) fn module_leaves_foreign_ivshmem(stage: &mut Stage) -> Result<()> {
         "ivshmem-plain,memdev=foreign",
     ];
     let mut guest = stage.world.start_small(launcher, &arguments)?;
-    let devices: Vec<String> = guest.request(Op::List { path: format!("{PCI}/devices") })?;
+    let devices: Vec<String> = guest.request(Op::List {
+        path: format!("{PCI}/devices"),
+    })?;
     let mut foreign = None;
     for device in devices {
-        let id: String = guest.request(Op::Read { path: format!("{PCI}/devices/{device}/device") })?;
+        let id: String = guest.request(Op::Read {
+            path: format!("{PCI}/devices/{device}/device"),
+        })?;
         if id.trim() == "0x1110" {
             foreign = Some(device);
         }
     }
-    ensure!(foreign.is_some(), "the guest does not see the ivshmem device");
+    ensure!(
+        foreign.is_some(),
+        "the guest does not see the ivshmem device"
+    );
     guest.load_module()?;
-    ensure!(bound(&mut guest)?.is_empty(), "the module took a device that is not ours");
+    ensure!(
+        bound(&mut guest)?.is_empty(),
+        "the module took a device that is not ours"
+    );
     guest.unload_module()?;
     guest.healthy()?;
     guest.kill()
@@ -47,9 +60,16 @@ pub(super) fn module_leaves_foreign_ivshmem(stage: &mut Stage) -> Result<()> {
 
 /// The devices our driver is bound to.
 fn bound(guest: &mut Guest) -> Result<Vec<String>> {
-    let drivers: Vec<String> = guest.request(Op::List { path: format!("{PCI}/drivers") })?;
-    let driver = drivers.into_iter().find(|name| name.contains("pagefusion")).context("the module has no PCI driver")?;
-    let mut entries: Vec<String> = guest.request(Op::List { path: format!("{PCI}/drivers/{driver}") })?;
+    let drivers: Vec<String> = guest.request(Op::List {
+        path: format!("{PCI}/drivers"),
+    })?;
+    let driver = drivers
+        .into_iter()
+        .find(|name| name.contains("pagefusion"))
+        .context("the module has no PCI driver")?;
+    let mut entries: Vec<String> = guest.request(Op::List {
+        path: format!("{PCI}/drivers/{driver}"),
+    })?;
     entries.retain(|entry| entry.contains(':'));
     Ok(entries)
 }

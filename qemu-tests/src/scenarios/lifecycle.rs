@@ -19,32 +19,47 @@ pub(super) fn unload_and_reload(stage: &mut Stage) -> Result<()> {
     stage.world.guests[0].load_module()?;
     settle(&mut stage.world, Instant::now())?;
     let after = stage.shared_by(0)?;
-    ensure!(after >= before * 9 / 10, "{after} pages are shared after the reload, {before} were before");
+    ensure!(
+        after >= before * 9 / 10,
+        "{after} pages are shared after the reload, {before} were before"
+    );
     stage.files_are_right()
 }
 
 pub(super) fn unload_with_a_batch_in_flight(stage: &mut Stage) -> Result<()> {
     for round in 0..UNLOADS {
         let guest = &mut stage.world.guests[0];
-        guest.unload_module().with_context(|| format!("round {round}"))?;
+        guest
+            .unload_module()
+            .with_context(|| format!("round {round}"))?;
         guest.load_module()?;
         // Each round unloads later in the first pass, when most is reported.
         let reported = u64::from(round) * 400;
         if reported > 0 {
             let path = format!("{}/pages_reported", crate::guest::SYSFS);
-            guest.request::<u64>(Op::WaitCounter { path, at_least: reported, timeout_ms: 60_000 })?;
+            guest.request::<u64>(Op::WaitCounter {
+                path,
+                at_least: reported,
+                timeout_ms: 60_000,
+            })?;
         }
     }
     // And with a host that does not answer: its batches stay in flight.
     let daemon = stage.world.daemon.as_ref().context("no daemon")?;
     daemon.freeze()?;
     let guest = &mut stage.world.guests[0];
-    let unloaded = guest.unload_module().and_then(|()| guest.load_module()).and_then(|()| guest.unload_module());
+    let unloaded = guest
+        .unload_module()
+        .and_then(|()| guest.load_module())
+        .and_then(|()| guest.unload_module());
     daemon.thaw()?;
     unloaded.context("while the daemon stood still")?;
     guest.load_module()?;
     settle(&mut stage.world, Instant::now())?;
-    ensure!(stage.shared_by(0)? > 0, "nothing is shared after all the unloading");
+    ensure!(
+        stage.shared_by(0)? > 0,
+        "nothing is shared after all the unloading"
+    );
     stage.files_are_right()
 }
 
@@ -57,7 +72,10 @@ pub(super) fn daemon_killed_and_restarted(stage: &mut Stage) -> Result<()> {
     world.daemon = Some(world.site.start(&world.cgroup)?);
     settle(world, Instant::now())?;
     let after = world.site.status()?.pages_shared;
-    ensure!(after >= before * 9 / 10, "{after} pages are shared under the new daemon, {before} under the old");
+    ensure!(
+        after >= before * 9 / 10,
+        "{after} pages are shared under the new daemon, {before} under the old"
+    );
     // Sharing goes on: new files are shared, and right.
     super::sharing::a_write_is_seen_by_its_guest_alone(stage)?;
     stage.files_are_right()
@@ -72,11 +90,20 @@ pub(super) fn a_third_guest_shares_at_once(stage: &mut Stage) -> Result<()> {
     stage.world.guests[from].load_module()?;
     let growth = settle(&mut stage.world, loaded)?;
     let took = growth.time_to(0.95).context("nothing was shared")?;
-    ensure!(took <= AT_ONCE, "it took {took:?} until the third guest shared");
+    ensure!(
+        took <= AT_ONCE,
+        "it took {took:?} until the third guest shared"
+    );
     let (third, first) = (stage.shared_by(from)?, stage.shared_by(0)?);
-    ensure!(third >= first / 2, "the third guest shares {third} pages, the first {first}");
+    ensure!(
+        third >= first / 2,
+        "the third guest shares {third} pages, the first {first}"
+    );
     let grown = stage.world.site.status()?.store_pages;
-    ensure!(grown <= store + store / 4, "the store grew from {store} to {grown} pages for a third guest of the same image");
+    ensure!(
+        grown <= store + store / 4,
+        "the store grew from {store} to {grown} pages for a third guest of the same image"
+    );
     stage.files_are_right()
 }
 
@@ -94,15 +121,28 @@ pub(super) fn a_guest_killed_while_sharing(stage: &mut Stage) -> Result<()> {
         if status.vm(&name).map_or(0, |vm| vm.pages_shared) == 0 {
             break;
         }
-        ensure!(Instant::now() < deadline, "the daemon still counts pages of the dead {name}");
+        ensure!(
+            Instant::now() < deadline,
+            "the daemon still counts pages of the dead {name}"
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     for guest in &mut stage.world.guests {
         // New programs start from shared files, and old memory is reused.
-        guest.output(&["python3", "-c", "import json, sqlite3, email; bytearray(200 << 20)"]).or_else(|error| {
-            // A build of Python without SQLite is as good.
-            if error.to_string().contains("sqlite3") { Ok(String::new()) } else { Err(error) }
-        })?;
+        guest
+            .output(&[
+                "python3",
+                "-c",
+                "import json, sqlite3, email; bytearray(200 << 20)",
+            ])
+            .or_else(|error| {
+                // A build of Python without SQLite is as good.
+                if error.to_string().contains("sqlite3") {
+                    Ok(String::new())
+                } else {
+                    Err(error)
+                }
+            })?;
     }
     stage.files_are_right()
 }

@@ -32,17 +32,61 @@ pub struct Scenario {
 
 /// All of them, in the order that needs the fewest boots.
 pub const ALL: &[Scenario] = &[
-    Scenario { name: "qemu_runs_without_a_daemon", guests: 0, run: isolation::qemu_runs_without_a_daemon },
-    Scenario { name: "module_leaves_foreign_ivshmem_alone", guests: 0, run: isolation::module_leaves_foreign_ivshmem },
-    Scenario { name: "two_guests_share", guests: 2, run: sharing::two_guests_share },
-    Scenario { name: "the_charge_falls_by_what_we_claim", guests: 2, run: sharing::the_charge_falls_by_what_we_claim },
-    Scenario { name: "a_write_is_seen_by_its_guest_alone", guests: 2, run: sharing::a_write_is_seen_by_its_guest_alone },
-    Scenario { name: "module_unloads_and_reloads_while_sharing", guests: 2, run: lifecycle::unload_and_reload },
-    Scenario { name: "module_unloads_with_a_batch_in_flight", guests: 2, run: lifecycle::unload_with_a_batch_in_flight },
-    Scenario { name: "daemon_killed_and_restarted", guests: 2, run: lifecycle::daemon_killed_and_restarted },
-    Scenario { name: "a_third_guest_shares_at_once", guests: 2, run: lifecycle::a_third_guest_shares_at_once },
-    Scenario { name: "a_guest_killed_while_sharing", guests: 2, run: lifecycle::a_guest_killed_while_sharing },
-    Scenario { name: "guest_runs_on_when_the_host_side_is_gone", guests: 1, run: isolation::host_side_gone },
+    Scenario {
+        name: "qemu_runs_without_a_daemon",
+        guests: 0,
+        run: isolation::qemu_runs_without_a_daemon,
+    },
+    Scenario {
+        name: "module_leaves_foreign_ivshmem_alone",
+        guests: 0,
+        run: isolation::module_leaves_foreign_ivshmem,
+    },
+    Scenario {
+        name: "two_guests_share",
+        guests: 2,
+        run: sharing::two_guests_share,
+    },
+    Scenario {
+        name: "the_charge_falls_by_what_we_claim",
+        guests: 2,
+        run: sharing::the_charge_falls_by_what_we_claim,
+    },
+    Scenario {
+        name: "a_write_is_seen_by_its_guest_alone",
+        guests: 2,
+        run: sharing::a_write_is_seen_by_its_guest_alone,
+    },
+    Scenario {
+        name: "module_unloads_and_reloads_while_sharing",
+        guests: 2,
+        run: lifecycle::unload_and_reload,
+    },
+    Scenario {
+        name: "module_unloads_with_a_batch_in_flight",
+        guests: 2,
+        run: lifecycle::unload_with_a_batch_in_flight,
+    },
+    Scenario {
+        name: "daemon_killed_and_restarted",
+        guests: 2,
+        run: lifecycle::daemon_killed_and_restarted,
+    },
+    Scenario {
+        name: "a_third_guest_shares_at_once",
+        guests: 2,
+        run: lifecycle::a_third_guest_shares_at_once,
+    },
+    Scenario {
+        name: "a_guest_killed_while_sharing",
+        guests: 2,
+        run: lifecycle::a_guest_killed_while_sharing,
+    },
+    Scenario {
+        name: "guest_runs_on_when_the_host_side_is_gone",
+        guests: 1,
+        run: isolation::host_side_gone,
+    },
 ];
 
 /// What scenarios play on.
@@ -55,7 +99,10 @@ pub struct Stage {
 impl Stage {
     /// An empty one.
     pub fn new(artifacts: &Artifacts, host: Host, logs: Option<&Path>) -> Result<Self> {
-        Ok(Self { world: World::new(artifacts, host, logs)?, seed: 1000 })
+        Ok(Self {
+            world: World::new(artifacts, host, logs)?,
+            seed: 1000,
+        })
     }
 
     /// Makes sure of `guests` healthy guests that share.
@@ -78,7 +125,9 @@ impl Stage {
         }
         world.wait_booted(from)?;
         for guest in &mut world.guests {
-            let loaded: Vec<String> = guest.request(Op::List { path: "/sys/kernel".into() })?;
+            let loaded: Vec<String> = guest.request(Op::List {
+                path: "/sys/kernel".into(),
+            })?;
             if !loaded.iter().any(|name| name == "pagefusion") {
                 guest.load_module()?;
             }

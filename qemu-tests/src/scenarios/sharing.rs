@@ -11,14 +11,27 @@ const FEWEST: u64 = 2000;
 pub(super) fn two_guests_share(stage: &mut Stage) -> Result<()> {
     for guest in 0..2 {
         let shared = stage.shared_by(guest)?;
-        ensure!(shared >= FEWEST, "guest {guest} shares {shared} pages, at least {FEWEST} were expected");
+        ensure!(
+            shared >= FEWEST,
+            "guest {guest} shares {shared} pages, at least {FEWEST} were expected"
+        );
     }
     let status = stage.world.site.status()?;
     let (pages, store) = (status.pages_shared, status.store_pages);
-    ensure!(pages > store, "{pages} guest pages on {store} canonical ones save nothing");
+    ensure!(
+        pages > store,
+        "{pages} guest pages on {store} canonical ones save nothing"
+    );
     for guest in &mut stage.world.guests {
-        let (said, counted) = (guest.counter("pages_shared")?, status.vm(guest.name())?.pages_shared);
-        ensure!(said > 0, "{}: the module says it shares nothing, the host {counted}", guest.name());
+        let (said, counted) = (
+            guest.counter("pages_shared")?,
+            status.vm(guest.name())?.pages_shared,
+        );
+        ensure!(
+            said > 0,
+            "{}: the module says it shares nothing, the host {counted}",
+            guest.name()
+        );
     }
     stage.files_are_right()
 }
