@@ -32,7 +32,7 @@ pub struct Progressed {
 #[derive(Debug)]
 pub struct Guest<M> {
     ring: RingConsumer<M>,
-    files: HashMap<u32, FileKey>,
+    files: HashMap<u32, Announced>,
     numbers: HashMap<FileKey, u32>,
     /// Requests that found the ring full; `Rescan` stands for any number of them.
     waiting: Vec<Request>,
@@ -40,6 +40,14 @@ pub struct Guest<M> {
     paused: bool,
     counts: Counts,
     progress: Progress,
+}
+
+/// A file as the guest has announced it.
+#[derive(Clone, Debug)]
+struct Announced {
+    key: FileKey,
+    /// For the log; what a guest calls a file proves nothing.
+    name: Box<str>,
 }
 
 /// Sums since the engine started.
@@ -102,10 +110,16 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                     Some(file) => {
                         counts.reported += u64::from(run.pages);
                         let (page, gfn, pages) = (run.page, run.gfn, run.pages);
+                        log::trace!(
+                            "{} pages from {page} of {:?} at gfn {gfn:#x}",
+                            pages,
+                            file.name
+                        );
+                        let file = file.key;
                         runs.push((
                             claimed.position,
                             ReportedRun {
-                                file: *file,
+                                file,
                                 page,
                                 gfn,
                                 pages,
@@ -118,35 +132,42 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                         refused(reason::UNKNOWN_FILE)
                     }
                 },
-                Ok(Record::File { file, identity, .. }) => {
+                Ok(Record::File {
+                    file,
+                    identity,
+                    name,
+                }) => {
                     if files.len() >= MAX_FILES && !files.contains_key(&file) {
                         refused(reason::TOO_MANY_FILES)
                     } else {
                         let key = FileKey::from(identity);
-                        if let Some(old) = files.insert(file, key) {
-                            numbers.remove(&old);
+                        let name = String::from_utf8_lossy(name).into();
+                        if let Some(old) = files.insert(file, Announced { key, name }) {
+                            numbers.remove(&old.key);
                         }
                         numbers.insert(key, file);
                         Outcome::default()
                     }
                 }
-                Ok(Record::Retract { file, page, pages }) => match files.get(&file).copied() {
-                    Some(key) => {
-                        if pages == 0 {
-                            files.remove(&file);
-                            numbers.remove(&key);
+                Ok(Record::Retract { file, page, pages }) => {
+                    match files.get(&file).map(|file| file.key) {
+                        Some(key) => {
+                            if pages == 0 {
+                                files.remove(&file);
+                                numbers.remove(&key);
+                            }
+                            // Longer than any file: the store takes it as the whole file.
+                            let pages = u32::try_from(pages).unwrap_or(0);
+                            forgotten.push(FileSpan {
+                                file: key,
+                                page,
+                                pages,
+                            });
+                            Outcome::default()
                         }
-                        // Longer than any file: the store takes it as the whole file.
-                        let pages = u32::try_from(pages).unwrap_or(0);
-                        forgotten.push(FileSpan {
-                            file: key,
-                            page,
-                            pages,
-                        });
-                        Outcome::default()
+                        None => refused(reason::UNKNOWN_FILE),
                     }
-                    None => refused(reason::UNKNOWN_FILE),
-                },
+                }
                 Ok(Record::EndOfPass { .. }) => {
                     counts.passes += 1;
                     Outcome::default()
