@@ -90,7 +90,7 @@ fn undoing_scattered_single_pages_leaves_one_mapping_again() {
     assert_eq!(usize::from(shared), PAGES / 8 * 7);
     let cut = maps_of(&vm.ram).len();
     assert!(cut > PAGES / 2);
-    assert_eq!(audit(&vm.sharing).unwrap().mappings, cut as u64 - 1);
+    assert_eq!(audit(&vm.sharing).unwrap().overlay_mappings, cut as u64 - 1);
     vm.sharing.undo_all().unwrap();
     assert_eq!(maps_of(&vm.ram), maps_before);
 }

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use pagefusion_host::engine::{
-    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, mappings_now, serve_faults,
+    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, serve_faults,
 };
 use pagefusion_host::protocol::{
     ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, StoreClient,
@@ -321,8 +321,8 @@ impl Service {
             pages_shared: audit.intact,
             pages_broken: audit.broken,
             overlays: audit.overlays,
-            overlay_mappings: audit.mappings,
-            mappings: mappings_now()? as u64,
+            overlay_mappings: audit.overlay_mappings,
+            mappings: audit.mappings,
             ..EngineStatus::default()
         };
         {

@@ -12,6 +12,7 @@ use crate::{
     progress::Progress,
     proof,
     report::{GuestReport, Report},
+    services,
     settle::settle,
     world::{Host, World},
 };
@@ -28,6 +29,9 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
         world.start_guest()?;
     }
     let ready = world.wait_booted(0)?;
+
+    progress.step("wait until the guests' kernels have tidied up after the boot");
+    world.guests.iter_mut().try_for_each(services::wait_quiet)?;
 
     progress.step("load the module and wait until sharing settles");
     world.guests.iter_mut().try_for_each(Guest::load_module)?;

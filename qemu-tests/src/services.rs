@@ -1,8 +1,8 @@
 //! The services of a guest: those of its init system, or the same programs started one by one.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::guest::Guest;
 
@@ -55,4 +55,38 @@ pub fn start(guest: &mut Guest, limit: Duration) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Where the guest's kernel says what it has made of small pages.
+const KHUGEPAGED: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
+/// What is not done by then is not waited for: without huge pages there are no scans to count.
+const QUIET_LIMIT: Duration = Duration::from_secs(45);
+
+/// Waits until the guest's kernel has finished joining the pages of files into huge pages, which
+/// moves them to other frames: what is measured afterwards is sharing and not the end of the boot.
+pub fn wait_quiet(guest: &mut Guest) -> Result<()> {
+    let deadline = Instant::now() + QUIET_LIMIT;
+    let mut collapsed = None;
+    let mut scans = 0;
+    loop {
+        let now = number(guest, "pages_collapsed")?;
+        let scans_now = number(guest, "full_scans")?;
+        if collapsed != Some(now) {
+            (collapsed, scans) = (Some(now), scans_now);
+        } else if scans_now >= scans + 2 {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Ok(());
+        }
+        // Neither counter has an event.
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+fn number(guest: &mut Guest, file: &str) -> Result<u64> {
+    let text = guest.output(&["cat", &format!("{KHUGEPAGED}/{file}")])?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{file} is {text:?}"))
 }

@@ -41,6 +41,9 @@ pub(crate) struct TestArguments {
     /// Try harder and longer
     #[arg(long, conflicts_with = "quick")]
     deep: bool,
+    /// Run the QEMU tests of this kind of host only
+    #[arg(long, value_parser = ["tcg", "kvm-lab", "kvm"])]
+    host: Option<String>,
 }
 
 pub(crate) fn demo(project: &Project, arguments: &DemoArguments) -> Result<ExitCode> {
@@ -77,6 +80,9 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
             let mut qemu = harness(project, "test", &artifacts);
             if arguments.quick {
                 qemu.arg("--quick");
+            }
+            if let Some(host) = &arguments.host {
+                qemu.args(["--host", host]);
             }
             if arguments.deep {
                 qemu.env(DEEP, "1");

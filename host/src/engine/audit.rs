@@ -5,7 +5,7 @@
 
 use std::io;
 
-use super::mappings::mappings_added;
+use super::mappings::mappings_in;
 use super::memory::WINDOW_PAGES;
 use super::pagemap::Pagemap;
 use super::sharing::Sharing;
@@ -20,8 +20,10 @@ pub struct Audit {
     pub broken: u64,
     /// Overlays that continue no other.
     pub overlays: u64,
-    /// Mappings that guest memory is cut into, beyond what it would be without overlays.
+    /// Mappings of the whole process.
     pub mappings: u64,
+    /// Mappings that guest memory is cut into, beyond what it would be without overlays.
+    pub overlay_mappings: u64,
 }
 
 /// Looks at every overlay, without holding up anybody: an overlay that comes or goes
@@ -36,9 +38,11 @@ pub fn audit(sharing: &Sharing) -> io::Result<Audit> {
         (overlays.collect(), memory.overlaid_ranges())
     };
     let mut pagemap = Pagemap::open()?;
+    let mappings = mappings_in(&ranges)?;
     let mut audit = Audit {
         overlays: overlays.len() as u64,
-        mappings: mappings_added(&ranges)? as u64,
+        mappings: mappings.all as u64,
+        overlay_mappings: mappings.added as u64,
         ..Audit::default()
     };
     for (address, pages) in overlays {

@@ -78,23 +78,31 @@ impl MappingBudget {
 
 /// Mappings of this process now.
 pub fn mappings_now() -> io::Result<usize> {
-    let mut count = 0;
-    each_mapping(|_| count += 1)?;
-    Ok(count)
+    Ok(mappings_in(&[])?.all)
 }
 
-/// How many mappings `ranges` are cut into beyond one each. The ranges are sorted and do not
-/// touch.
-pub(super) fn mappings_added(ranges: &[Range<usize>]) -> io::Result<usize> {
-    let mut found = 0;
+/// Mappings of this process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Mappings {
+    /// All of them.
+    pub(super) all: usize,
+    /// How many certain ranges are cut into, beyond one each.
+    pub(super) added: usize,
+}
+
+/// Counts mappings, and those that overlap `ranges`, which are sorted and do not touch.
+pub(super) fn mappings_in(ranges: &[Range<usize>]) -> io::Result<Mappings> {
+    let mut mappings = Mappings::default();
     each_mapping(|mapping| {
         let next = ranges.partition_point(|range| range.end <= mapping.start);
         let inside = ranges
             .get(next)
             .is_some_and(|range| range.start < mapping.end);
-        found += usize::from(inside);
+        mappings.all += 1;
+        mappings.added += usize::from(inside);
     })?;
-    Ok(found.saturating_sub(ranges.len()))
+    mappings.added = mappings.added.saturating_sub(ranges.len());
+    Ok(mappings)
 }
 
 fn each_mapping(mut each: impl FnMut(Range<usize>)) -> io::Result<()> {

@@ -33,6 +33,12 @@ pub enum LaunchError {
     /// `LD_PRELOAD` cannot hold it.
     #[error("the path {} holds a space or colon, which LD_PRELOAD cannot; move the library", .0.display())]
     PreloadPath(PathBuf),
+    /// QEMU would go on as another process than the one that was registered.
+    #[error(
+        "-daemonize is not supported: QEMU would leave the registered process; start it in the \
+         background instead (systemd-run, or &)"
+    )]
+    Daemonize,
     /// The VMM is not installed.
     #[error(
         "the command {} was not found; install it (Debian: apt install qemu-system-x86), \
@@ -82,6 +88,13 @@ impl Launch {
     }
 
     fn prepare(self) -> Result<(Command, OsString), LaunchError> {
+        if self
+            .command
+            .iter()
+            .any(|word| word == "-daemonize" || word == "--daemonize")
+        {
+            return Err(LaunchError::Daemonize);
+        }
         let preload = find_preload(self.preload.as_deref())?;
         let mut daemon = AdminClient::connect(&self.runtime_dir)?;
         let vm = daemon.create_vm(self.name, self.group)?;
@@ -172,6 +185,20 @@ fn find_preload(named: Option<&Path>) -> Result<PathBuf, LaunchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_qemu_that_would_leave_its_process_is_refused() {
+        let launch = Launch {
+            runtime_dir: "/nonexistent".into(),
+            name: None,
+            group: None,
+            preload: None,
+            command: ["qemu-system-x86_64", "-daemonize"]
+                .map(OsString::from)
+                .into(),
+        };
+        assert!(matches!(launch.exec(), LaunchError::Daemonize));
+    }
 
     fn vm() -> CreatedVm {
         CreatedVm {

@@ -20,7 +20,7 @@ use pagefusion_host::store::{Group, LocalStore, PAGE, PageStore, hash_page};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// A file key that only differs by inode.
-pub fn file(inode: u64) -> FileKey {
+pub(crate) fn file(inode: u64) -> FileKey {
     FileKey {
         fs_uuid: [7; 16],
         inode,
@@ -32,13 +32,13 @@ pub fn file(inode: u64) -> FileKey {
 }
 
 /// Anonymous memory that stands for a guest's.
-pub struct GuestRam {
-    pub base: usize,
-    pub pages: usize,
+pub(crate) struct GuestRam {
+    pub(crate) base: usize,
+    pub(crate) pages: usize,
 }
 
 impl GuestRam {
-    pub fn new(pages: usize, huge: bool) -> Self {
+    pub(crate) fn new(pages: usize, huge: bool) -> Self {
         const HUGE: usize = 2 << 20;
         let bytes = pages * PAGE;
         let (read, write) = (ProtFlags::READ, ProtFlags::WRITE);
@@ -72,7 +72,7 @@ impl GuestRam {
         Self { base, pages }
     }
 
-    pub fn region(&self) -> Region {
+    pub(crate) fn region(&self) -> Region {
         Region {
             gfn: 0,
             pages: self.pages as u64,
@@ -80,42 +80,42 @@ impl GuestRam {
         }
     }
 
-    pub fn at(&self, page: usize) -> usize {
+    pub(crate) fn at(&self, page: usize) -> usize {
         assert!(page <= self.pages);
         self.base + page * PAGE
     }
 
     /// One word of guest memory, as a vCPU sees it.
-    pub fn word(&self, page: usize, word: usize) -> &AtomicU64 {
+    pub(crate) fn word(&self, page: usize, word: usize) -> &AtomicU64 {
         assert!(page < self.pages && word < PAGE / 8);
         // SAFETY: mapped for the test's whole life and only reached through atomics.
         unsafe { &*((self.at(page) + word * 8) as *const AtomicU64) }
     }
 
-    pub fn write_page(&self, page: usize, bytes: &[u8]) {
+    pub(crate) fn write_page(&self, page: usize, bytes: &[u8]) {
         for (i, word) in bytes.chunks_exact(8).enumerate() {
             let value = u64::from_ne_bytes(word.try_into().unwrap());
             self.word(page, i).store(value, Ordering::Relaxed);
         }
     }
 
-    pub fn read_page(&self, page: usize) -> Vec<u8> {
+    pub(crate) fn read_page(&self, page: usize) -> Vec<u8> {
         let word = |i| self.word(page, i).load(Ordering::Relaxed).to_ne_bytes();
         (0..PAGE / 8).flat_map(word).collect()
     }
 }
 
 /// Memory, sharing and the thread that reads events.
-pub struct Vm {
-    pub ram: GuestRam,
-    pub sharing: Arc<Sharing>,
-    pub store: Arc<Mutex<Group>>,
+pub(crate) struct Vm {
+    pub(crate) ram: GuestRam,
+    pub(crate) sharing: Arc<Sharing>,
+    pub(crate) store: Arc<Mutex<Group>>,
     stop: Option<OwnedFd>,
     faults: Option<JoinHandle<()>>,
 }
 
 impl Vm {
-    pub fn new(group: &Arc<Mutex<Group>>, vm: u32, pages: usize, huge: bool) -> Self {
+    pub(crate) fn new(group: &Arc<Mutex<Group>>, vm: u32, pages: usize, huge: bool) -> Self {
         let ram = GuestRam::new(pages, huge);
         let uffd = Uffd::open(None).expect("userfaultfd (root, or vm.unprivileged_userfaultfd)");
         let events = uffd.try_clone().unwrap();
@@ -154,7 +154,7 @@ impl Drop for Vm {
 
 /// Puts pages into the store as two VMs that nobody else is would: keep the answer alive as
 /// long as the pages shall stay.
-pub fn fill(group: &Arc<Mutex<Group>>, file: FileKey, bytes: &[u8]) -> [LocalStore; 2] {
+pub(crate) fn fill(group: &Arc<Mutex<Group>>, file: FileKey, bytes: &[u8]) -> [LocalStore; 2] {
     let mut stores = [
         LocalStore::new(group.clone(), 1000),
         LocalStore::new(group.clone(), 1001),
@@ -189,10 +189,10 @@ pub fn fill(group: &Arc<Mutex<Group>>, file: FileKey, bytes: &[u8]) -> [LocalSto
 }
 
 /// Small deterministic random numbers (SplitMix64).
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -200,11 +200,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
 
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len / 8)
             .flat_map(|_| self.next().to_ne_bytes())
             .collect()

@@ -2,8 +2,8 @@
 
 //! Clients that mean harm: they harm only themselves.
 
+use crate::support::key;
 use crate::support::{Daemon, Host, Vmm};
-use crate::vmm::key;
 use pagefusion_host::protocol::{
     AdminClient, Connection, CreatedVm, Encoding, EngineReply, EngineRequest, FileSpan, Hello,
     HelloReply, Role, StoreSpan, VERSION,

@@ -2,7 +2,6 @@
 
 //! The daemon with real processes: some are VMMs, some are killed, some mean harm.
 
-mod cost;
 mod hostile;
 mod lives;
 mod support;

@@ -2,7 +2,8 @@
 
 //! A daemon and VMM processes under the control of a test.
 
-use pagefusion_host::protocol::{AdminClient, Status};
+use pagefusion_host::protocol::{AdminClient, FileKey, Status};
+use pagefusion_host::store::PAGE;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
@@ -219,4 +220,24 @@ fn lines(from: impl std::io::Read + Send + 'static) -> Receiver<String> {
         }
     });
     receiver
+}
+
+pub(crate) fn key(inode: u64) -> FileKey {
+    let size = 1000 * PAGE as u64;
+    FileKey {
+        fs_uuid: [3; 16],
+        inode,
+        size,
+        mtime_ns: 5,
+        generation: 1,
+        kind: 1,
+    }
+}
+
+/// Every page of these tests has content that follows from file and page.
+pub(crate) fn content(inode: u64, page: u64) -> [u8; PAGE] {
+    let mut bytes = [inode as u8; PAGE];
+    bytes[..8].copy_from_slice(&(page * 0x1_0001).to_le_bytes());
+    bytes[PAGE - 8..].copy_from_slice(&(inode << 32 | page).to_le_bytes());
+    bytes
 }

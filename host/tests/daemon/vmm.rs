@@ -4,10 +4,12 @@
 //! a guest, and checks that they stay what they were.
 
 use pagefusion_host::protocol::{
-    AdminClient, ControlConnection, ControlReply, ControlRequest, EngineStatus, FileKey, FileSpan,
-    Holding, Sighting, StoreClient, StorePage, StoreSpan, Verdict, WelcomeWithFds,
+    AdminClient, ControlConnection, ControlReply, ControlRequest, EngineStatus, FileSpan, Holding,
+    Sighting, StoreClient, StorePage, StoreSpan, Verdict, WelcomeWithFds,
 };
 use pagefusion_host::store::{PAGE, PageStore, hash_page};
+
+use crate::support::{content, key};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -16,26 +18,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-
-pub(crate) fn key(inode: u64) -> FileKey {
-    let size = 1000 * PAGE as u64;
-    FileKey {
-        fs_uuid: [3; 16],
-        inode,
-        size,
-        mtime_ns: 5,
-        generation: 1,
-        kind: 1,
-    }
-}
-
-/// Every page of these tests has content that follows from file and page.
-pub(crate) fn content(inode: u64, page: u64) -> [u8; PAGE] {
-    let mut bytes = [inode as u8; PAGE];
-    bytes[..8].copy_from_slice(&(page * 0x1_0001).to_le_bytes());
-    bytes[PAGE - 8..].copy_from_slice(&(inode << 32 | page).to_le_bytes());
-    bytes
-}
 
 #[test]
 #[ignore = "a process that other tests start"]

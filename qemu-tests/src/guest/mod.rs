@@ -232,6 +232,13 @@ impl Guest {
         })
     }
 
+    /// Loads the module and lets passes follow each other quickly: scenarios wait for several.
+    pub fn load_hurried_module(&mut self) -> Result<()> {
+        self.load_module()?;
+        self.set("sleep_millisecs", "100")?;
+        self.set("max_sleep_millisecs", "500")
+    }
+
     /// Unloads the module.
     pub fn unload_module(&mut self) -> Result<()> {
         self.request(Op::UnloadModule {

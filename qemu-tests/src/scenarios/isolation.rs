@@ -13,7 +13,7 @@ pub(super) fn qemu_runs_without_a_daemon(stage: &mut Stage) -> Result<()> {
     let launcher = stage.world.site.preloaded(&stage.world.artifacts.qemu);
     let mut guest = stage.world.start_small(launcher, &[])?;
     // No device: the module has nothing to drive and does no harm.
-    guest.load_module()?;
+    guest.load_hurried_module()?;
     ensure!(
         bound(&mut guest)?.is_empty(),
         "the module drives a device that is not there"
@@ -48,7 +48,7 @@ pub(super) fn module_leaves_foreign_ivshmem(stage: &mut Stage) -> Result<()> {
         foreign.is_some(),
         "the guest does not see the ivshmem device"
     );
-    guest.load_module()?;
+    guest.load_hurried_module()?;
     ensure!(
         bound(&mut guest)?.is_empty(),
         "the module took a device that is not ours"
@@ -80,7 +80,7 @@ pub(super) fn host_side_gone(stage: &mut Stage) -> Result<()> {
     // The module goes on, finds nobody, and can be taken out and put in again.
     guest.request::<serde_json::Value>(Op::Evict)?;
     guest.unload_module()?;
-    guest.load_module()?;
+    guest.load_hurried_module()?;
     let mut integrity = Integrity::default();
     integrity.mapped_files(guest, &stage.world.manifest)?;
     integrity.services(guest)?;

@@ -16,7 +16,7 @@ pub(super) fn unload_and_reload(stage: &mut Stage) -> Result<()> {
     let before = stage.shared_by(0)?;
     stage.world.guests[0].unload_module()?;
     stage.files_are_right()?;
-    stage.world.guests[0].load_module()?;
+    stage.world.guests[0].load_hurried_module()?;
     settle(&mut stage.world, Instant::now())?;
     let after = stage.shared_by(0)?;
     ensure!(
@@ -32,7 +32,7 @@ pub(super) fn unload_with_a_batch_in_flight(stage: &mut Stage) -> Result<()> {
         guest
             .unload_module()
             .with_context(|| format!("round {round}"))?;
-        guest.load_module()?;
+        guest.load_hurried_module()?;
         // Each round unloads later in the first pass, when most is reported.
         let reported = u64::from(round) * 400;
         if reported > 0 {
@@ -50,11 +50,11 @@ pub(super) fn unload_with_a_batch_in_flight(stage: &mut Stage) -> Result<()> {
     let guest = &mut stage.world.guests[0];
     let unloaded = guest
         .unload_module()
-        .and_then(|()| guest.load_module())
+        .and_then(|()| guest.load_hurried_module())
         .and_then(|()| guest.unload_module());
     daemon.thaw()?;
     unloaded.context("while the daemon stood still")?;
-    guest.load_module()?;
+    guest.load_hurried_module()?;
     settle(&mut stage.world, Instant::now())?;
     ensure!(
         stage.shared_by(0)? > 0,
@@ -87,7 +87,7 @@ pub(super) fn a_third_guest_shares_at_once(stage: &mut Stage) -> Result<()> {
     stage.world.start_guest()?;
     stage.world.wait_booted(from)?;
     let loaded = Instant::now();
-    stage.world.guests[from].load_module()?;
+    stage.world.guests[from].load_hurried_module()?;
     let growth = settle(&mut stage.world, loaded)?;
     let took = growth.time_to(0.95).context("nothing was shared")?;
     ensure!(

@@ -129,7 +129,7 @@ impl Stage {
                 path: "/sys/kernel".into(),
             })?;
             if !loaded.iter().any(|name| name == "pagefusion") {
-                guest.load_module()?;
+                guest.load_hurried_module()?;
             }
             guest.set("run", "1")?;
         }

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a page costs through the socket:
-//! `cargo test --release -p pagefusion-host --test daemon cost -- --ignored --nocapture`
+//! What a page costs through the daemon's socket, by the number of pages in a request.
 
-use crate::support::{Daemon, Host};
-use crate::vmm::{content, key};
+#[path = "../tests/daemon/support.rs"]
+#[expect(dead_code, reason = "a part of it is enough here")]
+mod support;
+
 use pagefusion_host::protocol::{AdminClient, FileSpan, Sighting, StoreClient, Verdict};
 use pagefusion_host::store::{PageStore, hash_page};
 use std::time::{Duration, Instant};
+use support::{Daemon, Host, content, key};
 
 const PAGES: u64 = 32_768;
 
@@ -18,9 +20,7 @@ fn tell(what: &str, run: u64, took: Duration) {
     );
 }
 
-#[test]
-#[ignore = "a measurement"]
-fn cost_of_a_page_through_the_socket() {
+fn main() {
     for run in [1, 16, 64] {
         let host = Host::new();
         let _daemon = Daemon::start(&host);
