@@ -11,7 +11,7 @@ use crate::{
     integrity::{Integrity, sums},
     pattern::Expected,
     protocol::Op,
-    settle::{settle, settle_with},
+    settle::{same_memory, settle},
     world::World,
 };
 
@@ -19,8 +19,6 @@ use crate::{
 const DIRECTORY: &str = "/var/lib/pagefusion-tests";
 /// Size of a file of our own; not a whole number of pages, so that the last one has a tail.
 const BYTES: u64 = (4 << 20) + 777;
-/// Pages of such a file.
-const PAGES: u64 = BYTES.div_ceil(4096);
 /// Sizes of files of the image that are worth changing.
 const IMAGE_BYTES: std::ops::Range<u64> = 128 << 10..4 << 20;
 
@@ -115,8 +113,6 @@ fn prepare(world: &mut World, seed: u64) -> Result<[Subject; 4]> {
         own("reread", 2),
         of_image(world)?,
     ];
-    settle(world, Instant::now())?;
-    let before = world.site.status()?.pages_shared;
     for guest in &mut world.guests[..2] {
         guest.output(&["mkdir", "-p", DIRECTORY])?;
         for (index, subject) in subjects.iter().enumerate() {
@@ -131,8 +127,9 @@ fn prepare(world: &mut World, seed: u64) -> Result<[Subject; 4]> {
             )?;
         }
     }
-    // Most of our own in both guests; the systems change what else they share meanwhile.
-    settle_with(world, before + 2 * 3 * PAGES * 6 / 10).context("files of our own")?;
+    for subject in &subjects {
+        same_memory(world, &subject.path)?;
+    }
     Ok(subjects)
 }
 

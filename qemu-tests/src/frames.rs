@@ -26,6 +26,26 @@ pub fn distinct(pids: &[u32]) -> Result<u64> {
     Ok(frames.len() as u64)
 }
 
+/// The frame of each of `pages` pages of a process from `address` on; 0 where there is none.
+pub fn of_range(pid: u32, address: u64, pages: usize) -> Result<Vec<u64>> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut buffer = vec![0_u8; pages * 8];
+    pagemap
+        .read_exact_at(&mut buffer, address / 4096 * 8)
+        .with_context(|| format!("the page map of process {pid} at {address:#x}"))?;
+    let frame = |entry: u64| {
+        if entry & PRESENT != 0 {
+            entry & FRAME
+        } else {
+            0
+        }
+    };
+    let entries = buffer
+        .chunks_exact(8)
+        .filter_map(|entry| entry.try_into().ok());
+    Ok(entries.map(u64::from_le_bytes).map(frame).collect())
+}
+
 fn collect(pid: u32, frames: &mut Vec<u64>) -> Result<()> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;

@@ -140,7 +140,8 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
     .context("describe the payload")?;
 
     let disk = directory.join("payload.ext4");
-    let size = 128 << 20;
+    // Sparse: what the file system does not use takes no room.
+    let size = 2 * bytes_below(&staging)? + (64 << 20);
     fs::File::create(&disk)
         .and_then(|file| file.set_len(size))
         .context("create the payload's disk")?;
@@ -165,6 +166,21 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
     }
     fs::remove_dir_all(&staging).context("remove the staged payload")?;
     Ok(disk)
+}
+
+/// Size of all files below a directory.
+fn bytes_below(directory: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(directory).context("measure the payload")? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        bytes += if metadata.is_dir() {
+            bytes_below(&entry.path())?
+        } else {
+            metadata.len()
+        };
+    }
+    Ok(bytes)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

@@ -95,6 +95,11 @@ pub enum Op {
         /// The path given to `hold`; the file itself may be gone by now.
         path: String,
     },
+    /// Touch every page of a held mapping. The reply is the guest's frame of each, in order.
+    HeldFrames {
+        /// The path given to `hold`.
+        path: String,
+    },
     /// Unmap a held file.
     Release {
         /// The path given to `hold`.

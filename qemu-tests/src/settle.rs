@@ -70,21 +70,27 @@ pub fn settle(world: &mut World, start: Instant) -> Result<Growth> {
     }
 }
 
-/// Waits until at least `pages` are shared, and then until sharing has settled.
-pub fn settle_with(world: &mut World, pages: u64) -> Result<Growth> {
-    let start = Instant::now();
-    let deadline = start + world.limits.settle;
+/// Waits until most of a file that the first two guests hold mapped is the same memory of the
+/// host, whatever anybody's counters say.
+pub fn same_memory(world: &mut World, path: &str) -> Result<()> {
+    let deadline = Instant::now() + world.limits.settle;
     loop {
-        let growth = settle(world, start)?;
-        if growth.last() >= pages {
-            return Ok(growth);
+        interrupt::check()?;
+        world.healthy()?;
+        let (first, second) = world.pair()?;
+        let (first, second) = (first.host_frames(path)?, second.host_frames(path)?);
+        let same = first
+            .iter()
+            .zip(&second)
+            .filter(|(a, b)| a == b && **a != 0);
+        let (same, all) = (same.count(), first.len());
+        if same >= all * 6 / 10 {
+            return Ok(());
         }
         if Instant::now() >= deadline {
-            bail!(
-                "{} pages are shared, at least {pages} should be",
-                growth.last()
-            );
+            bail!("{path}: {same} of {all} pages are the same memory in two guests");
         }
+        thread::sleep(INTERVAL);
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use sha2::{Digest, Sha256};
 
-use crate::pattern;
+use crate::{frames, pattern};
 
 /// A read-only private mapping of a whole file.
 #[derive(Debug)]
@@ -43,6 +43,14 @@ impl Held {
             start: NonNull::new(start.cast()).context("mmap returned null")?,
             length,
         })
+    }
+
+    /// The machine's frame behind every page, each touched just now.
+    pub(super) fn frames(&self) -> Result<Vec<u64>> {
+        // Reading it all makes sure that every page is there.
+        self.sha256();
+        let start = self.start.as_ptr().addr() as u64;
+        frames::of_range(std::process::id(), start, self.length.div_ceil(4096))
     }
 
     /// SHA-256 of what the mapping shows now.

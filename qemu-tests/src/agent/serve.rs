@@ -124,6 +124,7 @@ impl Agent {
                 Ok(Value::Null)
             }
             Op::HeldSum { path } => Ok(self.held(&path)?.sha256().into()),
+            Op::HeldFrames { path } => Ok(self.held(&path)?.frames()?.into()),
             Op::Release { path } => {
                 self.held
                     .remove(&path)

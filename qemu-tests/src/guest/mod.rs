@@ -285,6 +285,35 @@ impl Guest {
         self.monitor("cont").map(drop)
     }
 
+    /// The host's frame behind every page of a file the guest holds mapped; 0 where the host has
+    /// not looked yet.
+    pub fn host_frames(&mut self, path: &str) -> Result<Vec<u64>> {
+        let frames: Vec<u64> = self.request(Op::HeldFrames { path: path.into() })?;
+        let memory = self.memory_base()?;
+        let pid = self.pid();
+        let host = |frame: u64| {
+            let found = crate::frames::of_range(pid, memory + frame * 4096, 1)?;
+            Ok(found.first().copied().unwrap_or_default())
+        };
+        frames.into_iter().map(host).collect()
+    }
+
+    /// Where the guest's memory begins in QEMU; below 3 GiB it is all in one piece.
+    fn memory_base(&mut self) -> Result<u64> {
+        const PROBE: u64 = 1 << 20;
+        let line = json!({ "command-line": format!("gpa2hva {PROBE:#x}") });
+        let answer = self
+            .qmp
+            .execute("human-monitor-command", line)
+            .with_context(|| self.name.clone())?;
+        let address = answer
+            .as_str()
+            .and_then(|text| text.trim().rsplit_once("is 0x"))
+            .and_then(|(_, address)| u64::from_str_radix(address, 16).ok())
+            .with_context(|| format!("{}: gpa2hva answered {answer}", self.name))?;
+        Ok(address - PROBE)
+    }
+
     fn monitor(&mut self, command: &str) -> Result<Value> {
         self.qmp
             .execute(command, json!({}))
