@@ -31,7 +31,7 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
     let ready = world.wait_booted(0)?;
 
     progress.step("wait until the guests' kernels have tidied up after the boot");
-    world.guests.iter_mut().try_for_each(services::wait_quiet)?;
+    services::wait_quiet(&mut world.guests)?;
 
     progress.step("load the module and wait until sharing settles");
     world.guests.iter_mut().try_for_each(Guest::load_module)?;

@@ -62,10 +62,16 @@ const KHUGEPAGED: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
 /// What is not done by then is not waited for: without huge pages there are no scans to count.
 const QUIET_LIMIT: Duration = Duration::from_secs(45);
 
-/// Waits until the guest's kernel has finished joining the pages of files into huge pages, which
+/// Waits until the guests' kernels have finished joining the pages of files into huge pages, which
 /// moves them to other frames: what is measured afterwards is sharing and not the end of the boot.
-pub fn wait_quiet(guest: &mut Guest) -> Result<()> {
+pub fn wait_quiet(guests: &mut [Guest]) -> Result<()> {
     let deadline = Instant::now() + QUIET_LIMIT;
+    guests
+        .iter_mut()
+        .try_for_each(|guest| wait_quiet_until(guest, deadline))
+}
+
+fn wait_quiet_until(guest: &mut Guest, deadline: Instant) -> Result<()> {
     let mut collapsed = None;
     let mut scans = 0;
     loop {
