@@ -7,7 +7,6 @@
 
 #![expect(unsafe_code, reason = "guest memory and fixed mappings")]
 
-use std::collections::HashMap;
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
@@ -24,14 +23,10 @@ use super::uffd::Uffd;
 use crate::protocol::StorePage;
 use crate::store::PAGE;
 
-/// Pages of one window through which store pages are compared.
-const WINDOW_PAGES: u32 = 1 << 18;
-
-/// A read-only descriptor of the store, and windows onto it for comparing.
+/// A read-only descriptor of the store.
 #[derive(Debug)]
 pub struct StoreView {
     fd: OwnedFd,
-    windows: HashMap<u32, usize>,
     identity: (u64, u64),
 }
 
@@ -41,7 +36,6 @@ impl StoreView {
         let stat = rustix::fs::fstat(&fd)?;
         Ok(Self {
             fd,
-            windows: HashMap::new(),
             identity: (stat.st_dev, stat.st_ino),
         })
     }
@@ -51,74 +45,23 @@ impl StoreView {
         self.identity
     }
 
-    /// Address of a store page and how many pages follow it in the same window.
-    fn address(&mut self, page: StorePage) -> io::Result<(usize, usize)> {
-        let window = page / WINDOW_PAGES;
-        let base = match self.windows.get(&window) {
-            Some(base) => *base,
-            None => {
-                let bytes = WINDOW_PAGES as usize * PAGE;
-                // SAFETY: a fresh read-only mapping where the kernel likes, no other memory.
-                let base = unsafe {
-                    mmap(
-                        ptr::null_mut(),
-                        bytes,
-                        ProtFlags::READ,
-                        MapFlags::SHARED | MapFlags::NORESERVE,
-                        &self.fd,
-                        u64::from(window) * bytes as u64,
-                    )
-                }? as usize;
-                for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
-                    // SAFETY: the mapping just made; these only concern fork and core dumps.
-                    let _ = unsafe { madvise(base as *mut c_void, bytes, advice) };
-                }
-                self.windows.insert(window, base);
-                base
-            }
-        };
-        let offset = page % WINDOW_PAGES;
-        Ok((
-            base + offset as usize * PAGE,
-            (WINDOW_PAGES - offset) as usize,
-        ))
-    }
-
-    /// Which of `pages` (at most 64) pages at `address` are equal to the store's from `store`
-    /// on: bit i is page i.
+    /// Reads store pages from `store` on.
     ///
-    /// # Safety
-    ///
-    /// `address .. address + pages * 4096` must be readable memory of this process, and the
-    /// store pages must have been granted to it, so that they exist.
-    pub(super) unsafe fn compare(
-        &mut self,
-        address: usize,
-        store: StorePage,
-        pages: usize,
-    ) -> io::Result<u64> {
-        debug_assert!(pages <= 64);
-        let mut equal = 0;
+    /// As a rule a process compares a page of the store once. A copy that stays in the
+    /// processor's cache costs less than a mapping of its own, whose page is faulted in for
+    /// this one look, and leaves no page tables behind.
+    pub(super) fn read(&self, store: StorePage, into: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
-        while done < pages {
-            let (canonical, room) = self.address(store + done as u32)?;
-            let part = room.min(pages - done);
-            let guest = address + done * PAGE;
-            // SAFETY: both ranges are readable for `part` pages, by the caller's promise and
-            // by `address`.
-            if unsafe { same(guest, canonical, part * PAGE) } {
-                equal |= mask(part) << done;
-            } else {
-                for i in 0..part {
-                    // SAFETY: as above, one page of it.
-                    if unsafe { same(guest + i * PAGE, canonical + i * PAGE, PAGE) } {
-                        equal |= 1 << (done + i);
-                    }
-                }
+        while done < into.len() {
+            let offset = u64::from(store) * PAGE as u64 + done as u64;
+            match rustix::io::pread(&self.fd, &mut into[done..], offset) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => done += read,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
             }
-            done += part;
         }
-        Ok(equal)
+        Ok(())
     }
 
     /// Maps `pages` store pages from `store` on over `address`, private and writable.
@@ -162,15 +105,6 @@ impl StoreView {
     }
 }
 
-impl Drop for StoreView {
-    fn drop(&mut self) {
-        for base in self.windows.values() {
-            // SAFETY: windows belong to this value, and nothing borrows from them.
-            let _ = unsafe { munmap(*base as *mut c_void, WINDOW_PAGES as usize * PAGE) };
-        }
-    }
-}
-
 /// Lowest `pages` bits.
 pub(super) fn mask(pages: usize) -> u64 {
     if pages >= 64 {
@@ -180,13 +114,39 @@ pub(super) fn mask(pages: usize) -> u64 {
     }
 }
 
+/// Which pages at `address` are equal to `expected`, at most 64 whole pages: bit i is page i.
+///
 /// # Safety
 ///
-/// Both ranges must be readable.
-unsafe fn same(a: usize, b: usize, bytes: usize) -> bool {
+/// As many bytes at `address` as `expected` has must be readable memory of this process.
+pub(super) unsafe fn compare(address: usize, expected: &[u8]) -> u64 {
+    let pages = expected.len() / PAGE;
+    debug_assert!(pages <= 64 && expected.len() % PAGE == 0);
+    // SAFETY: by contract.
+    if unsafe { same(address, expected) } {
+        return mask(pages);
+    }
+    let equal = |(i, page): (usize, &[u8])| {
+        // SAFETY: as above, one page of it.
+        u64::from(unsafe { same(address + i * PAGE, page) }) << i
+    };
+    expected.chunks(PAGE).enumerate().map(equal).sum()
+}
+
+/// # Safety
+///
+/// As many bytes at `address` as `expected` has must be readable memory of this process.
+unsafe fn same(address: usize, expected: &[u8]) -> bool {
     // SAFETY: by contract; memcmp has no requirement on concurrent writers beyond giving some
     // answer, and the answer is only used where the writers are stopped.
-    unsafe { libc::memcmp(a as *const c_void, b as *const c_void, bytes) == 0 }
+    let order = unsafe {
+        libc::memcmp(
+            address as *const c_void,
+            expected.as_ptr().cast(),
+            expected.len(),
+        )
+    };
+    order == 0
 }
 
 /// Copies guest memory at `address` out; what is written meanwhile arrives old, new or mixed.

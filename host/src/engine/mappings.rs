@@ -45,7 +45,8 @@ impl MappingBudget {
     /// Whether a run of `pages` may cost `mappings` more. As the budget shrinks, only longer
     /// runs are let in, so that what is left saves most.
     pub(super) fn admits(&mut self, pages: usize, mappings: usize) -> bool {
-        if self.counted + self.added + mappings > self.usable() / 2 {
+        // Below that even the worst case has no consequence.
+        if self.counted + self.added + mappings > self.usable() / 4 * 3 {
             self.recount();
         }
         let used = self.counted + self.added + mappings;

@@ -268,31 +268,29 @@ impl Memory {
         if !self.budget.admits(pages, 2) {
             return Err(reason::MAPPING_LIMIT);
         }
-        let Some(store) = self.store.as_mut() else {
+        let Some(store) = self.store.as_ref() else {
             return Err(reason::NO_STORE);
         };
+        // A granted page does not change, so this need not hold writers up.
+        let expected = &mut self.buffer[..pages * PAGE];
+        store
+            .read(overlay.store, expected)
+            .map_err(|e| host_error("reading the store", &e))?;
         if self.overlays.intersects(&range) {
             // An overlay is a mapping of its own, which lost the registration.
             self.uffd
                 .register(&range)
                 .map_err(|e| host_error("registering an overlay", &e.into()))?;
         }
-        if self.split_huge_pages {
+        if self.split_huge_pages && !attributes.no_huge_page {
             // SAFETY: part of a region, which is mapped guest memory.
             unsafe { mapped::split_huge_pages(&range) };
         }
         self.uffd
             .protect(&range)
             .map_err(|e| host_error("write-protecting", &e.into()))?;
-        // SAFETY: guest memory is readable; granted store pages exist.
-        let compared = unsafe { store.compare(address, overlay.store, pages) };
-        let equal = match compared {
-            Ok(equal) => equal,
-            Err(e) => {
-                self.lift(&range);
-                return Err(host_error("mapping the store", &e));
-            }
-        };
+        // SAFETY: part of a region, which is mapped guest memory.
+        let equal = unsafe { mapped::compare(address, expected) };
         let mut shared = 0;
         let mut failure = None;
         for (first, count) in ones(equal, pages) {

@@ -2,7 +2,7 @@
 
 //! Which guest memory lies on which store pages. Pure bookkeeping.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use roaring::RoaringBitmap;
@@ -51,7 +51,7 @@ pub struct Overlays {
     pages: u64,
     held: RoaringBitmap,
     /// How often beyond the first a store page is held; duplicates within a guest.
-    more: HashMap<StorePage, u32>,
+    more: BTreeMap<StorePage, u32>,
     /// Not held any more, and the store does not know yet.
     dropped: RoaringBitmap,
 }
@@ -119,12 +119,7 @@ impl Overlays {
     /// Notes an overlay; what it replaces is let go.
     pub fn insert(&mut self, address: usize, overlay: Overlay) {
         // Hold first: a page that is replaced by itself must not count as dropped.
-        for page in overlay.store..overlay.store + overlay.pages {
-            if !self.held.insert(page) {
-                *self.more.entry(page).or_default() += 1;
-            }
-            self.dropped.remove(page);
-        }
+        self.hold(overlay.store..overlay.store + overlay.pages);
         self.remove(&(address..end_of(address, &overlay)));
         self.pages += u64::from(overlay.pages);
         let (mut address, mut overlay) = (address, overlay);
@@ -163,21 +158,36 @@ impl Overlays {
                 self.by_address.insert(end_of(address, &part), rest);
             }
             self.pages -= u64::from(part.pages);
-            for page in part.store..part.store + part.pages {
-                self.let_go(page);
-            }
+            self.let_go(part.store..part.store + part.pages);
         }
     }
 
-    fn let_go(&mut self, page: StorePage) {
-        if let Some(more) = self.more.get_mut(&page) {
+    fn hold(&mut self, pages: Range<StorePage>) {
+        let held_already = self.held.range(pages.clone());
+        for page in held_already {
+            *self.more.entry(page).or_default() += 1;
+        }
+        self.held.insert_range(pages.clone());
+        self.dropped.remove_range(pages);
+    }
+
+    fn let_go(&mut self, mut pages: Range<StorePage>) {
+        let mut single = Vec::new();
+        for (&page, more) in self.more.range_mut(pages.clone()) {
             *more -= 1;
             if *more == 0 {
-                self.more.remove(&page);
+                single.push(page);
             }
-        } else {
-            self.held.remove(page);
-            self.dropped.insert(page);
+            // What lies between the pages that somebody else holds too.
+            let between = pages.start..page;
+            self.held.remove_range(between.clone());
+            self.dropped.insert_range(between);
+            pages.start = page + 1;
+        }
+        self.held.remove_range(pages.clone());
+        self.dropped.insert_range(pages);
+        for page in single {
+            self.more.remove(&page);
         }
     }
 

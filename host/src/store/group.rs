@@ -188,10 +188,19 @@ impl Group {
         check_pages(spans.iter().map(|span| u64::from(span.pages)))?;
         let begin = out.len();
         for span in spans {
-            let file = self.files.find(&span.file);
-            for page in span.page..span.page.saturating_add(u64::from(span.pages)) {
-                let store = file.and_then(|file| self.index.lookup(&self.files, file, page));
-                append(&mut out[..], begin, store).unwrap_or_else(|segment| out.push(segment));
+            let pages = span.page..span.page.saturating_add(u64::from(span.pages));
+            match self.files.find(&span.file) {
+                Some(file) => self.index.lookup(&self.files, file, pages, |store| {
+                    append(out, begin, Segment { pages: 1, store });
+                }),
+                None => append(
+                    out,
+                    begin,
+                    Segment {
+                        pages: (pages.end - pages.start) as u32,
+                        store: None,
+                    },
+                ),
             }
         }
         for segment in &out[begin..] {
@@ -533,9 +542,20 @@ impl Group {
         }
     }
 
+    /// As [`Self::grant`] for pages that are in the index.
     fn grant_range(&mut self, vm: u32, first: StorePage, pages: u32) {
-        for store in first..first + pages {
-            self.grant(vm, store);
+        let range = first..first + pages;
+        let granted = &mut self.vms.entry(vm).or_default().granted;
+        let mut new = RoaringBitmap::new();
+        new.insert_range(range.clone());
+        for page in granted.range(range.clone()) {
+            new.remove(page);
+        }
+        granted.insert_range(range);
+        for store in new {
+            if let Some(page) = self.index.page_mut(store) {
+                page.references += 1;
+            }
         }
     }
 
@@ -599,22 +619,23 @@ impl Group {
     }
 }
 
-/// Extends the last segment by one page if `store` continues it.
-fn append(segments: &mut [Segment], begin: usize, store: Option<StorePage>) -> Result<(), Segment> {
-    let new = Segment { pages: 1, store };
-    let Some(last) = segments[begin..].last_mut() else {
-        return Err(new);
-    };
-    let continues = match (last.store, store) {
-        (None, None) => true,
-        (Some(first), Some(store)) => first.checked_add(last.pages) == Some(store),
-        _ => false,
-    };
-    if !continues {
-        return Err(new);
+/// Adds `new` to the segments from `begin` on, to the last one if it continues that.
+fn append(segments: &mut Vec<Segment>, begin: usize, new: Segment) {
+    if new.pages == 0 {
+        return;
     }
-    last.pages += 1;
-    Ok(())
+    if let Some(last) = segments[begin..].last_mut() {
+        let continues = match (last.store, new.store) {
+            (None, None) => true,
+            (Some(first), Some(store)) => first.checked_add(last.pages) == Some(store),
+            _ => false,
+        };
+        if continues {
+            last.pages += new.pages;
+            return;
+        }
+    }
+    segments.push(new);
 }
 
 fn check_pages(pages: impl Iterator<Item = u64>) -> Result<(), StoreError> {

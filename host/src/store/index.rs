@@ -14,6 +14,7 @@ use crate::protocol::StorePage;
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
+use std::ops::Range;
 
 /// Pages of a file that one chunk has room for: 64 MiB.
 pub(super) const CHUNK: u64 = 16_384;
@@ -79,21 +80,43 @@ impl Index {
         self.pages.get_mut(&store)
     }
 
-    /// The content of a file page that most VMs use.
-    pub(super) fn lookup(&self, files: &Files, file: FileId, page: u64) -> Option<StorePage> {
+    /// Calls `each` for every page of `pages` of a file, in order, with the content that
+    /// most VMs use.
+    pub(super) fn lookup(
+        &self,
+        files: &Files,
+        file: FileId,
+        pages: Range<u64>,
+        mut each: impl FnMut(Option<StorePage>),
+    ) {
         let record = files.get(file);
-        let own = record
-            .chunks
-            .get(&(page / CHUNK))
-            .and_then(|&base| self.in_chunk(base, page))
-            .filter(|store| self.pages.contains_key(store));
-        if !record.has_aliases() {
-            return own;
+        let mut from = pages.start;
+        while from < pages.end {
+            let number = from / CHUNK;
+            let until = (number + 1).saturating_mul(CHUNK).min(pages.end);
+            let base = record.chunks.get(&number).copied();
+            let room = base.map_or(0, |base| self.chunks.get(&base).map_or(0, |c| c.pages));
+            for page in from..until {
+                let offset = (page % CHUNK) as u32;
+                let own = base
+                    .filter(|_| offset < room)
+                    .map(|base| base + offset)
+                    .filter(|store| self.pages.contains_key(store));
+                each(if record.has_aliases() {
+                    self.most_used(own, record.aliases(page))
+                } else {
+                    own
+                });
+            }
+            from = until;
         }
+    }
+
+    fn most_used(&self, own: Option<StorePage>, aliases: &[StorePage]) -> Option<StorePage> {
         let uses = |store: &StorePage| self.pages.get(store).map_or(0, |page| page.references);
         // The last of equals wins: the latest alias.
         own.into_iter()
-            .chain(record.aliases(page).iter().copied())
+            .chain(aliases.iter().copied())
             .max_by_key(uses)
     }
 

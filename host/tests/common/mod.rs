@@ -105,6 +105,14 @@ impl GuestRam {
     }
 }
 
+impl Drop for GuestRam {
+    fn drop(&mut self) {
+        // SAFETY: the memory that `new` mapped. Threads that use it end before, and `word`
+        // does not outlive this value.
+        let _ = unsafe { munmap(self.base as *mut _, self.pages * PAGE) };
+    }
+}
+
 /// Memory, sharing and the thread that reads events.
 pub(crate) struct Vm {
     pub(crate) ram: GuestRam,
