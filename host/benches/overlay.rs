@@ -6,13 +6,16 @@
 //! The engine's figure is that of the whole path: checking, asking the store, write
 //! protection, comparison, mapping, bookkeeping. Not in it is what happens once in the life of
 //! a region, before the first overlay: looking it up in `smaps` and registering it, which the
-//! floor has behind it as well. Every store page is looked at for the first time by the
+//! floor has behind it as well. Guest memory is filled from the store, as the floor's is, so that
+//! both find it as near to the processor. Every store page is looked at for the first time by the
 //! engine's process, as in real use, while the floor has its store mapped and populated.
 //! Time is for all pages.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -67,8 +70,17 @@ fn floor(program: &Path, run: usize, huge: bool) -> Duration {
 }
 
 /// Time for sharing all pages of a guest, in permuted runs.
-fn engine(group: &Arc<Mutex<Group>>, bytes: &[u8], run: usize, huge: bool) -> Duration {
+fn engine(group: &Arc<Mutex<Group>>, run: usize, huge: bool) -> Duration {
     let vm = Vm::new(group, 1, PAGES, huge);
+    // From the store, which so is as near to the processor as that of the floor.
+    let store = File::from(
+        group
+            .lock()
+            .expect("a store")
+            .read_only()
+            .expect("the store"),
+    );
+    let mut content = vec![0; run * PAGE];
     let mut random = Random(3);
     let mut places: Vec<usize> = (0..PAGES / run).collect();
     for i in (1..places.len()).rev() {
@@ -76,11 +88,10 @@ fn engine(group: &Arc<Mutex<Group>>, bytes: &[u8], run: usize, huge: bool) -> Du
     }
     let mut runs = Vec::new();
     for (i, place) in places.iter().enumerate() {
-        for page in 0..run {
-            vm.ram.write_page(
-                place * run + page,
-                &bytes[(i * run + page) * PAGE..][..PAGE],
-            );
+        let offset = (i * run * PAGE) as u64;
+        store.read_exact_at(&mut content, offset).expect("a run");
+        for (page, bytes) in content.chunks_exact(PAGE).enumerate() {
+            vm.ram.write_page(place * run + page, bytes);
         }
         let (page, gfn) = ((i * run) as u64, (place * run) as u64);
         runs.push(ReportedRun {
@@ -133,7 +144,7 @@ fn overlay(c: &mut Criterion) {
                 });
             }
             bench.bench_function(BenchmarkId::from_parameter("engine"), |b| {
-                b.iter_custom(|n| repeat(n, &|| engine(&group, &bytes, run, huge)));
+                b.iter_custom(|n| repeat(n, &|| engine(&group, run, huge)));
             });
             bench.finish();
         }

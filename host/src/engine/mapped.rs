@@ -48,8 +48,8 @@ impl StoreView {
     /// Reads store pages from `store` on.
     ///
     /// As a rule a process compares a page of the store once. A copy that stays in the
-    /// processor's cache costs less than a mapping of its own, whose page is faulted in for
-    /// this one look, and leaves no page tables behind.
+    /// processor's cache costs as much as faulting the page into a mapping for this one look,
+    /// and leaves no page tables behind.
     pub(super) fn read(&self, store: StorePage, into: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         while done < into.len() {
