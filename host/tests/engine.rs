@@ -213,9 +213,10 @@ fn no_write_is_lost(huge: bool, run_pages: usize) {
     let writes = AtomicU64::new(0);
     let mut shared = 0;
     std::thread::scope(|scope| {
+        let mut writers = Vec::new();
         for writer in 0..2_usize {
             let (vm, stop, expected, writes) = (&vm, &stop, &expected, &writes);
-            scope.spawn(move || {
+            writers.push(scope.spawn(move || {
                 let mut random = Random(writer as u64);
                 let mut last = vec![0; PAGES];
                 while !stop.load(Ordering::Relaxed) {
@@ -230,7 +231,7 @@ fn no_write_is_lost(huge: bool, run_pages: usize) {
                     expected[page].store(last[page], Ordering::Relaxed);
                     writes.fetch_add(1, Ordering::Relaxed);
                 }
-            });
+            }));
         }
         for round in 0..ROUNDS {
             for batch in places.chunks(16) {
@@ -246,7 +247,12 @@ fn no_write_is_lost(huge: bool, run_pages: usize) {
             }
         }
         // Overlay work must meet writes, and writes must meet overlays, by the million.
-        while writes.load(Ordering::Relaxed) < 2_000_000 {
+        let lost = || {
+            writers
+                .iter()
+                .any(std::thread::ScopedJoinHandle::is_finished)
+        };
+        while writes.load(Ordering::Relaxed) < 2_000_000 && !lost() {
             for (from, to) in &places {
                 vm.sharing.share(&[run(*from as u64, *to, run_pages)]);
             }
