@@ -66,7 +66,9 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mu
             result
         }
         Watched::PinsMemory(what) => {
-            runtime::disable(what);
+            if let Err(error) = runtime::disable(what) {
+                return refuse(&error);
+            }
             // SAFETY: passed on as it came.
             unsafe { next_ioctl()(fd, request, argument) }
         }
@@ -92,11 +94,24 @@ pub(crate) unsafe extern "C" fn madvise(
         advice,
         libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | DONTNEED_LOCKED
     );
-    if discards && runtime::is_active() {
-        runtime::before_discard(address as usize, length);
-    }
     // SAFETY: passed on as it came.
-    unsafe { next_madvise()(address, length, advice) }
+    let pass_on = || unsafe { next_madvise()(address, length, advice) };
+    if !discards || !runtime::is_active() {
+        return pass_on();
+    }
+    match runtime::discard(address as usize, length, pass_on) {
+        Ok(result) => result,
+        Err(error) => refuse(&error),
+    }
+}
+
+/// Fails a call of the VMM: overlays could not be undone, and going on would let a guest read
+/// what is not its own.
+fn refuse(error: &std::io::Error) -> c_int {
+    log::error!("a request of the VMM is refused, since overlays cannot be undone: {error}");
+    // SAFETY: the calling thread's own errno.
+    unsafe { *libc::__errno_location() = libc::ENOMEM };
+    -1
 }
 
 extern "C" fn start(_argc: c_int, _argv: *const *const i8, _env: *const *const i8) {

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -150,32 +151,41 @@ fn region(slot: &MemoryRegion) -> Option<Region> {
     })
 }
 
-/// Something gets hold of guest pages: share nothing any more.
-pub(crate) fn disable(why: &'static str) {
-    let Some(runtime) = current() else { return };
-    let mut slots = runtime.slots();
-    if slots.disabled.replace(why).is_none() {
-        log::warn!("sharing ends: {why}");
-        if let Some(sharing) = &slots.sharing {
-            report(sharing.memory().disable(why), "ending sharing");
-        }
-    }
-}
-
-/// Memory is about to be discarded by the VMM.
-pub(crate) fn before_discard(address: usize, length: usize) {
-    let Some(runtime) = current() else { return };
-    let Some(sharing) = runtime.slots().sharing.clone() else {
-        return;
+/// Something gets hold of guest pages: share nothing any more. An error means that overlays
+/// are left, and that nothing may get hold of the pages beneath them.
+pub(crate) fn disable(why: &'static str) -> io::Result<()> {
+    let Some(runtime) = current() else {
+        return Ok(());
     };
-    let range = address..address.saturating_add(length);
-    report(
-        sharing.memory().restore(&range),
-        "making memory ordinary before it is discarded",
-    );
+    let mut slots = runtime.slots();
+    if slots.disabled.is_some() {
+        return Ok(());
+    }
+    if let Some(sharing) = &slots.sharing {
+        sharing.memory().disable(why)?;
+    }
+    log::warn!("sharing ends: {why}");
+    slots.disabled = Some(why);
+    Ok(())
 }
 
-fn report(result: std::io::Result<()>, what: &str) {
+/// Discards memory with `discard` after it was made ordinary. No overlay can come in between:
+/// discarding one would bring the canonical bytes back.
+pub(crate) fn discard<T>(
+    address: usize,
+    length: usize,
+    discard: impl FnOnce() -> T,
+) -> io::Result<T> {
+    let sharing = current().and_then(|runtime| runtime.slots().sharing.clone());
+    let Some(sharing) = sharing else {
+        return Ok(discard());
+    };
+    let mut memory = sharing.memory();
+    memory.restore(&(address..address.saturating_add(length)))?;
+    Ok(discard())
+}
+
+fn report(result: io::Result<()>, what: &str) {
     if let Err(e) = result {
         log::error!("{what}: {e}");
     }
