@@ -5,6 +5,112 @@
 use kernel::bindings;
 use kernel::prelude::*;
 
+/// What a probe is told about the entry of the table of devices that matched.
+#[cfg(not(before_7_3))]
+pub(crate) type IdInfo<'a, T> = Option<&'a T>;
+#[cfg(before_7_3)]
+pub(crate) type IdInfo<'a, T> = &'a T;
+
+/// Declares a table of devices.
+macro_rules! pci_device_table {
+    ($table:ident, $info:ty, $devices:tt $(,)?) => {
+        #[cfg(not(before_7_3))]
+        kernel::pci_device_table!($table, $info, $devices);
+        #[cfg(before_7_3)]
+        kernel::pci_device_table!($table, MODULE_TABLE, $info, $devices);
+    };
+}
+pub(crate) use pci_device_table;
+
+/// The barriers between this CPU and whoever else works on the same memory, also when this kernel
+/// knows one CPU only.
+#[cfg(not(before_7_3))]
+mod barriers {
+    use kernel::sync::barrier::{self, Full, Read, Write};
+
+    pub(crate) fn mb() {
+        barrier::mb(Full);
+    }
+
+    pub(crate) fn rmb() {
+        barrier::mb(Read);
+    }
+
+    pub(crate) fn wmb() {
+        barrier::mb(Write);
+    }
+}
+#[cfg(before_7_3)]
+mod barriers {
+    use crate::bindings as helpers;
+
+    pub(crate) fn mb() {
+        // SAFETY: Always callable.
+        unsafe { helpers::pagefusion_mb() }
+    }
+
+    pub(crate) fn rmb() {
+        // SAFETY: Always callable.
+        unsafe { helpers::pagefusion_rmb() }
+    }
+
+    pub(crate) fn wmb() {
+        // SAFETY: Always callable.
+        unsafe { helpers::pagefusion_wmb() }
+    }
+}
+pub(crate) use barriers::{mb, rmb, wmb};
+
+/// `EOPNOTSUPP`, which has no name of its own in older kernels.
+pub(crate) fn not_supported() -> Error {
+    Error::from_errno(-(bindings::EOPNOTSUPP as c_int))
+}
+
+/// What an interrupt handler returns that has done its work.
+#[cfg(not(before_7_3))]
+pub(crate) const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn::IRQ_HANDLED;
+#[cfg(before_7_3)]
+pub(crate) const IRQ_HANDLED: bindings::irqreturn_t = bindings::irqreturn_IRQ_HANDLED;
+
+/// What shows an attribute of a kobject.
+pub(crate) type Show = unsafe extern "C" fn(
+    *mut bindings::kobject,
+    *mut bindings::kobj_attribute,
+    *mut c_char,
+) -> isize;
+/// What stores it.
+pub(crate) type Store = unsafe extern "C" fn(
+    *mut bindings::kobject,
+    *mut bindings::kobj_attribute,
+    *const c_char,
+    usize,
+) -> isize;
+
+/// An attribute of a kobject.
+pub(crate) const fn kobj_attribute(
+    name: &'static CStr,
+    mode: bindings::umode_t,
+    show: Show,
+    store: Option<Store>,
+) -> bindings::kobj_attribute {
+    let attr = bindings::attribute {
+        name: name.to_bytes_with_nul().as_ptr().cast(),
+        mode,
+    };
+    #[cfg(not(before_7_3))]
+    return bindings::kobj_attribute {
+        attr,
+        __bindgen_anon_1: bindings::kobj_attribute__bindgen_ty_1 { show: Some(show) },
+        __bindgen_anon_2: bindings::kobj_attribute__bindgen_ty_2 { store },
+    };
+    #[cfg(before_7_3)]
+    return bindings::kobj_attribute {
+        attr,
+        show: Some(show),
+        store,
+    };
+}
+
 /// Whether this guest's memory is hidden from its host.
 pub(crate) fn is_confidential() -> bool {
     // SAFETY: Always callable.

@@ -2,9 +2,14 @@
 
 //! The PCI driver: takes devices whose shared memory is ours, and gives each to a worker.
 
+use crate::compat;
 use crate::control::CONTROL;
 use crate::ivshmem::Ivshmem;
+use crate::policy::POLLING_SLEEP_MS;
+use crate::restart::Notifier;
+use crate::shrinker::Shrinker;
 use crate::thread::Thread;
+use crate::tracepoints::Watch;
 use crate::worker::Worker;
 use kernel::alloc::KBox;
 use kernel::device::Core;
@@ -23,13 +28,17 @@ impl Drop for Claim {
     }
 }
 
-/// A device at work. The thread is stopped before the place is free again.
+/// A device at work. Who wakes the thread or waits for it is gone before it, and it is stopped
+/// before the place is free again.
 pub(crate) struct Driver {
+    _notifier: Notifier,
+    _watch: Option<Watch>,
+    _shrinker: Option<Shrinker>,
     _thread: Thread<Worker>,
     _claim: Claim,
 }
 
-kernel::pci_device_table!(
+compat::pci_device_table!(
     PCI_TABLE,
     <Driver as pci::Driver>::IdInfo,
     [(
@@ -51,7 +60,20 @@ impl Driver {
         let claim = Claim;
         let worker = KBox::new(Worker::new(memory)?, GFP_KERNEL)?;
         let thread = Thread::start(worker, c"pagefusion")?;
+        let watch = Watch::start();
+        if watch.is_none() {
+            dev_dbg!(
+                device,
+                "no tracepoints of page faults: new files are looked for now and then\n"
+            );
+            CONTROL
+                .max_sleep_millisecs
+                .replace_default(POLLING_SLEEP_MS);
+        }
         Ok(Self {
+            _notifier: Notifier::new(&thread)?,
+            _watch: watch,
+            _shrinker: Shrinker::register().ok(),
             _thread: thread,
             _claim: claim,
         })
@@ -65,7 +87,7 @@ impl pci::Driver for Driver {
 
     fn probe<'bound>(
         device: &'bound pci::Device<Core<'_>>,
-        _: Option<&'bound Self::IdInfo>,
+        _info: compat::IdInfo<'bound, Self::IdInfo>,
     ) -> impl PinInit<Self, Error> + 'bound {
         Self::start(device)
     }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Mapped files: a reference to one, whether its pages may be reported, and its identity.
+//! Files with pages in the page cache: a reference to one, whether its pages may be reported,
+//! its identity and its name.
 
 use crate::bindings as helpers;
+use crate::superblock::HeldSuper;
 use crate::wire::{file_kind, FileIdentity};
 use core::ptr::{addr_of, NonNull};
 use kernel::bindings;
@@ -12,22 +14,30 @@ use kernel::prelude::*;
 const S_IFMT: u16 = 0o170_000;
 const S_IFREG: u16 = 0o100_000;
 const S_DAX: u32 = 1 << 13;
-/// Memory that nobody but its owner may see, behind inodes that look regular.
-const SECRET_MAGICS: [u64; 2] = [
+/// Memory that nobody but its owner may see, or that is not made of ordinary pages, behind inodes
+/// that look regular.
+const UNFIT_MAGICS: [u64; 3] = [
     0x5345_434d, /* secretmem */
     0x474d_454d, /* guest_memfd */
+    0x9584_58f6, /* hugetlbfs */
 ];
+/// `F_SEAL_WRITE` and `F_SEAL_FUTURE_WRITE`.
+const SEALED: c_uint = 0x8 | 0x10;
 
-/// A reference to an open file that is mapped somewhere.
+/// The superblock is the kernel's own; `helpers.c` compares it.
+const SB_NOUSER: usize = 1 << 31;
+
+/// A reference to the inode that caches a file's pages. On stacked file systems that is the real
+/// file's, so that all who see it through one of them share it.
 ///
 /// # Invariants
 ///
-/// The pointer is valid and owns one reference to the file, so `f_mapping` and its host inode
-/// live as long as this.
-pub(crate) struct MappedFile(NonNull<bindings::file>);
-
-// SAFETY: The reference may be put by any thread that may sleep.
-unsafe impl Send for MappedFile {}
+/// `inode` is valid, and this owns one reference to it; it belongs to the superblock that is held.
+pub(crate) struct CachedFile<'a> {
+    inode: NonNull<bindings::inode>,
+    /// Let go after the inode.
+    _superblock: HeldSuper<'a>,
+}
 
 /// What must be known of a file before its pages are looked at.
 pub(crate) struct Facts {
@@ -37,45 +47,85 @@ pub(crate) struct Facts {
     pub(crate) stamp: u64,
     /// Pages up to the end of the file.
     pub(crate) pages: u64,
+    /// Whether a dirty page is one that will be written back. Where nothing is ever written back,
+    /// as on tmpfs, all that was written is dirty for ever.
+    pub(crate) is_written_back: bool,
 }
 
-impl MappedFile {
+impl<'a> CachedFile<'a> {
     /// Takes a reference.
     ///
     /// # Safety
     ///
-    /// `file` must be valid, and something must keep its count above zero during this call: a
-    /// VMA under the mmap lock does.
-    pub(crate) unsafe fn get(file: NonNull<bindings::file>) -> Self {
+    /// `inode` must be valid and belong to `superblock`, and something must keep its count above
+    /// zero during this call: an open file does.
+    pub(crate) unsafe fn get(inode: NonNull<bindings::inode>, superblock: HeldSuper<'a>) -> Self {
         // SAFETY: By this function's requirements.
-        unsafe { bindings::get_file(file.as_ptr()) };
+        unsafe { bindings::ihold(inode.as_ptr()) };
         // INVARIANT: The reference was just taken.
-        Self(file)
+        Self {
+            inode,
+            _superblock: superblock,
+        }
     }
 
-    /// The page cache of the file. On stacked file systems that of the real file.
+    /// Takes over a reference.
+    ///
+    /// # Safety
+    ///
+    /// The caller must own a reference to `inode`, which must belong to `superblock`.
+    pub(crate) const unsafe fn from_raw(
+        inode: NonNull<bindings::inode>,
+        superblock: HeldSuper<'a>,
+    ) -> Self {
+        // INVARIANT: By this function's requirements.
+        Self {
+            inode,
+            _superblock: superblock,
+        }
+    }
+
+    /// The inode, for as long as this exists.
+    pub(crate) const fn as_ptr(&self) -> *mut bindings::inode {
+        self.inode.as_ptr()
+    }
+
+    /// Whether anything of it is cached.
+    pub(crate) fn has_pages(&self) -> bool {
+        // SAFETY: Valid by the invariants; the counter changes at any time and is read once.
+        unsafe { addr_of!((*self.mapping()).nrpages).read_volatile() != 0 }
+    }
+
+    /// The page cache.
     pub(crate) fn mapping(&self) -> *mut bindings::address_space {
-        // SAFETY: Valid by the invariants; `f_mapping` does not change while a file is open.
-        unsafe { (*self.0.as_ptr()).f_mapping }
+        // SAFETY: Valid by the invariants; regular files never change their mapping.
+        unsafe { (*self.as_ptr()).i_mapping }
     }
 
-    fn inode(&self) -> *mut bindings::inode {
-        // SAFETY: A file's mapping and its host are valid while the file is.
-        unsafe { (*self.mapping()).host }
+    /// Whether it is mapped anywhere, in whatever way.
+    pub(crate) fn is_mapped(&self) -> bool {
+        // SAFETY: Valid by the invariants; the root changes at any time and is read once.
+        unsafe {
+            let root = addr_of!((*self.mapping()).i_mmap.rb_root.rb_node);
+            !root.read_volatile().is_null()
+        }
     }
 
-    /// Tells files apart by what caches their pages. Proves nothing once the file is let go.
+    /// Tells files apart. Proves nothing once the file is let go.
     pub(crate) fn key(&self) -> usize {
-        self.inode() as usize
+        self.as_ptr() as usize
+    }
+
+    /// Tells files apart, as [`hash_of`] does.
+    pub(crate) fn hash(&self) -> u64 {
+        // SAFETY: By the invariants.
+        unsafe { hash_of(self.mapping()) }
     }
 
     /// The file's facts, or `None` when its pages must not be reported.
     pub(crate) fn facts(&self) -> Option<Facts> {
-        let (mapping, inode) = (self.mapping(), self.inode());
-        if inode.is_null() {
-            return None;
-        }
-        // SAFETY: Valid while the file is; the counters change at any time and are read once.
+        let (mapping, inode) = (self.mapping(), self.as_ptr());
+        // SAFETY: Valid by the invariants; the counters change at any time and are read once.
         let (mode, flags, writers, writable, mapping_flags) = unsafe {
             (
                 addr_of!((*inode).i_mode).read(),
@@ -94,12 +144,15 @@ impl MappedFile {
         {
             return None;
         }
-        // SAFETY: An inode in use has a superblock, which lives as long as it.
+        if self.may_be_written_unnoticed() {
+            return None;
+        }
+        // SAFETY: The superblock is held by the invariants.
         let (magic, device, mut fs_uuid) = unsafe {
             let sb = (*inode).i_sb;
             ((*sb).s_magic as u64, (*sb).s_dev, (*sb).s_uuid.b)
         };
-        if SECRET_MAGICS.contains(&magic) {
+        if UNFIT_MAGICS.contains(&magic) {
             return None;
         }
         if fs_uuid == [0; 16] {
@@ -122,6 +175,8 @@ impl MappedFile {
             )
         };
         let size = u64::try_from(size).ok()?;
+        // SAFETY: The mapping and its inode are valid.
+        let is_written_back = unsafe { helpers::pagefusion_mapping_can_writeback(mapping) };
         let identity = FileIdentity {
             fs_uuid,
             inode: inode_number,
@@ -137,19 +192,38 @@ impl MappedFile {
             stamp: stamp(&identity, device),
             identity,
             pages,
+            is_written_back,
         })
     }
 
-    /// The file's path as its own mount sees it, written into `buffer`; empty when it has none.
-    pub(crate) fn name<'a>(&self, buffer: &'a mut [u8]) -> &'a [u8] {
-        // SAFETY: The file is valid and the buffer is as long as we say.
+    /// Whether it is memory with a file around it (a memfd, System V shared memory) that is not
+    /// sealed: who writes to that never opened it for writing, so nobody counted them.
+    fn may_be_written_unnoticed(&self) -> bool {
+        let inode = self.as_ptr();
+        // SAFETY: Valid by the invariants; the kernel's own mount of tmpfs is the only one of that
+        // kind that users cannot reach. Seals are read once.
+        unsafe {
+            let is_internal = (*(*inode).i_sb).s_flags & SB_NOUSER != 0;
+            is_internal
+                && helpers::shmem_mapping(self.mapping())
+                && helpers::pagefusion_shmem_seals(inode) & SEALED == 0
+        }
+    }
+
+    /// The file's path in its file system, written into `buffer`; empty when it has none.
+    pub(crate) fn name<'b>(&self, buffer: &'b mut [u8]) -> &'b [u8] {
+        // SAFETY: The inode is valid by the invariants.
+        let dentry = unsafe { bindings::d_find_any_alias(self.as_ptr()) };
+        if dentry.is_null() {
+            return &[];
+        }
+        // SAFETY: The dentry is valid until it is put, and the buffer is as long as we say.
         let path = unsafe {
-            bindings::file_path(
-                self.0.as_ptr(),
-                buffer.as_mut_ptr().cast(),
-                buffer.len() as c_int,
-            )
+            let (start, length) = (buffer.as_mut_ptr().cast(), buffer.len() as c_int);
+            bindings::dentry_path_raw(dentry, start, length)
         };
+        // SAFETY: `d_find_any_alias` gave us a reference; we may sleep.
+        unsafe { bindings::dput(dentry) };
         let Ok(path) = from_err_ptr(path) else {
             return &[];
         };
@@ -163,12 +237,32 @@ impl MappedFile {
     }
 }
 
-impl Drop for MappedFile {
+impl Drop for CachedFile<'_> {
     fn drop(&mut self) {
-        // SAFETY: By the invariants we own a reference. We run in a kernel thread without locks,
-        // where the last one may be put at once, so that an unmount finds nothing delayed.
-        unsafe { bindings::__fput_sync(self.0.as_ptr()) };
+        // SAFETY: By the invariants we own a reference. We run in a kernel thread that may sleep;
+        // the superblock is held until this returns, so it is neither shut down nor frozen.
+        unsafe { bindings::iput(self.as_ptr()) };
     }
+}
+
+/// Tells files apart, and a file from one that had its memory before, as good as a hash can.
+///
+/// # Safety
+///
+/// `mapping` must be that of a file in use.
+pub(crate) unsafe fn hash_of(mapping: *mut bindings::address_space) -> u64 {
+    // SAFETY: By this function's requirements.
+    let inode = unsafe { (*mapping).host };
+    if inode.is_null() {
+        return 0;
+    }
+    #[allow(
+        clippy::unnecessary_cast,
+        reason = "inode numbers are `unsigned long` on older kernels"
+    )]
+    // SAFETY: The inode is valid while its mapping is.
+    let (number, generation) = unsafe { ((*inode).i_ino as u64, (*inode).i_generation) };
+    inode as u64 ^ number.rotate_left(20) ^ u64::from(generation).rotate_left(40)
 }
 
 fn stamp(identity: &FileIdentity, device: u32) -> u64 {

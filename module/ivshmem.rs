@@ -2,6 +2,7 @@
 
 //! An ivshmem device: shared memory in BAR2, doorbell in BAR0, an interrupt if it has one.
 
+use crate::compat;
 use crate::ring::Memory;
 use crate::thread;
 use crate::wire::{header, Layout, LayoutError};
@@ -12,7 +13,6 @@ use kernel::error::to_result;
 use kernel::pci;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
-use kernel::sync::barrier::{mb, Full, Read, Write};
 
 const NAME: &CStr = c"pagefusion";
 /// Byte offset of the doorbell in BAR0.
@@ -159,9 +159,12 @@ impl Drop for Interrupt {
     }
 }
 
+/// # Safety
+///
+/// None: it uses none of its arguments.
 unsafe extern "C" fn interrupted(_: c_int, _: *mut c_void) -> bindings::irqreturn_t {
     thread::kick();
-    bindings::irqreturn::IRQ_HANDLED
+    compat::IRQ_HANDLED
 }
 
 /// An enabled device with its BARs requested.
@@ -305,15 +308,15 @@ impl Memory for Ivshmem {
 
     // The other side is another CPU on the same memory, also when this kernel knows one only.
     fn read_barrier(&self) {
-        mb(Read);
+        compat::rmb();
     }
 
     fn write_barrier(&self) {
-        mb(Write);
+        compat::wmb();
     }
 
     fn full_barrier(&self) {
-        mb(Full);
+        compat::mb();
     }
 
     fn doorbell(&self) {

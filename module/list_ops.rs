@@ -43,6 +43,34 @@ impl<T> List<T> {
         self.append(item)
     }
 
+    /// Removes the items `from..to`.
+    pub(crate) fn remove(&mut self, from: usize, to: usize) {
+        let len = self.items.len();
+        self.items[from..].rotate_left(to - from);
+        self.items.truncate(len - (to - from));
+    }
+
+    /// Replaces the items `from..to` by those of `with`. On failure nothing has changed.
+    pub(crate) fn replace(&mut self, from: usize, to: usize, mut with: Self) -> Result<(), NoMemory> {
+        let (old, new) = (to - from, with.len());
+        self.reserve(new.saturating_sub(old))?;
+        let both = old.min(new);
+        self.items[from..from + both].swap_with_slice(&mut with.items[..both]);
+        if new > old {
+            with.items[both..].reverse();
+            for _ in both..new {
+                if let Some(item) = with.pop() {
+                    // Room was made above.
+                    self.append(item)?;
+                }
+            }
+            self.items[from + both..].rotate_right(new - both);
+        } else {
+            self.remove(from + both, to);
+        }
+        Ok(())
+    }
+
     /// Removes and returns the last item.
     pub(crate) fn pop(&mut self) -> Option<T> {
         self.items.pop()
@@ -51,6 +79,15 @@ impl<T> List<T> {
     /// Removes all items and gives their memory back.
     pub(crate) fn clear(&mut self) {
         *self = Self::new();
+    }
+
+    /// Gives memory back when more than a quarter of it is not used.
+    pub(crate) fn shrink(&mut self) {
+        let needed = allocation_bytes(self.items.len() * core::mem::size_of::<T>());
+        if needed < self.bytes() - self.bytes() / 4 {
+            // Without memory for it the old stays.
+            let _ = self.reallocate(self.items.len());
+        }
     }
 
     /// Removes all items and keeps the memory for the next ones.

@@ -11,21 +11,36 @@ mod bindings;
 mod compat;
 mod control;
 mod driver;
+mod exclude;
 mod file;
+mod filter;
 mod inflight;
+mod inodes;
+mod iomem;
 mod ivshmem;
 mod kernel_memory;
+mod leaf;
 mod list;
+mod look;
 mod page_cache;
+mod pages;
 mod pass;
 mod policy;
 mod ranges;
+mod recent;
+mod restart;
 mod ring;
 mod runs;
+mod scan;
 mod session;
+mod shrinker;
+mod sight;
+mod superblock;
 mod sysfs;
 mod thread;
+mod tracepoints;
 mod tracker;
+mod values;
 mod walk;
 // The host's side of it is not used here.
 #[allow(dead_code, unreachable_pub)]
@@ -42,26 +57,30 @@ module! {
     license: "GPL v2",
 }
 
-/// The module. Fields are dropped in order: first the driver with its worker, then the knobs.
+/// The module. Fields are dropped in order: first the driver with its worker, then the knobs, then
+/// what they keep.
 #[pin_data]
 struct PageFusion {
     #[pin]
     driver: Registration<pci::Adapter<driver::Driver>>,
     directory: sysfs::Directory,
+    exclusions: control::Exclusions,
 }
 
 impl kernel::InPlaceModule for PageFusion {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        if compat::is_confidential() {
-            pr_err!("this guest's memory is hidden from its host: there is nothing to share\n");
-        }
-        let allowed = if compat::is_confidential() {
-            Err(EOPNOTSUPP)
-        } else {
-            Ok(())
-        };
+        let allowed = policy::may_load(compat::is_confidential()).map_err(|why| {
+            pr_err!("{why}\n");
+            compat::not_supported()
+        });
         try_pin_init!(Self {
-            directory: allowed.and_then(|()| sysfs::Directory::new())?,
+            exclusions: allowed.map(|()| {
+                // SAFETY: Once for each time the module is loaded, before anything else is set up.
+                unsafe { thread::init() };
+                // SAFETY: As above.
+                unsafe { control::Exclusions::new() }
+            })?,
+            directory: sysfs::Directory::new()?,
             driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),
         })
     }

@@ -3,7 +3,7 @@
 //! Folios in a file's page cache, and pins on those that are reported.
 
 use crate::bindings as helpers;
-use crate::file::MappedFile;
+use crate::file::{CachedFile, Facts};
 use crate::ranges::Range;
 use crate::runs::Pin;
 use core::ptr::{addr_of, NonNull};
@@ -13,12 +13,22 @@ const fn flag(bit: bindings::pageflags) -> usize {
     1 << bit
 }
 
-/// Flags that count, and what they must be: uptodate and nothing else of these.
-const MASK: usize = flag(bindings::pageflags_PG_uptodate)
-    | flag(bindings::pageflags_PG_dirty)
-    | flag(bindings::pageflags_PG_writeback)
-    | flag(bindings::pageflags_PG_hwpoison);
 const CLEAN: usize = flag(bindings::pageflags_PG_uptodate);
+
+/// Flags that count. They must be [`CLEAN`]: uptodate and nothing else of these.
+const fn mask(facts: &Facts) -> usize {
+    let dirty = flag(bindings::pageflags_PG_dirty) | flag(bindings::pageflags_PG_writeback);
+    let mask = CLEAN | flag(bindings::pageflags_PG_hwpoison);
+    if facts.is_written_back {
+        mask | dirty
+    } else {
+        mask
+    }
+}
+
+/// Any of these says that a page was used more than once, in either kind of LRU.
+const USED: usize = flag(bindings::pageflags_PG_active) | flag(bindings::pageflags_PG_workingset);
+const REFERENCED: usize = flag(bindings::pageflags_PG_referenced);
 
 /// Up to 31 folios with a reference to each.
 ///
@@ -46,7 +56,7 @@ impl FolioBatch {
 
     /// Replaces the batch by the next folios of `file` that have pages in `*next..end`, and
     /// moves `next` behind them. Returns whether there are any.
-    pub(crate) fn fill(&mut self, file: &MappedFile, next: &mut u64, end: u64) -> bool {
+    pub(crate) fn fill(&mut self, file: &CachedFile<'_>, next: &mut u64, end: u64) -> bool {
         self.release();
         if *next >= end {
             return false;
@@ -104,8 +114,9 @@ pub(crate) struct Place {
 }
 
 impl Folio<'_> {
-    /// Where the folio is, if it belongs to `file` and holds exactly what is on disk.
-    pub(crate) fn place(&self, file: &MappedFile) -> Option<Place> {
+    /// Where the folio is, if it belongs to `file` and holds exactly what is on disk, or all there
+    /// is of a file that is on none.
+    pub(crate) fn place(&self, file: &CachedFile<'_>, facts: &Facts) -> Option<Place> {
         let folio = self.folio.as_ptr();
         // SAFETY: The batch holds a reference. Flags and mapping change at any time and are read
         // once; the index is constant while the folio is in a page cache.
@@ -117,7 +128,7 @@ impl Folio<'_> {
                 addr_of!((*inner).__bindgen_anon_2.index).read_volatile(),
             )
         };
-        if flags & MASK != CLEAN || mapping != file.mapping() {
+        if flags & mask(facts) != CLEAN || mapping != file.mapping() {
             return None;
         }
         // SAFETY: We hold a reference, so the folio is not split or freed.
@@ -136,6 +147,26 @@ impl Folio<'_> {
             range,
             frame: frame as u64,
         })
+    }
+
+    /// Whether the folio is mapped or was accessed more than once since it was read. What has only
+    /// passed through the page cache was not: the first access by `read` sets `PG_referenced`
+    /// alone; a further one sets `PG_active`, or, with the multi-generational LRU, counts up and
+    /// then sets `PG_workingset`. Reading ahead sets nothing.
+    pub(crate) fn is_used(&self) -> bool {
+        let folio = self.folio.as_ptr();
+        // SAFETY: The batch holds a reference; flags change at any time and are read once.
+        let (flags, is_mapped, counter) = unsafe {
+            let inner = addr_of!((*folio).__bindgen_anon_1.__bindgen_anon_1);
+            (
+                addr_of!((*inner).flags.f).read_volatile(),
+                helpers::pagefusion_folio_mapped(folio),
+                helpers::pagefusion_lru_refs_mask(),
+            )
+        };
+        // The counter means something else without the flag.
+        let is_counted = flags & REFERENCED != 0 && flags & counter != 0;
+        is_mapped || flags & USED != 0 || is_counted
     }
 
     /// Whether a device may be writing to the folio, or a page of it is broken.

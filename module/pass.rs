@@ -1,18 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One pass: all processes, their files, the pages of those that changed.
+//! One pass: all processes, their files, what to tell the host of them.
 
 use crate::control::CONTROL;
-use crate::file::{Facts, MappedFile};
+use crate::file::{CachedFile, Facts};
+use crate::inodes::Inodes;
 use crate::ivshmem::Ivshmem;
 use crate::kernel_memory::{self, Part};
-use crate::page_cache::{Folio, FolioBatch, PinnedFrames, Place};
-use crate::policy;
+use crate::leaf::MAX_PAGE;
+use crate::list::List;
+use crate::look::Look;
+use crate::page_cache::{FolioBatch, PinnedFrames};
+use crate::pages::{Cursor, PieceState};
+use crate::policy::{self, Moment};
 use crate::ranges::Range;
-use crate::runs::{PinnedRun, RunBuilder};
+use crate::runs::PinnedRun;
+use crate::scan::Wanted;
 use crate::session::{Refusal, Session};
+use crate::superblock::{self, HeldSuper, Superblocks};
 use crate::thread;
-use crate::tracker::{FileState, PieceState, MAX_FRAME, MAX_PAGE};
+use crate::tracepoints;
+use crate::tracker::FileState;
+use crate::values::Scope;
 use crate::walk::{Batch, Candidate, Seen, Walk};
 use crate::wire::{FileIdentity, MAX_NAME};
 use kernel::alloc::KVec;
@@ -28,24 +37,31 @@ pub(crate) enum Stop {
     Asked,
     /// The host takes too long.
     Stalled,
+    /// Somebody wants a file system whose files are looked at.
+    Wanted,
+    /// There is no memory.
+    NoMemory,
 }
 
 /// What a pass needs and keeps for the next one.
 pub(crate) struct Workshop {
-    batch: Batch,
+    superblocks: Superblocks,
     folios: FolioBatch,
+    look: Option<Look>,
     path: KVec<u8>,
-    kernel: [Option<Part>; 2],
+    /// Looked for by the first pass, as a thread of the kernel may know.
+    kernel: Option<[Option<Part>; 2]>,
 }
 
 impl Workshop {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
-            batch: Batch::new()?,
+            superblocks: Superblocks::new(),
             folios: FolioBatch::new(),
+            look: Some(Look::new()?),
             // Room for a path that is cut, as the kernel writes paths from their end.
             path: KVec::from_elem(0, 4 * MAX_NAME, GFP_KERNEL)?,
-            kernel: kernel_memory::parts(),
+            kernel: None,
         })
     }
 }
@@ -59,72 +75,123 @@ pub(crate) struct Findings {
     pub(crate) again: bool,
     /// Pages that may be reported, whether or not they were before.
     pub(crate) eligible: u64,
+    /// Pages of files that were looked for.
+    pub(crate) pages: u64,
+    /// Milliseconds until the next file is old enough to be reported.
+    pub(crate) due_ms: Option<u64>,
     /// What the walk saw.
     pub(crate) seen: Seen,
 }
 
 /// What pages belong to.
-enum Source<'a> {
-    File(&'a MappedFile, &'a Facts),
+pub(crate) enum Source<'a> {
+    File(&'a CachedFile<'a>, &'a Facts),
     Kernel(&'a FileIdentity),
 }
 
 /// A pass under way.
 pub(crate) struct Pass<'a> {
-    session: &'a mut GuestSession,
+    pub(crate) session: &'a mut GuestSession,
+    /// Holds the file systems of the files that are looked at.
+    superblocks: &'a Superblocks,
+    /// Those whose inodes have been gone through. Never followed.
+    gone_through: List<usize>,
     number: u32,
-    most: u64,
+    pub(crate) most: u64,
     path: &'a mut [u8],
-    folios: &'a mut FolioBatch,
-    looked: u64,
+    pub(crate) folios: &'a mut FolioBatch,
+    pub(crate) look: &'a mut Option<Look>,
+    pub(crate) looked: u64,
     /// What is to be withdrawn before anything else of this file is reported.
     gone: Range,
-    findings: Findings,
+    pub(crate) findings: Findings,
+    rules: Rules,
 }
 
 const NOTHING: Range = Range { start: 0, end: 0 };
+const EVERYTHING: Range = Range {
+    start: 0,
+    end: u64::MAX,
+};
 
-/// Makes a pass. `scans` is its number since the module was loaded.
+/// Knobs that say what belongs to a pass. After a change, what was reported and does not belong to
+/// it any more is withdrawn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rules {
+    scope: Scope,
+    kernel_text: bool,
+}
+
+impl Rules {
+    /// The rules that hold now.
+    pub(crate) fn now() -> Self {
+        Self {
+            scope: CONTROL.scope.get(),
+            kernel_text: CONTROL.kernel_text.get() == 1,
+        }
+    }
+}
+
+/// Makes a pass. `scans` is its number since the module was loaded; `are_new` says that the last
+/// pass had other rules.
 pub(crate) fn run(
     session: &mut GuestSession,
     workshop: &mut Workshop,
     scans: u64,
+    rules: Rules,
+    are_new: bool,
 ) -> Result<Findings, Stop> {
+    tracepoints::begin_pass();
+    session.most_inflight_pages = CONTROL.max_inflight_pages.get();
     let (number, most) = (session.begin_pass(), session.most_run_pages());
     let Workshop {
-        batch,
+        superblocks,
         folios,
+        look,
         path,
         kernel,
     } = workshop;
     let findings = Findings::default();
     let mut pass = Pass {
         session,
+        superblocks,
+        gone_through: List::new(),
         number,
         most,
         path,
         folios,
+        look,
         looked: 0,
         gone: NOTHING,
         findings,
+        rules,
     };
-    let result = pass.walk(batch, kernel).and_then(|()| pass.finish(scans));
+    let kernel = kernel.get_or_insert_with(kernel_memory::parts);
+    let mut result = pass.walk(kernel);
+    if are_new {
+        result = result.and_then(|()| pass.withdraw_strays());
+    }
+    let result = result.and_then(|()| pass.finish(scans));
     let findings = pass.findings;
     folios.release();
-    batch.clear();
     result.map(|()| findings)
 }
 
 impl Pass<'_> {
-    fn walk(&mut self, batch: &mut Batch, kernel: &[Option<Part>]) -> Result<(), Stop> {
-        let mut walk = Walk::new();
+    fn walk(&mut self, kernel: &[Option<Part>]) -> Result<(), Stop> {
+        let superblocks = self.superblocks;
+        let mut batch = Batch::new().map_err(|_| Stop::NoMemory)?;
+        let mut walk = Walk::new(self.rules.scope);
         loop {
-            batch.clear();
-            let more = walk.fill(batch);
-            for Candidate { file, range, .. } in batch.candidates() {
-                self.scan_file(file, *range)?;
+            let more = walk.fill(&mut batch, superblocks);
+            for Candidate { file, .. } in batch.candidates() {
+                tracepoints::note(file);
             }
+            let scanned = self
+                .scan_batch(&batch)
+                .and_then(|()| self.scan_superblocks());
             batch.clear();
+            self.let_go(scanned)?;
             self.session.publish();
             self.look_up()?;
             if !more {
@@ -136,10 +203,73 @@ impl Pass<'_> {
             }
         }
         self.findings.seen = walk.seen;
-        if CONTROL.kernel_text.get() == 1 {
+        if self.rules.kernel_text {
             for part in kernel.iter().flatten() {
                 self.scan_kernel(part)?;
             }
+        }
+        Ok(())
+    }
+
+    fn scan_batch(&mut self, batch: &Batch<'_>) -> Result<(), Stop> {
+        for Candidate { file, range, .. } in batch.candidates() {
+            self.scan_file(file, *range, Wanted::All)?;
+        }
+        Ok(())
+    }
+
+    /// Looks at files that are mapped nowhere, too, on file systems that have one that is.
+    fn scan_superblocks(&mut self) -> Result<(), Stop> {
+        if self.rules.scope < Scope::Clean {
+            return Ok(());
+        }
+        let superblocks = self.superblocks;
+        for held in (0..superblock::MOST).filter_map(|index| superblocks.at(index)) {
+            let address = held.as_ptr() as usize;
+            // Without memory to remember it, the next pass goes through it.
+            if !self.gone_through.contains(&address) && self.gone_through.push(address).is_ok() {
+                self.scan_superblock(held)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn scan_superblock(&mut self, held: HeldSuper<'_>) -> Result<(), Stop> {
+        let mut inodes = Inodes::new(held);
+        while let Some(file) = inodes.next() {
+            let wanted = if file.is_mapped() {
+                Wanted::All
+            } else {
+                Wanted::Used
+            };
+            self.scan_file(file, EVERYTHING, wanted)?;
+            self.session.publish();
+            self.breathe()?;
+            self.look_up()?;
+            if self.looked >= CONTROL.pages_to_scan.get() {
+                self.looked = 0;
+                thread::wait_unfrozen(policy::POLL_MS);
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on without the files that were let go because somebody wants their file system; they
+    /// are looked at in another pass.
+    fn let_go(&mut self, scanned: Result<(), Stop>) -> Result<(), Stop> {
+        if scanned != Err(Stop::Wanted) {
+            return scanned;
+        }
+        self.gone = NOTHING;
+        self.findings.again = true;
+        Ok(())
+    }
+
+    /// To be called now and then while file systems are held.
+    pub(crate) fn breathe(&self) -> Result<(), Stop> {
+        thread::give_way();
+        if self.superblocks.are_wanted() {
+            return Err(Stop::Wanted);
         }
         Ok(())
     }
@@ -158,7 +288,7 @@ impl Pass<'_> {
         self.session.tracker.uncovered(id, self.number, place.range);
         self.findings.eligible += place.range.end - place.range.start;
         let retry = self.session.retries(id);
-        let (mut rest, mut cursor) = (place.range, 0);
+        let (mut rest, mut cursor) = (place.range, Cursor::default());
         while !rest.is_empty() {
             let frame = place.frame + rest.start;
             let Some(tracked) = self.session.tracker.get_mut(id) else {
@@ -179,6 +309,20 @@ impl Pass<'_> {
             }
             rest.start = piece.range.end;
         }
+        self.session.tracker.cover(id, place.range);
+        Ok(())
+    }
+
+    /// Withdraws what was reported and has not been looked at in this pass.
+    fn withdraw_strays(&mut self) -> Result<(), Stop> {
+        for id in 0..self.session.tracker.ids() {
+            let mut page = 0;
+            while let Some(stray) = self.session.tracker.stray(id, self.number, page) {
+                self.retract(id, stray)?;
+                page = stray.end;
+            }
+            self.flush(id)?;
+        }
         Ok(())
     }
 
@@ -192,6 +336,10 @@ impl Pass<'_> {
         {
             self.retire(id)?;
             from = id + 1;
+        }
+        if from != 0 {
+            // They are news when they come back, and so are all others: there is one filter.
+            tracepoints::forget();
         }
         let eligible = self.findings.eligible;
         self.findings.news = self.insist(|session| session.end_pass(scans, eligible))?;
@@ -230,10 +378,16 @@ impl Pass<'_> {
                 Err(Refusal::Closed) => return Err(Stop::Asked),
                 Err(Refusal::Busy) => {}
             }
+            CONTROL.ring_full_waits.add(1);
             self.session.publish();
             if self.session.ask_to_be_woken(false) {
-                thread::wait(policy::POLL_MS);
+                if self.superblocks.are_held() {
+                    thread::wait_unfrozen(policy::POLL_MS);
+                } else {
+                    thread::wait(policy::POLL_MS);
+                }
             }
+            self.breathe()?;
             self.look_up()?;
             if thread::now_ms().saturating_sub(began) > policy::PASS_WAIT_MS {
                 return Err(Stop::Stalled);
@@ -246,12 +400,21 @@ impl Pass<'_> {
     }
 
     /// Looks at what has not been looked at of a file.
-    fn scan_file(&mut self, file: &MappedFile, mut range: Range) -> Result<(), Stop> {
+    fn scan_file(
+        &mut self,
+        file: &CachedFile<'_>,
+        mut range: Range,
+        wanted: Wanted,
+    ) -> Result<(), Stop> {
         let known = self.session.tracker.find(file.key());
         let Some(facts) = file.facts() else {
             return known.map_or(Ok(()), |id| self.retire(id));
         };
         range.end = range.end.min(facts.pages).min(MAX_PAGE);
+        // What only passes through the page cache is not worth an entry in the tracker.
+        if known.is_none() && wanted == Wanted::Used && !self.has_used(file, &facts)? {
+            return Ok(());
+        }
         let Some(id) = self.identify(file, &facts, known)? else {
             return Ok(());
         };
@@ -260,136 +423,108 @@ impl Pass<'_> {
             if part.is_empty() {
                 return Ok(());
             }
-            self.scan(file, &facts, id, part)?;
+            self.findings.pages += part.end - part.start;
+            self.scan(file, &facts, id, part, wanted)?;
             self.session.tracker.cover(id, part);
             range.start = part.end;
         }
     }
 
-    /// The id of a file; a new one when the file has changed. `None` without room.
+    /// The id of a file; a new one when the file has changed. `None` when it is not to be
+    /// reported now, or without room.
     fn identify(
         &mut self,
-        file: &MappedFile,
+        file: &CachedFile<'_>,
         facts: &Facts,
         known: Option<u32>,
     ) -> Result<Option<u32>, Stop> {
-        if let Some(id) = known {
-            if self.session.tracker.is_current(id, facts.stamp) {
-                return Ok(Some(id));
+        let id = match known {
+            Some(id) if self.session.tracker.is_current(id, facts.stamp) => Some(id),
+            Some(id) => self.replace(id, file, facts)?,
+            None => self.add(file, facts),
+        };
+        let Some(id) = id else { return Ok(None) };
+        match self.unless_excluded(id, file, facts)? {
+            Some(id) if self.is_old_enough(id) => Ok(Some(id)),
+            Some(id) => {
+                self.session.tracker.touch(id, self.number);
+                Ok(None)
             }
-            self.retire(id)?;
+            None => Ok(None),
         }
-        Ok(self.session.tracker.add(file.key(), facts.stamp))
     }
 
-    /// Looks at the page cache of one range and reports what changed.
-    fn scan(
-        &mut self,
-        file: &MappedFile,
-        facts: &Facts,
-        id: u32,
-        range: Range,
-    ) -> Result<(), Stop> {
-        let retry = self.session.retries(id);
-        let mut runs = RunBuilder::new(self.most);
-        let (mut next, mut expected, mut cursor) = (range.start, range.start, 0);
-        // Taken out, as reporting needs all of `self`.
-        let mut folios = core::mem::replace(self.folios, FolioBatch::new());
-        while folios.fill(file, &mut next, range.end) {
-            for folio in folios.folios() {
-                let Some(place) = folio.place(file).and_then(|place| clip(place, range)) else {
-                    continue;
-                };
-                self.retract(
-                    id,
-                    Range {
-                        start: expected,
-                        end: place.range.start,
-                    },
-                )?;
-                expected = place.range.end;
-                let pages = place.range.end - place.range.start;
-                self.looked += pages;
-                self.findings.eligible += pages;
-                self.compare(
-                    file,
-                    facts,
-                    id,
-                    &folio,
-                    place,
-                    retry,
-                    &mut cursor,
-                    &mut runs,
-                )?;
-            }
-            thread::give_way();
-        }
-        *self.folios = folios;
-        self.retract(
-            id,
-            Range {
-                start: expected,
-                end: range.end,
-            },
-        )?;
-        self.flush(id)?;
-        if let Some(run) = runs.finish() {
-            self.report(&Source::File(file, facts), id, run)?;
-        }
-        Ok(())
+    fn add(&mut self, file: &CachedFile<'_>, facts: &Facts) -> Option<u32> {
+        let id = self.session.tracker.add(file.key(), facts.stamp)?;
+        self.session.tracker.get_mut(id)?.since = Moment::at(thread::now_ms());
+        Some(id)
     }
 
-    /// Reports those pages of a folio that were not reported at their frame.
-    #[expect(clippy::too_many_arguments, reason = "the state of one scan")]
-    fn compare(
+    /// Withdraws a file and begins anew with it.
+    fn replace(
         &mut self,
-        file: &MappedFile,
-        facts: &Facts,
         id: u32,
-        folio: &Folio<'_>,
-        place: Place,
-        retry: bool,
-        cursor: &mut usize,
-        runs: &mut RunBuilder<PinnedFrames>,
-    ) -> Result<(), Stop> {
-        let Place {
-            range: mut rest,
-            frame,
-        } = place;
-        let shift = rest.start;
-        while !rest.is_empty() {
-            let at = frame + (rest.start - shift);
-            let Some(tracked) = self.session.tracker.get_mut(id) else {
-                return Ok(());
-            };
-            let mut piece = tracked.pages.compare(rest, at, retry, cursor);
-            if piece.state != PieceState::Known {
-                if folio.is_unfit() {
-                    return self.retract(id, rest);
-                }
-                piece.range.end = piece.range.end.min(rest.start + self.most);
-                if piece.state == PieceState::Moved {
-                    self.retract(id, piece.range)?;
-                }
-                let pages = piece.range.end - piece.range.start;
-                let pin = folio.pin(at, pages);
-                let piece = PinnedRun {
-                    page: rest.start,
-                    frame: at,
-                    pages,
-                    pin,
-                };
-                if let Some(run) = runs.push(piece) {
-                    self.report(&Source::File(file, facts), id, run)?;
+        file: &CachedFile<'_>,
+        facts: &Facts,
+    ) -> Result<Option<u32>, Stop> {
+        self.retire(id)?;
+        // Without memory it is still there.
+        let is_gone = self.session.tracker.find(file.key()).is_none();
+        Ok(if is_gone { self.add(file, facts) } else { None })
+    }
+
+    /// The id of a file whose name is not excluded. Names are looked at once for each list.
+    fn unless_excluded(
+        &mut self,
+        mut id: u32,
+        file: &CachedFile<'_>,
+        facts: &Facts,
+    ) -> Result<Option<u32>, Stop> {
+        let version = CONTROL.exclude.version();
+        let Some(tracked) = self.session.tracker.get_mut(id) else {
+            return Ok(None);
+        };
+        if tracked.checked != version {
+            let state = tracked.state;
+            let excluded = CONTROL.exclude.has(file.name(self.path));
+            if excluded && state != FileState::Unannounced {
+                match self.replace(id, file, facts)? {
+                    Some(new) => id = new,
+                    None => return Ok(None),
                 }
             }
-            rest.start = piece.range.end;
+            if let Some(tracked) = self.session.tracker.get_mut(id) {
+                tracked.checked = version;
+                tracked.excluded = excluded;
+            }
         }
-        Ok(())
+        let tracked = self.session.tracker.get_mut(id);
+        if tracked.is_some_and(|tracked| tracked.excluded) {
+            self.session.tracker.touch(id, self.number);
+            return Ok(None);
+        }
+        Ok(Some(id))
+    }
+
+    /// Whether a file has been known long enough to be reported, or was already.
+    fn is_old_enough(&mut self, id: u32) -> bool {
+        let age = CONTROL.min_age_millisecs.get();
+        let Some(file) = self.session.tracker.get_mut(id) else {
+            return false;
+        };
+        if age == 0 || file.state != FileState::Unannounced {
+            return true;
+        }
+        let left = file.since.until_age(age, thread::now_ms());
+        if left != 0 {
+            let due = self.findings.due_ms.map_or(left, |due| due.min(left));
+            self.findings.due_ms = Some(due);
+        }
+        left == 0
     }
 
     /// Withdraws pages, together with those just before them.
-    fn retract(&mut self, id: u32, range: Range) -> Result<(), Stop> {
+    pub(crate) fn retract(&mut self, id: u32, range: Range) -> Result<(), Stop> {
         if range.is_empty() {
             return Ok(());
         }
@@ -401,7 +536,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn flush(&mut self, id: u32) -> Result<(), Stop> {
+    pub(crate) fn flush(&mut self, id: u32) -> Result<(), Stop> {
         let gone = core::mem::replace(&mut self.gone, NOTHING);
         if gone.is_empty() {
             return Ok(());
@@ -409,15 +544,18 @@ impl Pass<'_> {
         self.insist(|session| session.retract(id, gone))
     }
 
-    fn report(
+    pub(crate) fn report(
         &mut self,
         source: &Source<'_>,
         id: u32,
         run: PinnedRun<PinnedFrames>,
     ) -> Result<(), Stop> {
         self.flush(id)?;
+        if run.pages < CONTROL.min_run_pages.get() {
+            return Ok(());
+        }
         if self.session.needs_announcement(id) {
-            let sends_names = self.session.ring().sends_names();
+            let sends_names = self.session.ring().sends_names() && CONTROL.report_names.get() == 1;
             let path = core::mem::take(&mut self.path);
             let (identity, name) = match *source {
                 Source::File(file, facts) if sends_names => (facts.identity, file.name(path)),
@@ -441,18 +579,4 @@ impl Pass<'_> {
             }),
         })
     }
-}
-
-/// The part of a folio that lies within `range` and can be tracked.
-fn clip(place: Place, range: Range) -> Option<Place> {
-    let clipped = Range {
-        start: place.range.start.max(range.start),
-        end: place.range.end.min(range.end),
-    };
-    let frame = place.frame + clipped.start.wrapping_sub(place.range.start);
-    let fits = !clipped.is_empty() && frame + (clipped.end - clipped.start) <= MAX_FRAME;
-    fits.then_some(Place {
-        range: clipped,
-        frame,
-    })
 }

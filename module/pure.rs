@@ -10,15 +10,23 @@
 )]
 #![allow(unreachable_pub, reason = "the wire format is public in its own crate")]
 
+mod exclude;
+mod filter;
 mod inflight;
+mod iomem;
+mod leaf;
 #[path = "list_std.rs"]
 mod list;
+mod pages;
 mod policy;
 mod ranges;
+mod recent;
 mod ring;
 mod runs;
 mod session;
+mod sight;
 mod tracker;
+mod values;
 #[rustfmt::skip] // Formatted with its own crate.
 #[path = "../abi/src/wire/mod.rs"]
 mod wire;
@@ -26,10 +34,17 @@ mod wire;
 #[cfg(test)]
 #[path = "tests"]
 mod tests {
+    mod exclude;
     mod fifo;
+    mod filter;
+    mod iomem;
+    mod pages;
     mod policy;
     mod ranges;
+    mod recent;
     mod runs;
     mod session;
+    mod sight;
     mod tracker;
+    mod values;
 }

@@ -27,10 +27,6 @@ impl Ranges {
         Self { list: List::new() }
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.list.clear();
-    }
-
     pub(crate) fn bytes(&self) -> usize {
         self.list.bytes()
     }

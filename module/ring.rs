@@ -335,6 +335,13 @@ impl<M: Memory> Ring<M> {
         claim
     }
 
+    /// Leaves the host. [`Ring::poll`] attaches anew, to whatever host is there then.
+    pub(crate) fn detach(&mut self) {
+        self.leave();
+        self.state = State::Detached;
+        self.instance = 0;
+    }
+
     /// Tells the host that nobody is here any more.
     pub(crate) fn leave(&self) {
         self.set(guest_area::STATE, guest_state::ABSENT);

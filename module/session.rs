@@ -81,6 +81,9 @@ pub(crate) struct Session<M, P> {
     acknowledged: u64,
     progress_ms: u64,
     news: bool,
+    said_goodbye: bool,
+    /// Most pages that the operator lets be in flight.
+    pub(crate) most_inflight_pages: u64,
 }
 
 impl<M: Memory, P> Session<M, P> {
@@ -96,6 +99,8 @@ impl<M: Memory, P> Session<M, P> {
             acknowledged: 0,
             progress_ms: 0,
             news: false,
+            said_goodbye: false,
+            most_inflight_pages: u64::MAX,
         }
     }
 
@@ -112,6 +117,11 @@ impl<M: Memory, P> Session<M, P> {
         !self.inflight.is_empty()
     }
 
+    /// How long nothing of that has been answered.
+    pub(crate) fn waited_ms(&self, now_ms: u64) -> u64 {
+        now_ms.saturating_sub(self.progress_ms)
+    }
+
     /// Whether records may be produced now.
     pub(crate) fn is_open(&self) -> bool {
         self.ring.state() == State::Attached && self.ring.policy() & wire::policy::PAUSE == 0
@@ -125,7 +135,7 @@ impl<M: Memory, P> Session<M, P> {
 
     fn most_in_flight(&self) -> u64 {
         let host = self.ring.most_in_flight() / self.geometry.scale;
-        policy::most_in_flight(host, self.geometry.memory_pages)
+        policy::most_in_flight(host, self.most_inflight_pages, self.geometry.memory_pages)
     }
 
     /// Takes all that the host has answered and asked for.
@@ -277,6 +287,7 @@ impl<M: Memory, P> Session<M, P> {
         while self.inflight.pop().is_some() {}
         self.pages_in_flight = 0;
         self.acknowledged = 0;
+        self.said_goodbye = false;
         self.tracker.clear();
     }
 
@@ -314,12 +325,40 @@ impl<M: Memory, P> Session<M, P> {
         pages
     }
 
-    /// Says goodbye, if the host still listens, and asks to be told when it has heard.
+    /// Says goodbye, if the host still listens, and asks to be told when it has heard. The host
+    /// then undoes all sharing before it answers.
     pub(crate) fn say_goodbye(&mut self) {
         if self.ring.push(&Record::Goodbye).is_ok() {
             self.ring.publish();
             self.ring.notify_at(self.ring.head());
+            self.said_goodbye = true;
         }
+    }
+
+    /// Whether goodbye was said: nothing can be reported before [`Session::withdraw`] is done.
+    pub(crate) const fn is_leaving(&self) -> bool {
+        self.said_goodbye
+    }
+
+    /// Takes the next step towards a host that shares nothing of this guest and a guest that
+    /// remembers no report; to be called after [`Session::service`]. Returns whether it is done.
+    pub(crate) fn withdraw(&mut self) -> bool {
+        let is_done = match self.ring.state() {
+            // Nobody to withdraw from.
+            State::Detached => true,
+            // Only who is attached can say anything.
+            State::Attaching | State::Revoked { .. } => false,
+            State::Attached if self.said_goodbye => self.is_settled(),
+            State::Attached => {
+                self.say_goodbye();
+                false
+            }
+        };
+        if is_done {
+            self.ring.detach();
+            self.forget_all();
+        }
+        is_done
     }
 
     /// Whether the host has answered all that it must, or is gone. Takes its answers.
@@ -495,6 +534,22 @@ impl<M: Memory, P> Session<M, P> {
         self.push(id, &record, What::Retire)?;
         self.tracker.retire(id);
         Ok(())
+    }
+
+    /// Gives memory back: forgets files that the last pass did not find, as far as the host can be
+    /// told now, and then what was reported of others, which is reported again some day.
+    pub(crate) fn shrink(&mut self, bytes: usize) {
+        let before = self.tracker.bytes();
+        let mut from = 0;
+        while let Some(id) = self.tracker.next_missing(from, self.pass) {
+            if self.retire(id).is_err() {
+                break;
+            }
+            from = id + 1;
+        }
+        let freed = before.saturating_sub(self.tracker.bytes());
+        self.tracker.shrink(bytes.saturating_sub(freed));
+        self.ring.publish();
     }
 
     /// Ends a pass; one that had nothing to say says nothing. Returns whether it had.

@@ -2,11 +2,14 @@
 
 //! `/sys/kernel/pagefusion/`: one file for each knob and each statistic.
 
-use crate::control::{for_each_number, CONTROL};
+use crate::compat;
+use crate::control::{for_each_value, Value, CONTROL};
 use crate::thread;
+use crate::values::Text;
 use core::ptr::NonNull;
 use kernel::bindings;
 use kernel::error::to_result;
+use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 
 /// The directory. Dropping it removes it, and waits for those who are reading or writing.
@@ -50,118 +53,76 @@ impl Drop for Directory {
     }
 }
 
-/// # Safety
-///
-/// `buffer` must be a page that sysfs has given to a `show` function.
-unsafe fn emit(buffer: *mut c_char, value: u64) -> isize {
-    // SAFETY: By this function's requirements; the format takes one `u64`.
-    let length = unsafe { bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), value) };
-    length as isize
+/// One file. sysfs gives `raw` to the functions in it, which find the value behind it.
+#[repr(C)]
+struct Attribute {
+    raw: bindings::kobj_attribute,
+    value: &'static dyn Value,
 }
 
-/// # Safety
-///
-/// `buffer` must be the string that sysfs has given to a `store` function.
-unsafe fn parse(buffer: *const c_char) -> Result<u64> {
-    let mut value = 0;
-    // SAFETY: sysfs ends what was written with a zero; by this function's requirements.
-    match unsafe { bindings::kstrtoull(buffer, 10, &mut value) } {
-        0 => Ok(value),
-        _ => Err(EINVAL),
+// SAFETY: Constant, and all that it points to is constant or `Sync`.
+unsafe impl Sync for Attribute {}
+
+impl Attribute {
+    const fn new(name: &'static CStr, value: &'static dyn Value, is_knob: bool) -> Self {
+        let (mode, store): (_, Option<compat::Store>) = if is_knob {
+            (0o644, Some(store))
+        } else {
+            (0o444, None)
+        };
+        Self {
+            raw: compat::kobj_attribute(name, mode, show, store),
+            value,
+        }
     }
 }
 
-/// `Sync` wrapper of what is never changed.
-#[repr(transparent)]
-struct Constant<T>(T);
-// SAFETY: The value is constant, and so is all that it points to.
-unsafe impl<T> Sync for Constant<T> {}
-
-type Show = unsafe extern "C" fn(
-    *mut bindings::kobject,
-    *mut bindings::kobj_attribute,
-    *mut c_char,
-) -> isize;
-type Store = unsafe extern "C" fn(
-    *mut bindings::kobject,
-    *mut bindings::kobj_attribute,
-    *const c_char,
-    usize,
-) -> isize;
-
-const fn attribute(
-    name: &'static CStr,
-    show: Show,
-    store: Option<Store>,
-) -> Constant<bindings::kobj_attribute> {
-    let mode = if store.is_some() { 0o644 } else { 0o444 };
-    Constant(bindings::kobj_attribute {
-        attr: bindings::attribute {
-            name: name.as_ptr().cast(),
-            mode,
-        },
-        __bindgen_anon_1: bindings::kobj_attribute__bindgen_ty_1 { show: Some(show) },
-        __bindgen_anon_2: bindings::kobj_attribute__bindgen_ty_2 { store },
-    })
+/// # Safety
+///
+/// Called by sysfs with the `raw` of an [`Attribute`] and a page to write to.
+unsafe extern "C" fn show(
+    _: *mut bindings::kobject,
+    attribute: *mut bindings::kobj_attribute,
+    buffer: *mut c_char,
+) -> isize {
+    // SAFETY: By this function's requirements; `raw` is the first field, and attributes are
+    // static.
+    let attribute = unsafe { &*attribute.cast::<Attribute>() };
+    // SAFETY: By this function's requirements the page is ours until we return.
+    let page = unsafe { core::slice::from_raw_parts_mut(buffer.cast::<u8>(), PAGE_SIZE) };
+    let mut text = Text::new(page);
+    match attribute.value.show(&mut text) {
+        Ok(()) => text.length() as isize,
+        Err(_) => EFBIG.to_errno() as isize,
+    }
 }
 
-macro_rules! attributes {
-    ([$($knob:ident)*] [$($statistic:ident)*]) => {
-        $(mod $knob {
-            use super::*;
-
-            /// # Safety
-            ///
-            /// Called by sysfs with a page.
-            pub(super) unsafe extern "C" fn show(
-                _: *mut bindings::kobject,
-                _: *mut bindings::kobj_attribute,
-                buffer: *mut c_char,
-            ) -> isize {
-                // SAFETY: sysfs gives us the page.
-                unsafe { emit(buffer, CONTROL.$knob.get()) }
-            }
-
-            /// # Safety
-            ///
-            /// Called by sysfs with what was written, ended by a zero.
-            pub(super) unsafe extern "C" fn store(
-                _: *mut bindings::kobject,
-                _: *mut bindings::kobj_attribute,
-                buffer: *const c_char,
-                length: usize,
-            ) -> isize {
-                // SAFETY: sysfs gives us the string.
-                match unsafe { parse(buffer) }.and_then(|value| CONTROL.$knob.set(value)) {
-                    Ok(()) => {
-                        thread::kick();
-                        length as isize
-                    }
-                    Err(error) => error.to_errno() as isize,
-                }
-            }
-        })*
-        $(mod $statistic {
-            use super::*;
-
-            /// # Safety
-            ///
-            /// Called by sysfs with a page.
-            pub(super) unsafe extern "C" fn show(
-                _: *mut bindings::kobject,
-                _: *mut bindings::kobj_attribute,
-                buffer: *mut c_char,
-            ) -> isize {
-                // SAFETY: sysfs gives us the page.
-                unsafe { emit(buffer, CONTROL.$statistic.get()) }
-            }
-        })*
-
-        static ATTRIBUTES: &[Constant<bindings::kobj_attribute>] = &[
-            $(attribute(name!($knob), $knob::show, Some($knob::store)),)*
-            $(attribute(name!($statistic), $statistic::show, None),)*
-        ];
+/// # Safety
+///
+/// Called by sysfs with the `raw` of an [`Attribute`] and the `length` bytes that were written.
+unsafe extern "C" fn store(
+    _: *mut bindings::kobject,
+    attribute: *mut bindings::kobj_attribute,
+    buffer: *const c_char,
+    length: usize,
+) -> isize {
+    // SAFETY: As in `show`.
+    let attribute = unsafe { &*attribute.cast::<Attribute>() };
+    // SAFETY: By this function's requirements.
+    let text = unsafe { core::slice::from_raw_parts(buffer.cast::<u8>(), length) };
+    // What is longer than a page comes in parts, of which none is what was meant.
+    let stored = if length < PAGE_SIZE {
+        attribute.value.store(text)
+    } else {
+        Err(E2BIG)
     };
+    match stored {
+        Ok(()) => {
+            thread::kick();
+            length as isize
+        }
+        Err(error) => error.to_errno() as isize,
+    }
 }
 
 macro_rules! name {
@@ -173,7 +134,22 @@ macro_rules! name {
     };
 }
 
-for_each_number!(attributes);
+macro_rules! attributes {
+    ([$($knob:ident)*] [$($statistic:ident)*]) => {
+        static ATTRIBUTES: &[Attribute] = &[
+            $(Attribute::new(name!($knob), &CONTROL.$knob, true),)*
+            $(Attribute::new(name!($statistic), &CONTROL.$statistic, false),)*
+        ];
+    };
+}
+
+for_each_value!(attributes);
+
+/// `Sync` wrapper of what is never changed.
+#[repr(transparent)]
+struct Constant<T>(T);
+// SAFETY: The value is constant, and so is all that it points to.
+unsafe impl<T> Sync for Constant<T> {}
 
 const COUNT: usize = ATTRIBUTES.len();
 
@@ -181,7 +157,7 @@ static POINTERS: Constant<[*const bindings::attribute; COUNT + 1]> = {
     let mut pointers = [core::ptr::null(); COUNT + 1];
     let mut i = 0;
     while i < COUNT {
-        pointers[i] = &raw const ATTRIBUTES[i].0.attr;
+        pointers[i] = &raw const ATTRIBUTES[i].raw.attr;
         i += 1;
     }
     Constant(pointers)

@@ -1,14 +1,53 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A freezable kernel thread at the lowest priority, and the event it sleeps on.
+//! A freezable kernel thread at the lowest priority, the event it sleeps on, and how much CPU time
+//! it has taken.
+//!
+//! The one lock, `CPU`, is held for a few instructions, and nothing is taken meanwhile.
 
 use crate::bindings as helpers;
+use crate::restart;
 use core::marker::PhantomData;
-use core::ptr::NonNull;
+use core::ptr::{addr_of, NonNull};
 use kernel::alloc::KBox;
 use kernel::bindings;
 use kernel::prelude::*;
+use kernel::sync::aref::ARef;
 use kernel::task::Task;
+
+/// CPU time of threads that have ended, and the one that runs.
+struct Cpu {
+    before_ns: u64,
+    running: Option<ARef<Task>>,
+}
+
+impl Cpu {
+    fn ns(&self) -> u64 {
+        let now = self.running.as_ref().map_or(0, |task| {
+            // SAFETY: The reference keeps the task; the number may change while it is read.
+            unsafe { addr_of!((*task.as_ptr()).se.sum_exec_runtime).read_volatile() }
+        });
+        self.before_ns + now
+    }
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: [`init`] initialises it before there is anybody to use it.
+    unsafe(uninit) static CPU: Mutex<Cpu> = Cpu { before_ns: 0, running: None };
+}
+
+/// # Safety
+///
+/// Must be called once, before anything else of this file.
+pub(crate) unsafe fn init() {
+    // SAFETY: By this function's requirements.
+    unsafe { CPU.init() };
+}
+
+/// CPU time that threads have taken since the module was loaded, nanoseconds.
+pub(crate) fn cpu_ns() -> u64 {
+    CPU.lock().ns()
+}
 
 /// What a [`Thread`] does.
 pub(crate) trait Work: Send + 'static {
@@ -16,7 +55,7 @@ pub(crate) trait Work: Send + 'static {
     fn run(&mut self);
 }
 
-/// A running thread. Dropping it stops the thread, waits for it, and drops its work.
+/// A running thread, one at a time. Dropping it stops the thread, waits for it, and drops its work.
 ///
 /// # Invariants
 ///
@@ -46,6 +85,9 @@ impl<W: Work> Thread<W> {
         };
         match kernel::error::from_err_ptr(task).map(NonNull::new) {
             Ok(Some(task)) => {
+                // SAFETY: `Task` is a `task_struct`, and this one is not gone before it is stopped.
+                let reference = unsafe { task.cast::<Task>().as_ref() };
+                CPU.lock().running = Some(reference.into());
                 // SAFETY: The thread was just created and waits to be woken.
                 unsafe { bindings::wake_up_process(task.as_ptr()) };
                 // INVARIANT: Created above; `work` is left to the thread from here on.
@@ -60,11 +102,24 @@ impl<W: Work> Thread<W> {
     }
 }
 
+impl<W: Work> Thread<W> {
+    /// The task, which exists until this is dropped.
+    pub(crate) fn task(&self) -> *mut bindings::task_struct {
+        self.task.as_ptr()
+    }
+}
+
 impl<W: Work> Drop for Thread<W> {
     fn drop(&mut self) {
         // SAFETY: By the invariants the thread exists and has not been stopped; it never exits
         // by itself, as `entry` waits to be stopped.
         unsafe { bindings::kthread_stop(self.task.as_ptr()) };
+        let ended = {
+            let mut cpu = CPU.lock();
+            cpu.before_ns = cpu.ns();
+            cpu.running.take()
+        };
+        drop(ended);
         // SAFETY: By the invariants this is the work, and its only other user has ended.
         drop(unsafe { KBox::from_raw(self.work) });
     }
@@ -81,16 +136,23 @@ unsafe extern "C" fn entry<W: Work>(work: *mut c_void) -> c_int {
     unsafe { bindings::sched_set_normal(Task::current_raw(), 19) };
     // SAFETY: By this function's requirements.
     let work = unsafe { &mut *work.cast::<W>() };
+    restart::begin();
     work.run();
+    restart::end();
     // `kthread_stop` wants a thread that still exists.
-    while !must_stop() {
+    while !is_stopped() {
         wait(1000);
     }
     0
 }
 
-/// Whether the current thread has been asked to stop. Only for code that runs in a [`Thread`].
+/// Whether the current thread has to end its work, because it is stopped or the machine restarts.
+/// Only for code that runs in a [`Thread`].
 pub(crate) fn must_stop() -> bool {
+    is_stopped() || restart::is_near()
+}
+
+fn is_stopped() -> bool {
     // SAFETY: Our callers run in a kthread.
     unsafe { bindings::kthread_should_stop() }
 }
@@ -101,6 +163,13 @@ pub(crate) fn wait(milliseconds: u64) {
     let milliseconds = milliseconds.min(3_600_000) as c_uint;
     // SAFETY: Our callers run in a kthread that may sleep.
     unsafe { helpers::pagefusion_wait(milliseconds) };
+}
+
+/// As [`wait`], but is never frozen, for those who hold what others may need to be frozen.
+pub(crate) fn wait_unfrozen(milliseconds: u64) {
+    let milliseconds = milliseconds.min(3_600_000) as c_uint;
+    // SAFETY: As in `wait`.
+    unsafe { helpers::pagefusion_wait_unfrozen(milliseconds) };
 }
 
 /// Sleeps whatever happens.
@@ -117,7 +186,7 @@ pub(crate) fn kick() {
 
 /// Lets others run if they need to.
 pub(crate) fn give_way() {
-    // SAFETY: Our callers may sleep and hold no lock.
+    // SAFETY: Our callers may sleep.
     unsafe { helpers::pagefusion_cond_resched() };
 }
 

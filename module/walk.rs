@@ -2,26 +2,34 @@
 
 //! From tasks to the file ranges that their VMAs map.
 //!
-//! Locks, never more than shown and never any two of our own:
+//! Locks, never more than shown:
 //!
-//! - RCU read lock: finding the next process and taking a reference to its mm (which takes and
-//!   releases its `alloc_lock`);
-//! - mmap read lock, by trylock and without preemption: copying up to [`BATCH`] file references.
-//!   Nothing is allocated, no page cache is looked at, nothing sleeps; and as this thread has
-//!   the lowest priority, being put aside here would make others wait for the lock.
+//! - RCU read lock, then a task's `alloc_lock`: finding the next process and taking a reference to
+//!   its mm;
+//! - mmap read lock, then `s_umount` of superblocks for reading, both by trylock and without
+//!   preemption: copying references to up to [`BATCH`] files. Nothing is allocated, no page cache
+//!   is looked at, nothing sleeps; and as this thread has the lowest priority, being put aside here
+//!   would make others wait for the lock;
+//! - `s_umount` alone, until the batch has been worked on.
+//!
+//! No process is kept: a reference to its mm keeps the `mm_struct` but not what it maps, which is
+//! gone as soon as the process is. So an unmount right after finds no file in use.
 //!
 //! Between batches nothing is held: the walk goes on by process id and address.
 
 use crate::bindings as helpers;
-use crate::file::MappedFile;
+use crate::file::CachedFile;
 use crate::list::List;
 use crate::ranges::{self, Range};
+use crate::recent::Recent;
+use crate::superblock::{NotHeld, Superblocks};
 use crate::thread::{give_way, NoPreemption};
+use crate::values::Scope;
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, addr_of_mut, NonNull};
 use kernel::bindings;
 use kernel::mm::virt::{flags, vm_flags_t, VmaRef};
-use kernel::mm::{MmWithUser, MmWithUserAsync};
+use kernel::mm::Mm;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::rcu;
@@ -29,7 +37,7 @@ use kernel::sync::rcu;
 /// Most file references held at a time.
 pub(crate) const BATCH: usize = 64;
 /// VMAs looked at under one hold of an mmap lock.
-const VMAS_PER_HOLD: usize = 64;
+const VMAS_PER_HOLD: usize = 32;
 /// Processes whose mmap lock was taken that are tried again at the end of a walk.
 const MOST_SKIPPED: usize = 256;
 
@@ -37,19 +45,22 @@ const MOST_SKIPPED: usize = 256;
 const SKIP: vm_flags_t =
     flags::WRITE | flags::IO | flags::PFNMAP | flags::MIXEDMAP | flags::HUGETLB;
 
+const S_IFMT: u16 = 0o170_000;
+const S_IFREG: u16 = 0o100_000;
+
 /// A file and the pages of it that are mapped.
-pub(crate) struct Candidate {
+pub(crate) struct Candidate<'a> {
     key: usize,
-    pub(crate) file: MappedFile,
+    pub(crate) file: CachedFile<'a>,
     pub(crate) range: Range,
 }
 
 /// File ranges found together, joined per file.
-pub(crate) struct Batch {
-    list: List<Candidate>,
+pub(crate) struct Batch<'a> {
+    list: List<Candidate<'a>>,
 }
 
-impl Batch {
+impl<'a> Batch<'a> {
     pub(crate) fn new() -> Result<Self> {
         let mut list = List::new();
         list.reserve(BATCH).map_err(|_| ENOMEM)?;
@@ -61,7 +72,7 @@ impl Batch {
         self.list.truncate();
     }
 
-    pub(crate) fn candidates(&self) -> &[Candidate] {
+    pub(crate) fn candidates(&self) -> &[Candidate<'a>] {
         &self.list
     }
 
@@ -109,24 +120,65 @@ pub(crate) struct Walk {
     shared: List<usize>,
     skipped: List<c_int>,
     retrying: bool,
+    /// What other processes map, too.
+    recent: Recent,
+    scope: Scope,
     pub(crate) seen: Seen,
 }
 
 /// An address space that will not go away, and whether several processes share it.
 struct Found {
     pid: c_int,
-    mm: ARef<MmWithUserAsync>,
+    mm: ARef<Mm>,
     is_shared: bool,
 }
 
+/// An mm's lock, held for reading, and preemption switched off.
+///
+/// # Invariants
+///
+/// The lock is held, and the mm had users after it was taken: its VMAs stay until it is released,
+/// even when the last user leaves meanwhile, since `exit_mmap` takes the lock for writing first.
+struct ReadLocked<'a> {
+    mm: &'a Mm,
+    _undisturbed: NoPreemption,
+}
+
+impl<'a> ReadLocked<'a> {
+    /// Takes the lock if nobody has it for writing. `None` also when the process is gone.
+    fn try_new(mm: &'a Mm) -> Option<Self> {
+        let undisturbed = NoPreemption::new();
+        // SAFETY: The mm is valid.
+        if !unsafe { bindings::mmap_read_trylock(mm.as_raw()) } {
+            return None;
+        }
+        // INVARIANT: The lock was just taken; without users this is dropped before it is used.
+        let locked = Self {
+            mm,
+            _undisturbed: undisturbed,
+        };
+        (users(mm) != 0).then_some(locked)
+    }
+}
+
+impl Drop for ReadLocked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the invariants the lock is held.
+        unsafe { bindings::mmap_read_unlock(self.mm.as_raw()) };
+    }
+}
+
 impl Walk {
-    pub(crate) const fn new() -> Self {
+    /// A walk that finds what `scope` wants of mapped files.
+    pub(crate) fn new(scope: Scope) -> Self {
         Self {
             next_pid: 1,
             place: None,
             shared: List::new(),
             skipped: List::new(),
             retrying: false,
+            recent: Recent::new(),
+            scope,
             seen: Seen {
                 mms: 0,
                 vmas: 0,
@@ -136,15 +188,21 @@ impl Walk {
         }
     }
 
-    /// Fills an empty batch. Returns whether there is more to come.
-    pub(crate) fn fill(&mut self, batch: &mut Batch) -> bool {
+    /// Fills an empty batch with files of superblocks that are held. Returns whether there is more
+    /// to come.
+    pub(crate) fn fill<'a>(&mut self, batch: &mut Batch<'a>, superblocks: &'a Superblocks) -> bool {
         let more = loop {
             if batch.is_full() {
                 break true;
             }
-            match self.next() {
-                None => break false,
-                Some((found, address)) => self.copy(&found, address, batch),
+            let Some((found, address)) = self.next() else {
+                break false;
+            };
+            if !self.copy(&found, address, batch, superblocks) {
+                break true;
+            }
+            if superblocks.are_wanted() {
+                break true;
             }
             give_way();
         };
@@ -185,23 +243,29 @@ impl Walk {
         }
     }
 
-    /// Copies what an address space maps from `address` on.
-    fn copy(&mut self, found: &Found, address: usize, batch: &mut Batch) {
-        let mm: &MmWithUser = &found.mm;
-        let undisturbed = NoPreemption::new();
-        let Some(lock) = mm.mmap_read_trylock() else {
-            drop(undisturbed);
-            self.skip(found.pid);
-            return;
+    /// Copies what an address space maps from `address` on. Returns whether there is room for
+    /// another file system.
+    fn copy<'a>(
+        &mut self,
+        found: &Found,
+        address: usize,
+        batch: &mut Batch<'a>,
+        superblocks: &'a Superblocks,
+    ) -> bool {
+        let mm = found.mm.as_raw();
+        let Some(lock) = ReadLocked::try_new(&found.mm) else {
+            self.skip(found);
+            return true;
         };
         let began = now_ns();
         let mut iterator = MaybeUninit::<bindings::vma_iterator>::uninit();
         // SAFETY: The mm is valid, and the iterator is initialised by this.
         let state = unsafe {
-            helpers::pagefusion_vma_iter_init(iterator.as_mut_ptr(), mm.as_raw(), address);
+            helpers::pagefusion_vma_iter_init(iterator.as_mut_ptr(), mm, address);
             addr_of_mut!((*iterator.as_mut_ptr()).mas)
         };
         self.place = None;
+        let mut has_place = true;
         for looked in 0.. {
             // SAFETY: The iterator is initialised, and its mm's lock is held.
             let vma = unsafe { bindings::mas_find(state, usize::MAX) };
@@ -210,60 +274,113 @@ impl Walk {
             };
             // SAFETY: The VMA is valid while the mmap lock is held.
             let area = unsafe { VmaRef::from_raw(vma.as_ptr()) };
-            if batch.is_full() || looked == VMAS_PER_HOLD {
+            let full = batch.is_full() || looked == VMAS_PER_HOLD;
+            let candidate = if full {
+                Ok(None)
+            } else {
+                // SAFETY: The mmap lock is held.
+                unsafe { candidate(area, self.scope, &self.recent, superblocks) }
+            };
+            has_place = candidate.is_ok();
+            if full || !has_place {
                 self.place = Some(Place {
                     pid: found.pid,
-                    mm: mm.as_raw() as usize,
+                    mm: mm as usize,
                     address: area.start(),
                 });
                 break;
             }
             self.seen.vmas += 1;
-            // SAFETY: As above.
-            if let Some(candidate) = unsafe { candidate(area) } {
+            if let Ok(Some(candidate)) = candidate {
+                self.recent.note(candidate.key, candidate.range);
                 // There is room: the batch is not full.
                 let _ = batch.list.push(candidate);
             }
         }
-        drop(lock);
         self.seen.longest_hold_ns = self.seen.longest_hold_ns.max(now_ns() - began);
-        drop(undisturbed);
+        drop(lock);
+        has_place
     }
 
-    fn skip(&mut self, pid: c_int) {
+    /// Leaves a process for later whose lock could not be had, unless it is gone.
+    fn skip(&mut self, found: &Found) {
+        if users(&found.mm) == 0 {
+            return;
+        }
         let later = !self.retrying && self.skipped.len() < MOST_SKIPPED;
-        if !later || self.skipped.push(pid).is_err() {
+        if !later || self.skipped.push(found.pid).is_err() {
             self.seen.skipped += 1;
         }
     }
 }
 
-/// What a VMA maps, if its pages may be reported.
+/// What a VMA maps, if its pages may be reported and no other VMA has led to them. Fails without a place for its file system.
 ///
 /// # Safety
 ///
 /// The mmap lock of the VMA's mm must be held.
-unsafe fn candidate(area: &VmaRef) -> Option<Candidate> {
+unsafe fn candidate<'a>(
+    area: &VmaRef,
+    scope: Scope,
+    recent: &Recent,
+    superblocks: &'a Superblocks,
+) -> Result<Option<Candidate<'a>>, NotHeld> {
+    let wanted = match scope {
+        Scope::Exec => flags::READ | flags::EXEC,
+        Scope::Readonly | Scope::Cached | Scope::Clean => flags::READ,
+    };
     let bits = area.flags();
-    if bits & flags::READ == 0 || bits & SKIP != 0 {
-        return None;
+    if bits & wanted != wanted || bits & SKIP != 0 {
+        return Ok(None);
     }
     let vma = area.as_ptr();
     // SAFETY: The VMA is valid by this function's requirements.
     let (file, first) = unsafe { (addr_of!((*vma).vm_file).read(), (*vma).vm_pgoff) };
-    let file = NonNull::new(file)?;
-    // SAFETY: The VMA holds a reference to its file, and the lock keeps the VMA.
-    let file = unsafe { MappedFile::get(file) };
-    let pages = (area.end() - area.start()) / kernel::page::PAGE_SIZE;
+    if file.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: The VMA holds a reference to its file, and the lock keeps the VMA. A file's mapping
+    // and its host are valid while the file is.
+    let inode = unsafe { (*(*file).f_mapping).host };
+    let Some(inode) = NonNull::new(inode) else {
+        return Ok(None);
+    };
     let start = first as u64;
-    Some(Candidate {
-        key: file.key(),
-        file,
-        range: Range {
+    let pages = (area.end() - area.start()) / kernel::page::PAGE_SIZE;
+    let range = match scope {
+        Scope::Exec | Scope::Readonly => Range {
             start,
             end: start.saturating_add(pages as u64),
         },
-    })
+        Scope::Cached | Scope::Clean => Range {
+            start: 0,
+            end: u64::MAX,
+        },
+    };
+    if recent.knows(inode.as_ptr() as usize, range) {
+        return Ok(None);
+    }
+    // SAFETY: As above.
+    if unsafe { addr_of!((*inode.as_ptr()).i_mode).read() } & S_IFMT != S_IFREG {
+        return Ok(None);
+    }
+    // SAFETY: An inode in use has a superblock, which lives as long as it.
+    let held = unsafe {
+        let superblock = NonNull::new_unchecked((*inode.as_ptr()).i_sb);
+        superblocks.hold(superblock)
+    };
+    let held = match held {
+        Ok(held) => held,
+        Err(NotHeld::Busy) => return Ok(None),
+        Err(no_place) => return Err(no_place),
+    };
+    // SAFETY: The file has a reference to the inode, and its superblock is held.
+    let file = unsafe { CachedFile::get(inode, held) };
+    Ok(Some(Candidate {
+        key: file.key(),
+        file,
+        range,
+    }))
 }
 
 /// The address space of the first process whose id is at least `pid`.
@@ -295,21 +412,54 @@ fn find(mut pid: c_int) -> Option<Found> {
 ///
 /// # Safety
 ///
-/// `task` must be valid, which it is under the RCU lock it was found under.
-unsafe fn mm_of(task: NonNull<bindings::task_struct>) -> Option<(ARef<MmWithUserAsync>, bool)> {
-    // SAFETY: By this function's requirements.
-    let mm = NonNull::new(unsafe { bindings::get_task_mm(task.as_ptr()) })?;
-    // SAFETY: `get_task_mm` gave us a reference that counts as a user.
-    let mm = unsafe { ARef::<MmWithUser>::from_raw(mm.cast()) };
-    // SAFETY: The task is valid, and with it its signal structure; the mm has users.
-    let (users, threads) = unsafe {
-        (
-            addr_of!((*mm.as_raw()).__bindgen_anon_1.mm_users.counter).read_volatile(),
-            addr_of!((*(*task.as_ptr()).signal).nr_threads).read_volatile(),
-        )
+/// RCU must be held for reading since `leader` was found.
+unsafe fn mm_of(leader: NonNull<bindings::task_struct>) -> Option<(ARef<Mm>, bool)> {
+    let mut task = leader.as_ptr();
+    let mm = loop {
+        // SAFETY: By this function's requirements the task is valid, and so is each that follows
+        // it in its process.
+        let mm = unsafe { grab_mm(task) };
+        if mm.is_some() {
+            break mm?;
+        }
+        // A leader that has ended leaves the others behind.
+        // SAFETY: As above.
+        task = unsafe { helpers::pagefusion_next_thread(task) };
+        if task.is_null() {
+            return None;
+        }
     };
-    // Besides its threads we are a user.
-    Some((MmWithUser::into_mmput_async(mm), users > threads + 1))
+    // SAFETY: The task is valid, and with it its signal structure.
+    let threads = unsafe { addr_of!((*(*leader.as_ptr()).signal).nr_threads).read_volatile() };
+    let is_shared = users(&mm) > threads;
+    Some((mm, is_shared))
+}
+
+/// The address space of a task.
+///
+/// # Safety
+///
+/// `task` must be valid.
+unsafe fn grab_mm(task: *mut bindings::task_struct) -> Option<ARef<Mm>> {
+    // SAFETY: The task is valid by this function's requirements. While its lock is held it keeps
+    // its mm. A kernel thread only borrows one.
+    unsafe {
+        helpers::pagefusion_task_lock(task);
+        let is_kernel = addr_of!((*task).flags).read_volatile() & bindings::PF_KTHREAD != 0;
+        let mm = NonNull::new((*task).mm).filter(|_| !is_kernel);
+        if let Some(mm) = mm {
+            bindings::mmgrab(mm.as_ptr());
+        }
+        helpers::pagefusion_task_unlock(task);
+        // `Mm` is a transparent wrapper, and owns the reference just taken.
+        mm.map(|mm| ARef::from_raw(mm.cast()))
+    }
+}
+
+/// Those who use an address space; 0 when its process has ended.
+fn users(mm: &Mm) -> c_int {
+    // SAFETY: The `mm_struct` is valid; the counter is read once.
+    unsafe { addr_of!((*mm.as_raw()).__bindgen_anon_1.mm_users.counter).read_volatile() }
 }
 
 fn now_ns() -> u64 {

@@ -5,24 +5,29 @@
 use crate::compat;
 use crate::control::CONTROL;
 use crate::ivshmem::Ivshmem;
-use crate::pass::{self, GuestSession, Workshop};
+use crate::pass::{self, GuestSession, Rules, Workshop};
 use crate::policy::{self, Schedule};
 use crate::ring::{Ring, State};
 use crate::session::{Geometry, Session};
+use crate::shrinker;
 use crate::thread::{self, Work};
+use crate::tracepoints;
 use crate::wire::{MAX_FILES, PAGE_SIZE};
 use kernel::prelude::*;
 
-/// Longest sleep with an interrupt to end it, and with none.
+/// Longest sleep with an interrupt to end it.
 const LONGEST_SLEEP_MS: u64 = 3_600_000;
-const LONGEST_POLL_MS: u64 = 100;
 
 /// The worker of one device.
 pub(crate) struct Worker {
     session: GuestSession,
     workshop: Workshop,
     schedule: Schedule,
+    /// Of the last pass that came to its end.
+    rules: Option<Rules>,
     has_interrupt: bool,
+    /// Everything was taken back, and stays so.
+    withdrawn: bool,
     warned: bool,
 }
 
@@ -40,7 +45,9 @@ impl Worker {
             session: Session::new(ring, geometry, MAX_FILES as usize),
             workshop: Workshop::new()?,
             schedule: Schedule::new(),
+            rules: None,
             has_interrupt,
+            withdrawn: false,
             warned: false,
         })
     }
@@ -48,12 +55,19 @@ impl Worker {
     fn pass(&mut self) {
         let began = thread::now_us();
         let scans = CONTROL.full_scans.get() + 1;
-        let result = pass::run(&mut self.session, &mut self.workshop, scans);
+        let rules = Rules::now();
+        let are_new = self.rules.is_some_and(|last| last != rules);
+        let result = pass::run(&mut self.session, &mut self.workshop, scans, rules, are_new);
         let now = thread::now_ms();
-        CONTROL.last_pass_usecs.set(thread::now_us() - began);
+        let took = thread::now_us() - began;
+        CONTROL.last_pass_usecs.set(took);
+        CONTROL.max_pass_usecs.raise(took);
+        let mut due = None;
         let news = match result {
             Ok(findings) => {
+                self.rules = Some(rules);
                 CONTROL.full_scans.set(scans);
+                CONTROL.pages_seen.set(findings.pages);
                 CONTROL.pages_eligible.set(findings.eligible);
                 CONTROL.mms_visited.set(findings.seen.mms);
                 CONTROL.vmas_visited.set(findings.seen.vmas);
@@ -65,6 +79,8 @@ impl Worker {
                     self.schedule.hurry();
                     return;
                 }
+                let skipped = (findings.seen.skipped != 0).then_some(policy::SKIPPED_MS);
+                due = [findings.due_ms, skipped].into_iter().flatten().min();
                 findings.news
             }
             Err(_) => true,
@@ -74,6 +90,9 @@ impl Worker {
             CONTROL.max_sleep_millisecs.get(),
         );
         self.schedule.pass_ended(now, news, sleep, most);
+        if let Some(due) = due {
+            self.schedule.due_in(now, due);
+        }
     }
 
     /// How long nothing needs to be done, unless somebody wakes us.
@@ -88,10 +107,9 @@ impl Worker {
             State::Detached => policy::ATTACH_POLL_MS,
             // Interrupts may get lost with a host that dies, so look now and then.
             _ if self.has_interrupt && self.session.is_waiting() => policy::ATTACH_POLL_MS,
-            State::Attaching if self.has_interrupt => policy::ATTACH_POLL_MS,
+            State::Attaching => policy::ATTACH_POLL_MS,
             State::Attached if self.has_interrupt => LONGEST_SLEEP_MS,
-            State::Attached if !self.session.is_waiting() => LONGEST_POLL_MS,
-            _ => policy::POLL_MS,
+            _ => policy::poll_ms(self.session.is_waiting(), self.session.waited_ms(now_ms)),
         };
         pass.min(host)
     }
@@ -100,8 +118,11 @@ impl Worker {
     fn publish_tracker(&self) {
         let tracker = &self.session.tracker;
         CONTROL.pages_tracked.set(tracker.pages());
-        CONTROL.tracker_bytes.set(tracker.bytes() as u64);
+        let bytes = tracker.bytes() as u64;
+        CONTROL.tracker_bytes.set(bytes);
+        shrinker::set_held(bytes);
         CONTROL.files_tracked.set(tracker.files() as u64);
+        CONTROL.files_excluded.set(tracker.excluded() as u64);
     }
 
     fn publish_statistics(&mut self) {
@@ -111,6 +132,7 @@ impl Worker {
         CONTROL.pages_acknowledged.set(totals.acknowledged);
         CONTROL.pages_remembered.set(totals.remembered);
         CONTROL.pages_refused.set(totals.refused);
+        CONTROL.set_refusals(&totals.refused_by);
         CONTROL.pages_retracted.set(totals.retracted);
         CONTROL.revocations.set(totals.revocations);
         CONTROL.pages_in_flight.set(session.pages_in_flight());
@@ -126,6 +148,18 @@ impl Worker {
         if lies != 0 && !self.warned {
             self.warned = true;
             pr_warn!("the host wrote positions that cannot be; they are ignored\n");
+        }
+    }
+
+    /// Takes a step towards having nothing reported.
+    fn withdraw(&mut self) {
+        self.withdrawn = self.session.withdraw();
+        self.publish_statistics();
+        if self.withdrawn {
+            self.schedule.hurry();
+            self.publish_tracker();
+        } else if self.session.ask_to_be_woken(true) {
+            thread::wait(policy::POLL_MS);
         }
     }
 
@@ -166,11 +200,31 @@ impl Work for Worker {
     fn run(&mut self) {
         while !thread::must_stop() {
             let now = thread::now_ms();
+            let withdraws = CONTROL.run.get() == 2;
+            if self.withdrawn && withdraws {
+                thread::wait(LONGEST_SLEEP_MS);
+                continue;
+            }
+            self.withdrawn = false;
             let serviced = self.session.service(now);
             if serviced.wants_pass || serviced.restarted {
                 self.schedule.hurry();
             }
             if serviced.restarted {
+                self.publish_tracker();
+            }
+            if withdraws || self.session.is_leaving() {
+                self.withdraw();
+                continue;
+            }
+            if tracepoints::take_news() {
+                CONTROL.wakeups.add(1);
+                self.schedule.news(now);
+            }
+            if let Some(bytes) = shrinker::take_wanted() {
+                CONTROL.shrinks.add(1);
+                self.session.shrink(bytes as usize);
+                self.schedule.rest(now);
                 self.publish_tracker();
             }
             let runs = CONTROL.run.get() == 1 && self.session.is_open();
@@ -199,6 +253,7 @@ impl Drop for Worker {
             &CONTROL.pages_tracked,
             &CONTROL.tracker_bytes,
             &CONTROL.files_tracked,
+            &CONTROL.files_excluded,
         ] {
             number.set(0);
         }

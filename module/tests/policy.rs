@@ -1,6 +1,37 @@
 // SPDX-License-Identifier: GPL-2.0
 
-use crate::policy::{backoff_passes, most_in_flight, Schedule};
+use crate::policy::{
+    backoff_passes, may_load, most_in_flight, poll_ms, Moment, Schedule, ATTACH_POLL_MS, POLL_MS,
+};
+
+#[test]
+fn a_confidential_guest_is_told_why() {
+    assert_eq!(may_load(false), Ok(()));
+    assert!(may_load(true).is_err_and(|why| why.contains("SEV, TDX")));
+}
+
+#[test]
+fn what_is_due_earlier_is_not_put_off() {
+    let mut schedule = Schedule::new();
+    schedule.pass_ended(1000, true, 500, 5000);
+    schedule.due_in(1000, 700);
+    assert_eq!(schedule.wait_ms(1000), 500);
+    schedule.due_in(1000, 200);
+    assert_eq!(schedule.wait_ms(1000), 200);
+}
+
+#[test]
+fn nothing_is_older_than_it_is() {
+    let far = (u64::from(u32::MAX) << 6) - 1;
+    for now in [0, 1, 63, 64, 1000, 1_000_000, far] {
+        let moment = Moment::at(now);
+        for age in [0, 1, 64, 1000, 3_600_000] {
+            let left = moment.until_age(age, now);
+            assert!(left >= age && left <= age + 64, "{now} {age} {left}");
+            assert_eq!(moment.until_age(age, now + left), 0);
+        }
+    }
+}
 
 #[test]
 fn idle_passes_back_off_to_the_limit_and_news_ends_that() {
@@ -31,9 +62,10 @@ fn a_limit_below_the_sleep_does_not_shorten_it() {
 
 #[test]
 fn numbers_at_their_limits() {
-    assert_eq!(most_in_flight(0, 0), 1);
-    assert_eq!(most_in_flight(u64::MAX, u64::MAX), 8192);
-    assert_eq!(most_in_flight(4096, 16_000), 1000);
+    assert_eq!(most_in_flight(0, 0, 0), 1);
+    assert_eq!(most_in_flight(u64::MAX, 8192, u64::MAX), 8192);
+    assert_eq!(most_in_flight(4096, 8192, 16_000), 1000);
+    assert_eq!(most_in_flight(4096, 1, 1 << 20), 1);
     assert_eq!(backoff_passes(0), 1);
     assert_eq!(backoff_passes(u8::MAX), 64);
     let mut schedule = Schedule::new();
@@ -41,4 +73,47 @@ fn numbers_at_their_limits() {
         schedule.pass_ended(u64::MAX / 2, false, 3_600_000, 3_600_000);
     }
     assert_eq!(schedule.wait_ms(u64::MAX / 2), 3_600_000);
+}
+
+#[test]
+fn a_new_file_ends_a_long_sleep_but_not_the_shortest() {
+    let mut schedule = Schedule::new();
+    schedule.pass_ended(10_000, false, 1000, 60_000);
+    assert_eq!(schedule.wait_ms(10_000), 2000);
+    schedule.news(10_000);
+    assert_eq!(schedule.wait_ms(10_000), 1000);
+    // It was a long time ago: at once, but not before the rest of it was touched.
+    schedule.pass_ended(20_000, false, 1000, 60_000);
+    schedule.pass_ended(22_000, false, 1000, 60_000);
+    schedule.pass_ended(26_000, false, 1000, 60_000);
+    assert_eq!(schedule.wait_ms(31_000), 3000);
+    schedule.news(31_000);
+    assert_eq!(schedule.wait_ms(31_000), 100);
+    // More of them do not put it off.
+    schedule.news(31_050);
+    assert_eq!(schedule.wait_ms(31_050), 50);
+    // The sleeps begin anew.
+    schedule.pass_ended(31_100, false, 1000, 60_000);
+    assert_eq!(schedule.wait_ms(31_100), 2000);
+}
+
+#[test]
+fn after_memory_was_short_nothing_hurries() {
+    let mut schedule = Schedule::new();
+    schedule.rest(1000);
+    schedule.hurry();
+    schedule.news(1000);
+    assert_eq!(schedule.wait_ms(1000), 10_000);
+    assert_eq!(schedule.wait_ms(11_000), 0);
+}
+
+#[test]
+fn without_interrupts_a_silent_host_is_looked_at_less_and_less() {
+    assert_eq!(poll_ms(true, 0), POLL_MS);
+    assert_eq!(poll_ms(true, 400), 100);
+    assert_eq!(poll_ms(true, u64::MAX), ATTACH_POLL_MS);
+    assert!(
+        poll_ms(false, 0) >= 5_000,
+        "nothing is waited for: every look is a waste"
+    );
 }

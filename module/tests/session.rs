@@ -3,12 +3,12 @@
 //! The session against a host that keeps to the protocol, step by step in any order, and
 //! against one that writes whatever it likes.
 
+use crate::pages::{Cursor, PieceState};
 use crate::policy;
 use crate::ranges::Range;
 use crate::ring::{Memory, Ring, State};
 use crate::runs::PinnedRun;
 use crate::session::{Geometry, Refusal, Session};
-use crate::tracker::PieceState;
 use crate::wire::{self, feature, guest_area, host_area, record_slots, FileIdentity, Layout};
 use crate::wire::{Outcome, Record, Request, Slot, MAX_NAME, SLOT_BYTES};
 use proptest::prelude::*;
@@ -284,7 +284,7 @@ fn report(
     let Some(id) = known.or_else(|| session.tracker.add(key, 0)) else {
         return 0;
     };
-    let (mut rest, mut cursor, mut reported) = (range, 0, 0);
+    let (mut rest, mut cursor, mut reported) = (range, Cursor::default(), 0);
     while !rest.is_empty() {
         let at = frame + (rest.start - range.start);
         let retry = session.retries(id);
@@ -597,5 +597,45 @@ fn a_host_that_stalls_loses_what_it_has_not_claimed() {
     assert!(!session.is_settled());
     host.acknowledge(false);
     assert!(session.is_settled());
+    assert_eq!(held.total(), 0);
+}
+
+#[test]
+fn withdrawing_ends_when_the_host_has_undone_everything() {
+    let (shared, held) = (Shared::new(), Held::default());
+    let (mut host, mut session) = (Host::new(&shared), session(&shared));
+    session.service(0);
+    // A host that has not answered yet may share from the time before.
+    assert!(!session.withdraw());
+    host.attach();
+    session.service(0);
+    let range = Range { start: 0, end: 10 };
+    assert_eq!(report(&mut session, &held, 64, range, 500), 10);
+    session.publish();
+    assert!(!session.is_leaving());
+    assert!(!session.withdraw());
+    session.service(1);
+    assert!(!session.withdraw());
+    // There is no way back: the host will have forgotten what was reported.
+    assert!(session.is_leaving());
+    assert!(held.is_held(500));
+    host.claim(&held);
+    host.acknowledge(false);
+    session.service(2);
+    assert!(session.withdraw());
+    assert_eq!((held.total(), session.tracker.files()), (0, 0));
+    assert_eq!(host.guest(guest_area::STATE), wire::guest_state::ABSENT);
+
+    assert!(!session.is_leaving());
+
+    // It attaches anew, and a host that is gone needs nothing.
+    session.service(3);
+    host.attach();
+    assert!(session.service(3).wants_pass);
+    assert_eq!(report(&mut session, &held, 64, range, 500), 10);
+    session.publish();
+    shared.set(host.layout.host_area, 0);
+    session.service(4);
+    assert!(session.withdraw());
     assert_eq!(held.total(), 0);
 }

@@ -1,92 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use crate::ranges::Range;
-use crate::tracker::{FileState, Pages, PieceState, Tracker};
+use crate::tracker::{FileState, Tracker};
 use proptest::prelude::*;
-use std::collections::{BTreeMap, HashMap};
-
-#[derive(Clone, Debug)]
-enum Op {
-    Record(u64, u64, u64),
-    Forget(u64, u64),
-    Refuse(u64, u64, u64),
-    Compare(u64, u64, u64, bool),
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    // Few frames and offsets, so that things meet.
-    let (page, pages, frame) = (0..1200_u64, 1..600_u64, 0..4_u64);
-    prop_oneof![
-        (page.clone(), pages.clone(), frame.clone()).prop_map(|(p, n, f)| Op::Record(p, n, f)),
-        (page.clone(), pages.clone()).prop_map(|(p, n)| Op::Forget(p, n)),
-        (page.clone(), pages.clone(), frame.clone()).prop_map(|(p, n, f)| Op::Refuse(p, n, f)),
-        (page, pages, frame, any::<bool>()).prop_map(|(p, n, f, r)| Op::Compare(p, n, f, r)),
-    ]
-}
-
-/// Frames that keep the distance to their page, so that entries join.
-fn frame_of(page: u64, choice: u64) -> u64 {
-    page + 10_000 * choice + 5
-}
+use std::collections::HashMap;
 
 proptest! {
-    #[test]
-    fn pages_are_a_map(ops in prop::collection::vec(op(), 0..60)) {
-        let mut pages = Pages::new();
-        let mut model: BTreeMap<u64, u64> = BTreeMap::new();
-        let mut refused: BTreeMap<u64, bool> = BTreeMap::new();
-        let mut cursor = 0;
-        for op in ops {
-            match op {
-                Op::Record(page, n, choice) => {
-                    let range = Range { start: page, end: page + n };
-                    let recorded = pages.record(range, frame_of(page, choice));
-                    prop_assert_eq!(recorded, Ok(()));
-                    for p in page..page + n {
-                        model.insert(p, frame_of(p, choice));
-                        refused.insert(p, false);
-                    }
-                }
-                Op::Forget(page, n) => {
-                    let range = Range { start: page, end: page + n };
-                    let gone = (page..page + n).filter(|p| model.remove(p).is_some()).count();
-                    prop_assert_eq!(pages.has_any(range), gone != 0);
-                    prop_assert_eq!(pages.forget(range), gone as u64);
-                }
-                Op::Refuse(page, n, choice) => {
-                    pages.refuse(Range { start: page, end: page + n }, frame_of(page, choice));
-                    // At least those; whole entries may be marked.
-                    for p in page..page + n {
-                        if model.get(&p) == Some(&frame_of(p, choice)) {
-                            refused.insert(p, true);
-                        }
-                    }
-                }
-                Op::Compare(page, n, choice, retry) => {
-                    let mut rest = Range { start: page, end: page + n };
-                    while !rest.is_empty() {
-                        let piece = pages.compare(rest, frame_of(rest.start, choice), retry, &mut cursor);
-                        prop_assert!(piece.range.start == rest.start && !piece.range.is_empty());
-                        for p in piece.range.start..piece.range.end {
-                            let known = model.get(&p).copied();
-                            let same = known == Some(frame_of(p, choice));
-                            match piece.state {
-                                PieceState::Known => {
-                                    prop_assert!(same);
-                                    prop_assert!(!(retry && refused[&p]));
-                                }
-                                PieceState::New => prop_assert!(known.is_none() || (same && retry)),
-                                PieceState::Moved => prop_assert!(known.is_some() && !same),
-                            }
-                        }
-                        rest.start = piece.range.end;
-                    }
-                }
-            }
-            prop_assert_eq!(pages.pages(), model.len() as u64);
-        }
-    }
-
     #[test]
     fn files_are_found_by_key(ops in prop::collection::vec((0..3_u8, 0..40_usize), 0..400)) {
         let mut tracker = Tracker::new(30);
@@ -184,4 +103,31 @@ fn files_that_are_not_seen_any_more_are_found() {
     assert_eq!(tracker.next_unseen(0, 5, 3), None);
     assert_eq!(tracker.next_unseen(0, 5, 2), Some(b));
     assert_eq!(tracker.next_unseen(b + 1, 5, 2), None);
+}
+
+#[test]
+fn what_was_reported_and_not_looked_at_is_a_stray() {
+    let mut tracker = Tracker::new(10);
+    let id = tracker.add(8, 0).expect("room");
+    for (start, end) in [(0, 10), (20, 30), (30, 40)] {
+        let file = tracker.get_mut(id).expect("just added");
+        let recorded = file.pages.record(Range { start, end }, start * 7);
+        assert_eq!(recorded, Ok(()));
+    }
+    let looked = Range { start: 5, end: 35 };
+    assert_eq!(tracker.uncovered(id, 1, looked), looked);
+    tracker.cover(id, looked);
+    let strays = |tracker: &Tracker, pass| {
+        let (mut strays, mut page) = (Vec::new(), 0);
+        while let Some(stray) = tracker.stray(id, pass, page) {
+            strays.push((stray.start, stray.end));
+            page = stray.end;
+        }
+        strays
+    };
+    assert_eq!(strays(&tracker, 1), [(0, 5), (35, 40)]);
+    // A later pass has not looked at anything.
+    assert_eq!(strays(&tracker, 2), [(0, 10), (20, 30), (30, 40)]);
+    tracker.touch(id, 2);
+    assert_eq!(strays(&tracker, 2), [(0, 10), (20, 30), (30, 40)]);
 }
