@@ -53,6 +53,8 @@ impl Shared {
         ] {
             self.guest(field).store(0, Ordering::SeqCst);
         }
+        self.guest(guest_area::INSTANCE)
+            .store(self.host_word(host_area::INSTANCE), Ordering::SeqCst);
         self.guest(guest_area::EPOCH).store(epoch, Ordering::SeqCst);
         self.guest(guest_area::STATE)
             .store(guest_state::ATTACHED, Ordering::SeqCst);
@@ -386,6 +388,68 @@ fn requests_arrive_until_their_ring_is_full() {
     host.post(Request::Rescan);
     host.set_paused(true);
     assert_eq!(shared.host_word(host_area::POLICY), policy::PAUSE);
+}
+
+/// What the memory holds, and what it is set back to when the machine is.
+fn snapshot(shared: &Shared) -> Vec<u64> {
+    let load = |word: &AtomicU64| word.load(Ordering::SeqCst);
+    shared.words.iter().map(load).collect()
+}
+
+fn restore(shared: &Shared, snapshot: &[u64]) {
+    for (word, value) in shared.words.iter().zip(snapshot) {
+        word.store(*value, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_machine_restored_from_a_snapshot_meets_a_new_host() {
+    let shared = Shared::new();
+    let mut host = shared.host();
+    shared.attach(1);
+    host.attach();
+    shared.produce(&RUN);
+    let before = snapshot(&shared);
+    // Twice: what the host has become after the first time must not pass for the old one.
+    for _ in 0..2 {
+        let old = shared.host_word(host_area::INSTANCE);
+        shared.produce(&RUN);
+        let batch = host.claim(8, |_| ()).unwrap().unwrap();
+        assert!(host.is_current());
+        restore(&shared, &before);
+        assert!(
+            !host.is_current(),
+            "the batch is of a guest that is no more"
+        );
+        host.acknowledge(batch);
+        assert_eq!(shared.host_word(host_area::ACK), 0, "not what it reported");
+        assert_eq!(host.attach(), Attachment::Restored);
+        assert!(shared.host_word(host_area::INSTANCE) > old);
+        assert_eq!(
+            host.attach(),
+            Attachment::Absent,
+            "the guest believes in the host of the snapshot"
+        );
+        assert_eq!(host.claim(8, |_| panic!("of another time")), Ok(None));
+        // It sees the change, and its epoch is one that was there before.
+        shared.attach(2);
+        assert_eq!(host.attach(), Attachment::New);
+        shared.produce(&RUN);
+    }
+}
+
+#[test]
+fn a_guest_of_another_host_is_none() {
+    let shared = Shared::new();
+    let mut former = shared.host();
+    shared.attach(3);
+    former.attach();
+    shared.produce(&RUN);
+    let mut host = RingConsumer::new(&shared.words[..], shared.layout, 78, 1024);
+    assert_eq!(host.attach(), Attachment::Absent);
+    assert_eq!(host.claim(8, |_| panic!("not shown to us")), Ok(None));
+    shared.attach(4);
+    assert_eq!(host.attach(), Attachment::New);
 }
 
 proptest! {

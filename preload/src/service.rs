@@ -16,11 +16,11 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use pagefusion_host::engine::{
-    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, serve_faults,
+    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, file_uses, serve_faults,
 };
 use pagefusion_host::protocol::{
-    ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, StoreClient,
-    WelcomeWithFds,
+    ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, MAX_FILES,
+    StoreClient, Undo, WelcomeWithFds,
 };
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
@@ -32,16 +32,6 @@ use crate::runtime::{Config, Runtime};
 const MAX_INFLIGHT_PAGES: u64 = 16384;
 /// Between tries to reach a daemon that is gone.
 const RECONNECT: Duration = Duration::from_millis(100);
-
-/// Words of the device's memory.
-#[derive(Debug)]
-struct Words(SharedMemory);
-
-impl std::borrow::Borrow<[AtomicU64]> for Words {
-    fn borrow(&self) -> &[AtomicU64] {
-        self.0.words()
-    }
-}
 
 /// Threads whose CPU time is the engine's.
 #[derive(Clone, Copy)]
@@ -56,7 +46,7 @@ struct Service {
     config: Config,
     runtime: &'static Runtime,
     sharing: Arc<Sharing>,
-    guest: Mutex<Guest<Words>>,
+    guest: Mutex<Guest<SharedMemory>>,
     from_guest: OwnedFd,
     to_guest: OwnedFd,
     /// Where guest memory was found.
@@ -110,7 +100,7 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
     memory.set_paused(welcome.paused);
     let sharing = Arc::new(Sharing::new(memory));
     sharing.connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
-    let mut guest = Guest::new(Words(shared), layout, instance(), MAX_INFLIGHT_PAGES);
+    let mut guest = Guest::new(shared, layout, instance(), MAX_INFLIGHT_PAGES);
     guest.set_paused(welcome.paused);
     runtime.attach(&sharing);
     let service = Arc::new(Service {
@@ -292,14 +282,31 @@ impl Service {
                 }
                 ControlReply::Done
             }
-            ControlRequest::Undo => {
-                self.set_paused(true);
-                let undone = self.sharing.undo_all();
+            ControlRequest::Files { after } => {
+                let guest = lock(&self.guest);
+                let name_of = |file: &_| guest.name_of(file);
+                match file_uses(&self.sharing, after, MAX_FILES, name_of) {
+                    Ok(files) => ControlReply::Files(files),
+                    Err(e) => ControlReply::Error(e.to_string()),
+                }
+            }
+            ControlRequest::Undo(what) => {
+                let undone = match &what {
+                    Undo::All => {
+                        self.set_paused(true);
+                        self.sharing.undo_all()
+                    }
+                    _ => self.sharing.undo(&what),
+                };
                 lock(&self.guest).publish_shared(self.sharing.memory().overlays().pages());
                 match undone {
                     Ok(()) => ControlReply::Done,
                     Err(e) => ControlReply::Error(format!("undoing an overlay: {e}")),
                 }
+            }
+            ControlRequest::Pause => {
+                self.set_paused(true);
+                ControlReply::Done
             }
             ControlRequest::Resume => {
                 self.set_paused(false);

@@ -4,9 +4,11 @@
 
 use anyhow::Context;
 use clap::Parser;
-use pagefusion_host::daemon::{Config, Daemon};
+use pagefusion_host::daemon::{Config, Daemon, PressureThresholds};
+use pagefusion_host::operator::{LogFormat, parse_size, start_logging};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,22 +26,18 @@ struct Arguments {
     /// Most memory for the shared pages of one trust group: bytes, or with K, M, G or T.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     max_store: Option<u64>,
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 10),
-        Some((at, 'm' | 'M')) => (&text[..at], 20),
-        Some((at, 'g' | 'G')) => (&text[..at], 30),
-        Some((at, 't' | 'T')) => (&text[..at], 40),
-        _ => (text, 0),
-    };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| "a number, with K, M, G or T if you like")?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| "too large".into())
+    /// Also give metrics out on this TCP address, to whoever can connect: 127.0.0.1:9753, say.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+    /// Policy `pressure`: share from when on somebody waits for memory this part of the time.
+    #[arg(long, value_name = "PERCENT", default_value_t = PressureThresholds::default().waiting)]
+    pressure_waiting: f64,
+    /// Policy `pressure`: share from when on only this part of the host's memory is available.
+    #[arg(long, value_name = "PERCENT", default_value_t = PressureThresholds::default().available)]
+    pressure_available: f64,
+    /// How the log is written.
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
 }
 
 fn main() -> ExitCode {
@@ -57,9 +55,13 @@ fn run(
         runtime_dir,
         store_dir,
         max_store,
+        metrics,
+        pressure_waiting,
+        pressure_available,
+        log_format,
     }: Arguments,
 ) -> anyhow::Result<()> {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    start_logging(log_format);
     let (stop, stopper) = UnixStream::pair().context("cannot prepare for signals")?;
     for signal in [SIGTERM, SIGINT] {
         let stopper = stopper.try_clone().context("cannot prepare for signals")?;
@@ -70,6 +72,11 @@ fn run(
         runtime_dir,
         store_dir,
         max_store,
+        metrics,
+        pressure: PressureThresholds {
+            waiting: pressure_waiting,
+            available: pressure_available,
+        },
     })?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(false, &[NotifyState::Ready]);

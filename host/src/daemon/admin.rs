@@ -2,16 +2,14 @@
 
 //! One connection of an operator, on a thread of its own.
 
-use super::control::{self, SLOW};
 use super::registry::{Caller, Registry};
-use super::{EventLoop, status};
+use super::{EventLoop, files, orders, status};
 use crate::protocol::{
-    AdminReply, AdminRequest, Connection, ControlReply, ControlRequest, Encoding, Scope, VERSION,
-    peer,
+    AdminReply, AdminRequest, Connection, Encoding, Selection, Undo, VERSION, peer,
 };
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Longest time for one message of an operator, once it has begun.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -42,25 +40,55 @@ fn serve_requests(registry: &Registry, events: &EventLoop, stream: UnixStream) -
     };
     loop {
         let request = connection.receive_when_it_comes()?;
-        let reply = match request {
-            AdminRequest::CreateVm {
-                version: VERSION,
-                name,
-                group,
-            } => create(registry, events, caller, name, group),
-            AdminRequest::Status { version: VERSION } => {
-                Ok(AdminReply::Status(Box::new(status::collect(registry))))
-            }
-            AdminRequest::CreateVm { version, .. } | AdminRequest::Status { version } => {
-                Err(format!(
-                    "pagefusionctl speaks version {version} of the protocol and the daemon \
-                     version {VERSION}; use the two that belong together, or restart the daemon"
-                ))
-            }
-            AdminRequest::Undo(scope) => set_paused(registry, &scope, true),
-            AdminRequest::Resume(scope) => set_paused(registry, &scope, false),
-        };
+        let reply = answer(registry, events, caller, request);
         connection.send(&reply.unwrap_or_else(AdminReply::Error))?;
+    }
+}
+
+fn answer(
+    registry: &Registry,
+    events: &EventLoop,
+    caller: Caller,
+    request: AdminRequest,
+) -> Result<AdminReply, String> {
+    match request {
+        AdminRequest::CreateVm { version, .. }
+        | AdminRequest::Status { version }
+        | AdminRequest::Files { version, .. }
+            if version != VERSION =>
+        {
+            Err(format!(
+                "pagefusionctl speaks version {version} of the protocol and the daemon \
+                 version {VERSION}; use the two that belong together, or restart the daemon"
+            ))
+        }
+        AdminRequest::CreateVm { name, group, .. } => create(registry, events, caller, name, group),
+        AdminRequest::Status { .. } => Ok(AdminReply::Status(Box::new(status::collect(registry)))),
+        AdminRequest::Files { scope, limit, .. } => {
+            Ok(AdminReply::Files(files::collect(registry, &scope, limit)?))
+        }
+        AdminRequest::Undo { scope, selection } => match selection {
+            Selection::All => orders::undo_all(registry, &scope),
+            Selection::File(name) => orders::undo_files(registry, &scope, &name),
+            Selection::Pages { gfn, pages } => {
+                orders::undo_pages(registry, &scope, Undo::Pages { gfn, pages })
+            }
+        }
+        .map(AdminReply::Done),
+        AdminRequest::Set {
+            scope,
+            each_vm,
+            changes,
+            policy,
+        } => orders::set(registry, &scope, each_vm, changes, policy).map(AdminReply::Done),
+        AdminRequest::Pause { scope } => orders::pause(registry, &scope).map(AdminReply::Done),
+        AdminRequest::Resume { scope, file: None } => {
+            orders::resume(registry, &scope).map(AdminReply::Done)
+        }
+        AdminRequest::Resume {
+            scope,
+            file: Some(name),
+        } => orders::resume_files(registry, &scope, &name).map(AdminReply::Done),
     }
 }
 
@@ -81,53 +109,4 @@ fn create(
         name: vm.name.clone(),
         directory: vm.directory.clone(),
     })
-}
-
-fn set_paused(registry: &Registry, scope: &Scope, paused: bool) -> Result<AdminReply, String> {
-    let vms = registry.in_scope(scope)?;
-    registry
-        .set_paused(scope, &vms, paused)
-        .map_err(|error| format!("cannot note in the runtime directory what is paused: {error}"))?;
-    let request = if paused {
-        ControlRequest::Undo
-    } else {
-        ControlRequest::Resume
-    };
-    let asked: Vec<_> = vms
-        .iter()
-        .map(|vm| vm.control.ask(request.clone()))
-        .collect();
-    let deadline = Instant::now() + SLOW;
-    let mut failed = Vec::new();
-    for (vm, answer) in vms.iter().zip(asked) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let result = match answer.map(|answer| control::wait(&answer, left)) {
-            Some(Ok(ControlReply::Done)) => Ok(()),
-            Some(Ok(ControlReply::Error(reason)) | Err(reason)) => Err(reason),
-            Some(Ok(ControlReply::Status(_))) => Err("the engine answers nonsense".into()),
-            // Without an engine nothing is shared, unless it has lost its connection.
-            None if paused && may_share(registry, vm.number) => {
-                Err("its engine is not connected; it will be told when it is".into())
-            }
-            None => Ok(()),
-        };
-        if let Err(reason) = result {
-            // A VM that has ended meanwhile shares nothing.
-            if !vm.process.has_ended() {
-                failed.push((vm.name.clone(), reason));
-            }
-        }
-    }
-    Ok(AdminReply::Done {
-        vms: vms.len(),
-        failed,
-    })
-}
-
-fn may_share(registry: &Registry, number: u32) -> bool {
-    let Some(vm) = registry.vm(number) else {
-        return false;
-    };
-    let store = vm.store();
-    store.vm_statistics(number).granted > 0 || store.is_waiting_for(number)
 }

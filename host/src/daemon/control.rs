@@ -136,8 +136,10 @@ fn exchange(
     request: &ControlRequest,
 ) -> std::io::Result<ControlReply> {
     connection.set_limit(match request {
-        ControlRequest::Undo | ControlRequest::Resume => SLOW,
-        ControlRequest::Status | ControlRequest::Report { .. } => QUICK * 2,
+        ControlRequest::Undo(_) | ControlRequest::Pause | ControlRequest::Resume => SLOW,
+        ControlRequest::Status | ControlRequest::Files { .. } | ControlRequest::Report { .. } => {
+            QUICK * 2
+        }
     })?;
     connection.send(request)?;
     connection.receive()

@@ -3,22 +3,14 @@
 //! A VM's device: shared memory, two eventfds, and the ivshmem handshake that hands them to
 //! the VMM.
 
-use pagefusion_abi::wire::{self, Layout, header};
-use rustix::event::EventfdFlags;
-use rustix::fs::{MemfdFlags, SealFlags};
+use crate::device::{HOST_PEER, VM_PEER, new_event, new_memory};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// Bytes of shared memory: 16,384 ring slots.
-const MEMORY_BYTES: u64 = 1 << 20;
 /// Version of the ivshmem client-server protocol.
 const PROTOCOL: i64 = 0;
-/// Peer id of the VM. Each VM has a memory of its own, so all have the same.
-const VM_PEER: i64 = 0;
-/// Peer id of the engine.
-const HOST_PEER: i64 = 1;
 /// What announces the shared memory in place of a peer.
 const MEMORY: i64 = -1;
 
@@ -35,34 +27,10 @@ pub(super) struct Device {
 impl Device {
     /// A device with a header and nothing else in its memory.
     pub(super) fn new() -> io::Result<Self> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memory = rustix::fs::memfd_create("pagefusion-device", flags)?;
-        rustix::fs::ftruncate(&memory, MEMORY_BYTES)?;
-        let layout = Layout::for_size(MEMORY_BYTES).expect("a size that has a layout");
-        let version = wire::pack_version(wire::VERSION_MAJOR, wire::VERSION_MINOR);
-        let mut bytes = [0; header::BYTES];
-        let own = [
-            (header::MAGIC, wire::MAGIC),
-            (header::VERSION, version),
-            (header::FEATURES, wire::feature::ALL),
-            (header::HOST_PEER, HOST_PEER as u64),
-        ];
-        for (at, word) in own.into_iter().chain(layout.header_words()) {
-            bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
-        }
-        if rustix::io::pwrite(&memory, &bytes, 0)? != bytes.len() {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        // Nobody who holds it can pull it from under the others.
-        rustix::fs::fcntl_add_seals(
-            &memory,
-            SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-        )?;
-        let eventfd = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
-            memory,
-            from_guest: eventfd()?,
-            to_guest: eventfd()?,
+            memory: new_memory()?,
+            from_guest: new_event()?,
+            to_guest: new_event()?,
         })
     }
 
@@ -96,32 +64,5 @@ fn say(to: BorrowedFd<'_>, number: i64, descriptor: Option<BorrowedFd<'_>>) -> i
         Ok(())
     } else {
         Err(io::ErrorKind::WriteZero.into())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_header_is_one_that_guests_accept() {
-        let device = Device::new().unwrap();
-        let word = |at: usize| {
-            let mut bytes = [0; 8];
-            rustix::io::pread(&device.memory, &mut bytes, at as u64).unwrap();
-            u64::from_le_bytes(bytes)
-        };
-        let layout = Layout::from_header(word, MEMORY_BYTES).unwrap();
-        assert_eq!(Some(layout), Layout::for_size(MEMORY_BYTES));
-        assert_eq!(word(header::HOST_PEER), 1);
-    }
-
-    #[test]
-    fn the_memory_cannot_shrink() {
-        let device = Device::new().unwrap();
-        assert_eq!(
-            rustix::fs::ftruncate(&device.memory, 0),
-            Err(rustix::io::Errno::PERM)
-        );
     }
 }

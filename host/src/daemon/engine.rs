@@ -2,13 +2,13 @@
 
 //! One connection of an engine, on a thread of its own.
 
+use super::gate::Gate;
 use super::registry::Registry;
 use super::vm::Vm;
 use crate::protocol::{
-    Connection, EngineReply, EngineRequest, Hello, HelloReply, MAX_PUBLISH_PAGES, Role, VERSION,
-    Welcome,
+    Connection, Encoding, EngineReply, EngineRequest, Hello, HelloReply, MAX_PUBLISH_PAGES, Role,
+    VERSION, Welcome,
 };
-use crate::protocol::{ControlRequest, Encoding};
 use crate::store::{PAGE, StoreError};
 use rustix::fs::{Mode, OFlags};
 use std::io;
@@ -32,8 +32,8 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
                 vm.control.connect(connection)?;
                 // Asked for after the connection is in use: an operator's request that came
                 // before it has been noted.
-                if vm.is_paused() {
-                    vm.control.ask(ControlRequest::Undo);
+                if let Some(request) = vm.pause().request() {
+                    vm.control.ask(request);
                 }
                 Ok(true)
             }
@@ -96,7 +96,13 @@ fn answer(
     payload: &[u8],
     first: bool,
 ) -> Result<EngineReply, StoreError> {
-    let mut store = vm.store();
+    if let EngineRequest::Publish { span } = request {
+        if !wait_for_pace(vm, payload.len()) {
+            return Ok(EngineReply::Published(vec![None; span.pages as usize]));
+        }
+    }
+    let mut gate = Gate::of(vm);
+    let store = gate.store();
     if first && !matches!(request, EngineRequest::Announce { .. }) {
         // An engine that maps something says so first: this one maps nothing.
         store.announce(vm.number, &[], true)?;
@@ -108,19 +114,19 @@ fn answer(
         }
         EngineRequest::Lookup { spans } => {
             let mut segments = Vec::new();
-            store.lookup(vm.number, spans, &mut segments)?;
+            gate.lookup(spans, &mut segments)?;
             EngineReply::Segments(segments)
         }
         EngineRequest::Sight { sightings } => {
             let mut verdicts = Vec::new();
-            store.sight(vm.number, sightings, &mut verdicts)?;
+            gate.sight(sightings, &mut verdicts)?;
             EngineReply::Verdicts(verdicts)
         }
         EngineRequest::Publish { span } => {
             let mut pages = Vec::new();
-            store.publish(vm.number, *span, payload, &mut pages)?;
-            let reports = store.take_reports();
-            drop(store);
+            gate.publish(*span, payload, &mut pages)?;
+            let reports = gate.store().take_reports();
+            drop(gate);
             for (number, spans) in reports {
                 if let Some(first) = registry.vm(number) {
                     first.control.report(spans);
@@ -137,6 +143,18 @@ fn answer(
             EngineReply::Done
         }
     })
+}
+
+/// Holds a VM to its rate and to its group's, before it gets hold of the store; whether what
+/// it has to publish can be taken within a reasonable time.
+fn wait_for_pace(vm: &Vm, bytes: usize) -> bool {
+    for pace in [&vm.pace, &*vm.group_store.pace] {
+        match pace.take(bytes) {
+            Some(wait) => std::thread::sleep(wait),
+            None => return false,
+        }
+    }
+    true
 }
 
 fn welcome(vm: &Vm, connection: &mut Connection) -> io::Result<()> {
@@ -158,7 +176,7 @@ fn welcome(vm: &Vm, connection: &mut Connection) -> io::Result<()> {
         hash_seed,
         has_device: vm.device.is_some(),
         has_uffd_device: uffd.is_some(),
-        paused: vm.is_paused(),
+        paused: vm.pause().is_paused(),
     };
     connection.send_with_descriptors(&HelloReply::Welcome(Box::new(welcome)), &descriptors)
 }

@@ -60,6 +60,16 @@ pub enum DaemonError {
         /// The directory.
         path: PathBuf,
     },
+    /// Metrics cannot be given out there.
+    #[error(
+        "cannot listen on {address} for metrics: {source}; choose another address with --metrics"
+    )]
+    MetricsAddress {
+        /// What was asked for.
+        address: std::net::SocketAddr,
+        /// What went wrong.
+        source: io::Error,
+    },
     /// The kernel refused something else.
     #[error("{what}: {source}")]
     System {

@@ -12,6 +12,14 @@ mod control;
 mod device;
 mod engine;
 mod error;
+mod files;
+mod gate;
+mod http;
+mod limits;
+mod metrics;
+mod orders;
+mod pace;
+mod pressure;
 mod process;
 mod registry;
 mod runtime;
@@ -19,22 +27,30 @@ mod status;
 mod vm;
 
 pub use error::DaemonError;
+pub use pressure::PressureThresholds;
+pub(crate) use runtime::TMPFS_MAGIC;
 
 use crate::protocol::peer;
-use crate::store::{Limits, PAGE};
+use pressure::{INTERVAL, Pressure};
 use registry::Registry;
 use runtime::Runtime;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 use vm::Vm;
 
 /// How long nothing is accepted after an error, which is as a rule the limit on open files.
 const BREATHER: Duration = Duration::from_millis(100);
+
+/// Clients that may ask for metrics at one time.
+const MAX_METRICS_CLIENTS: usize = 8;
 
 /// Where a daemon works and what it may take.
 #[derive(Clone, Debug)]
@@ -43,8 +59,14 @@ pub struct Config {
     pub runtime_dir: PathBuf,
     /// Directory of the page stores, on a tmpfs.
     pub store_dir: PathBuf,
-    /// Most memory for the canonical pages of one trust group, bytes.
+    /// Most memory for the canonical pages of one trust group, bytes, where the operator has
+    /// set no other limit.
     pub max_store: Option<u64>,
+    /// Where else than on `metrics.sock` in the runtime directory metrics are given out, to
+    /// whoever can connect.
+    pub metrics: Option<SocketAddr>,
+    /// From when on the policy `pressure` shares.
+    pub pressure: PressureThresholds,
 }
 
 /// A daemon that has taken over what was there and can be reached.
@@ -53,28 +75,35 @@ pub struct Daemon {
     registry: Arc<Registry>,
     events: Arc<EventLoop>,
     admin: UnixListener,
+    metrics: UnixListener,
+    metrics_tcp: Option<TcpListener>,
+    metrics_clients: Arc<AtomicUsize>,
+    pressure: PressureThresholds,
 }
 
 impl Daemon {
     /// Locks the directories, adopts the VMs of an earlier daemon and opens the sockets.
     pub fn start(config: &Config) -> Result<Self, DaemonError> {
         let runtime = Runtime::open(&config.runtime_dir, &config.store_dir)?;
-        let store_pages = config
-            .max_store
-            .map_or(u64::MAX, |bytes| bytes / PAGE as u64);
-        let limits = Limits {
-            store_pages,
-            ..Limits::default()
+        let registry = Arc::new(Registry::adopt(runtime, config.max_store)?);
+        let socket = |name| {
+            let made = registry.runtime().operator_socket(name);
+            made.map_err(|source| DaemonError::RuntimeDirectory {
+                path: config.runtime_dir.clone(),
+                source,
+            })
         };
-        let registry = Arc::new(Registry::adopt(runtime, limits)?);
-        let path = config.runtime_dir.clone();
-        let admin = registry
-            .runtime()
-            .admin_socket()
-            .map_err(|source| DaemonError::RuntimeDirectory { path, source })?;
+        let admin = socket("admin.sock")?;
+        let metrics = socket("metrics.sock")?;
+        let metrics_tcp = config.metrics.map(listen).transpose()?;
         let events = EventLoop::new().map_err(DaemonError::system("cannot wait for events"))?;
         let watching = DaemonError::system("cannot watch sockets and processes");
         events.watch(&admin, Source::Admin).map_err(&watching)?;
+        events.watch(&metrics, Source::Metrics).map_err(&watching)?;
+        if let Some(metrics) = &metrics_tcp {
+            let source = Source::MetricsTcp;
+            events.watch(metrics, source).map_err(&watching)?;
+        }
         for vm in registry.vms() {
             events.watch_vm(&vm).map_err(&watching)?;
         }
@@ -82,6 +111,10 @@ impl Daemon {
             registry,
             events: Arc::new(events),
             admin,
+            metrics,
+            metrics_tcp,
+            metrics_clients: Arc::default(),
+            pressure: config.pressure,
         })
     }
 
@@ -89,12 +122,32 @@ impl Daemon {
     pub fn run(&self, stop: impl AsFd) -> Result<(), DaemonError> {
         let failed = DaemonError::system("cannot wait for events");
         self.events.watch(&stop, Source::Stop).map_err(&failed)?;
+        let (_running, until) = mpsc::channel::<()>();
+        let (registry, mut pressure) = (self.registry.clone(), Pressure::new(self.pressure));
+        spawn("pressure", move || {
+            while until.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                if registry.heeds_pressure() && registry.set_pressure(pressure.look()) {
+                    orders::rescan(&registry);
+                }
+            }
+        });
         let mut buffer = Vec::with_capacity(64);
         'serve: loop {
             for source in self.events.wait(&mut buffer).map_err(&failed)? {
                 match source {
                     Source::Stop => break 'serve,
                     Source::Admin => self.accept_admin(),
+                    Source::Metrics => {
+                        if let Some(client) = accept(&self.metrics) {
+                            self.give_metrics(client);
+                        }
+                    }
+                    Source::MetricsTcp => {
+                        let accepted = self.metrics_tcp.as_ref().map(TcpListener::accept);
+                        if let Some((client, _)) = accepted.and_then(accepted_one) {
+                            self.give_metrics(client);
+                        }
+                    }
                     Source::Vm(number, part) => {
                         // It may have ended by an event before this one.
                         if let Some(vm) = self.registry.vm(number) {
@@ -114,6 +167,20 @@ impl Daemon {
         };
         let (registry, events) = (self.registry.clone(), self.events.clone());
         spawn("admin", move || admin::serve(&registry, &events, stream));
+    }
+
+    /// A few clients at a time; more are sent away.
+    fn give_metrics(&self, client: impl http::Client) {
+        if self.metrics_clients.fetch_add(1, Ordering::Relaxed) < MAX_METRICS_CLIENTS {
+            let registry = self.registry.clone();
+            let leaving = Leaving(self.metrics_clients.clone());
+            spawn("metrics", move || {
+                let _leaving = leaving;
+                http::serve(&registry, client);
+            });
+        } else {
+            self.metrics_clients.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     fn serve_vm(&self, vm: &Arc<Vm>, part: Part) {
@@ -152,6 +219,8 @@ impl Daemon {
 enum Source {
     Stop,
     Admin,
+    Metrics,
+    MetricsTcp,
     Vm(u32, Part),
 }
 
@@ -167,6 +236,8 @@ impl Source {
         match self {
             Source::Stop => 0,
             Source::Admin => 1,
+            Source::Metrics => 2,
+            Source::MetricsTcp => 3,
             Source::Vm(number, part) => u64::from(number) << 2 | part as u64 | 1 << 63,
         }
     }
@@ -175,6 +246,8 @@ impl Source {
         Some(match token {
             0 => Source::Stop,
             1 => Source::Admin,
+            2 => Source::Metrics,
+            3 => Source::MetricsTcp,
             _ => {
                 let part = match token & 3 {
                     0 => Part::Process,
@@ -233,9 +306,30 @@ impl EventLoop {
     }
 }
 
+/// Counts a client of the metrics out, however it leaves.
+struct Leaving(Arc<AtomicUsize>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener, DaemonError> {
+    let bound = TcpListener::bind(address).and_then(|listener| {
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    bound.map_err(|source| DaemonError::MetricsAddress { address, source })
+}
+
 fn accept(listener: &UnixListener) -> Option<UnixStream> {
-    match listener.accept() {
-        Ok((stream, _)) => Some(stream),
+    accepted_one(listener.accept()).map(|(stream, _)| stream)
+}
+
+fn accepted_one<T>(accepted: io::Result<T>) -> Option<T> {
+    match accepted {
+        Ok(accepted) => Some(accepted),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
         Err(error) => {
             log::error!("cannot accept a connection: {error}");
@@ -283,6 +377,8 @@ mod tests {
         let sources = [
             Source::Stop,
             Source::Admin,
+            Source::Metrics,
+            Source::MetricsTcp,
             Source::Vm(0, Part::Process),
             Source::Vm(u32::MAX, Part::Engine),
             Source::Vm(7, Part::Ivshmem),

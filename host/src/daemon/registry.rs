@@ -5,19 +5,68 @@
 //! Lock order: registry, then one group. Neither is held while anybody is waited for.
 
 use super::error::DaemonError;
+use super::pace::Pace;
 use super::process::Process;
-use super::runtime::{Runtime, State, VmRecord};
-use super::vm::Vm;
-use crate::protocol::Scope;
-use crate::store::{Group, Limits, StoreFile};
+use super::runtime::{Runtime, State, UndoneFile, VmRecord};
+use super::vm::{self, Vm};
+use crate::protocol::{
+    ControlRequest, FileKey, LimitChanges, Limits, Mode, Policy, PolicyChanges, Scope, Undo,
+};
+use crate::store::{self, Group, StoreFile};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Longest name of a VM or group.
 const MAX_NAME: usize = 64;
 
-type SharedGroup = Arc<Mutex<Group>>;
+/// A group's store, and how fast it may grow.
+#[derive(Clone, Debug)]
+pub(super) struct SharedGroup {
+    store: Arc<Mutex<Group>>,
+    pub(super) pace: Arc<Pace>,
+    limits: Arc<Mutex<Limits>>,
+    learning: Arc<AtomicBool>,
+}
+
+impl SharedGroup {
+    fn new(store: Group) -> Self {
+        Self {
+            store: Arc::new(Mutex::new(store)),
+            pace: Arc::default(),
+            limits: Arc::default(),
+            learning: Arc::default(),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Group> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells one group from another.
+    pub(super) fn key(&self) -> usize {
+        Arc::as_ptr(&self.store) as usize
+    }
+
+    /// What holds for it now.
+    pub(super) fn limits(&self) -> Limits {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Only learns from now on, or shares; whether that is new.
+    fn set_learning(&self, learning: bool) -> bool {
+        self.lock().set_learning(learning);
+        self.learning.swap(learning, Ordering::Relaxed) != learning
+    }
+
+    fn apply_limits(&self, limits: Limits) {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        self.pace.set_rate(limits.publish_rate);
+        let (store, granted) = (vm::pages(limits.max_store), vm::pages(limits.max_overlays));
+        self.lock().set_limits(store, granted);
+    }
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -25,14 +74,45 @@ struct Inner {
     /// By name of the store file, which tells named groups from those of single VMs.
     groups: BTreeMap<String, SharedGroup>,
     state: State,
+    /// Whether the host is short of memory.
+    under_pressure: bool,
+    /// VMs of groups that have begun or ended to learn, and have not been told.
+    changed: BTreeSet<u32>,
 }
 
 /// All that the daemon knows.
 #[derive(Debug)]
 pub(super) struct Registry {
     runtime: Runtime,
-    limits: Limits,
+    /// For groups that the operator has set none for.
+    max_store: Option<u64>,
     inner: Mutex<Inner>,
+}
+
+/// Whether a VM shares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pause {
+    /// It does.
+    Running,
+    /// Nothing more; overlays stay.
+    Paused,
+    /// Nothing, not what it shared before either.
+    Undone,
+}
+
+impl Pause {
+    pub(super) fn is_paused(self) -> bool {
+        self != Self::Running
+    }
+
+    /// What an engine that has connected is to be told.
+    pub(super) fn request(self) -> Option<ControlRequest> {
+        match self {
+            Self::Running => None,
+            Self::Paused => Some(ControlRequest::Pause),
+            Self::Undone => Some(ControlRequest::Undo(Undo::All)),
+        }
+    }
 }
 
 /// Who asks for a VM.
@@ -44,7 +124,7 @@ pub(super) struct Caller {
 
 impl Registry {
     /// Takes over the VMs that lived under an earlier daemon.
-    pub(super) fn adopt(runtime: Runtime, limits: Limits) -> Result<Self, DaemonError> {
+    pub(super) fn adopt(runtime: Runtime, max_store: Option<u64>) -> Result<Self, DaemonError> {
         let failed = DaemonError::system("cannot adopt the VMs of the daemon before this one");
         let mut living = Vec::new();
         for record in runtime.records().map_err(&failed)? {
@@ -75,9 +155,9 @@ impl Registry {
         for (name, members) in members {
             let may_map = members.iter().filter(|it| it.engine_seen);
             let waiting = may_map.map(|it| it.number).collect();
-            let mut group = open_group(&runtime, &name, limits, waiting).map_err(&failed)?;
+            let mut group = open_group(&runtime, &name, waiting).map_err(&failed)?;
             members.iter().for_each(|it| group.add_vm(it.number));
-            groups.insert(name, Arc::new(Mutex::new(group)));
+            groups.insert(name, SharedGroup::new(group));
         }
         let mut vms = BTreeMap::new();
         for (record, process) in living {
@@ -86,11 +166,19 @@ impl Registry {
             log::info!("adopted VM {} ({})", vm.number, vm.name);
             vms.insert(vm.number, Arc::new(vm));
         }
-        Ok(Self {
+        let registry = Self {
             runtime,
-            limits,
-            inner: Mutex::new(Inner { vms, groups, state }),
-        })
+            max_store,
+            inner: Mutex::new(Inner {
+                vms,
+                groups,
+                state,
+                under_pressure: false,
+                changed: BTreeSet::new(),
+            }),
+        };
+        registry.apply_limits(&mut registry.inner());
+        Ok(registry)
     }
 
     pub(super) fn runtime(&self) -> &Runtime {
@@ -130,6 +218,12 @@ impl Registry {
             || group
                 .as_ref()
                 .is_some_and(|group| inner.state.paused_groups.contains(group));
+        let mut undone_files = Vec::new();
+        for (of, file) in &inner.state.undone_files {
+            if of.is_none() || *of == group {
+                insert(&mut undone_files, file.clone());
+            }
+        }
         let record = VmRecord {
             number,
             name,
@@ -138,6 +232,9 @@ impl Registry {
             start_time: process.start_time(),
             uid: caller.uid,
             paused,
+            undone: false,
+            undone_files,
+            limits: Limits::default(),
             engine_seen: false,
         };
         let vm = self.add(&mut inner, record, process).map_err(|error| {
@@ -187,8 +284,9 @@ impl Registry {
         &self,
         scope: &Scope,
         vms: &[Arc<Vm>],
-        paused: bool,
+        pause: Pause,
     ) -> io::Result<()> {
+        let paused = pause.is_paused();
         let mut inner = self.inner();
         let mut state = inner.state.clone();
         match scope {
@@ -207,7 +305,166 @@ impl Registry {
         self.runtime.save_state(&state)?;
         inner.state = state;
         vms.iter()
-            .try_for_each(|vm| vm.set_paused(&self.runtime, paused))
+            .try_for_each(|vm| vm.set_pause(&self.runtime, pause))
+    }
+
+    /// Files of these VMs that were undone by this name or have it as their id.
+    pub(super) fn undone_files(&self, vms: &[Arc<Vm>], name: &str) -> BTreeMap<FileKey, String> {
+        vms.iter()
+            .flat_map(|vm| vm.undone_files_named(name))
+            .collect()
+    }
+
+    /// Notes files as undone or not, for VMs in existence and those to come.
+    pub(super) fn set_files_undone(
+        &self,
+        scope: &Scope,
+        vms: &[Arc<Vm>],
+        files: &BTreeMap<FileKey, String>,
+        undone: bool,
+    ) -> io::Result<()> {
+        let mut inner = self.inner();
+        let mut state = inner.state.clone();
+        let of = match scope {
+            Scope::All => Some(None),
+            Scope::Group(group) => Some(Some(group.clone())),
+            Scope::Vm(_) => None,
+        };
+        if let Some(of) = of {
+            let in_scope = |it: &Option<String>| of.is_none() || *it == of;
+            state
+                .undone_files
+                .retain(|(it, file)| !(in_scope(it) && files.contains_key(&file.file)));
+            if undone {
+                let entries = files.iter().map(|it| (of.clone(), UndoneFile::from(it)));
+                state.undone_files.extend(entries);
+            }
+        }
+        self.runtime.save_state(&state)?;
+        inner.state = state;
+        vms.iter().try_for_each(|vm| {
+            vm.change_undone_files(&self.runtime, |list| {
+                list.retain(|it| !files.contains_key(&it.file));
+                if undone {
+                    list.extend(files.iter().map(UndoneFile::from));
+                }
+            })
+        })
+    }
+
+    /// Notes that no file is undone any more.
+    pub(super) fn clear_undone_files(&self, scope: &Scope, vms: &[Arc<Vm>]) -> io::Result<()> {
+        let mut inner = self.inner();
+        let mut state = inner.state.clone();
+        match scope {
+            Scope::All => state.undone_files.clear(),
+            Scope::Group(group) => {
+                let other = |it: &Option<String>| it.as_ref() != Some(group);
+                state.undone_files.retain(|(it, _)| other(it));
+            }
+            Scope::Vm(_) => {}
+        }
+        self.runtime.save_state(&state)?;
+        inner.state = state;
+        vms.iter()
+            .try_for_each(|vm| vm.change_undone_files(&self.runtime, Vec::clear))
+    }
+
+    /// Changes limits, those of VMs and groups to come included.
+    pub(super) fn set_limits(
+        &self,
+        scope: &Scope,
+        vms: &[Arc<Vm>],
+        each_vm: bool,
+        changes: LimitChanges,
+        policy: PolicyChanges,
+    ) -> io::Result<()> {
+        let mut inner = self.inner();
+        if let Scope::Vm(_) = scope {
+            vms.iter()
+                .try_for_each(|vm| vm.change_limits(&self.runtime, changes))?;
+        } else {
+            let mut state = inner.state.clone();
+            state.limits.change_policy(scope, policy);
+            state.limits.change(scope, each_vm, changes);
+            self.runtime.save_state(&state)?;
+            inner.state = state;
+        }
+        self.apply_limits(&mut inner);
+        Ok(())
+    }
+
+    /// Whether it matters to any group whether the host is short of memory.
+    pub(super) fn heeds_pressure(&self) -> bool {
+        let inner = self.inner();
+        let mut groups = inner.vms.values().map(|vm| vm.group.as_deref());
+        groups.any(|group| inner.state.limits.policy_of(group).policy == Some(Policy::Pressure))
+    }
+
+    /// Whether the host was found short of memory.
+    pub(super) fn is_under_pressure(&self) -> bool {
+        self.inner().under_pressure
+    }
+
+    /// Notes whether the host is short of memory; whether that is new.
+    pub(super) fn set_pressure(&self, under_pressure: bool) -> bool {
+        let mut inner = self.inner();
+        let new = inner.under_pressure != under_pressure;
+        inner.under_pressure = under_pressure;
+        if new {
+            log::info!(
+                "the host is {}",
+                if under_pressure {
+                    "short of memory"
+                } else {
+                    "not short of memory any more"
+                }
+            );
+            self.apply_limits(&mut inner);
+        }
+        new
+    }
+
+    /// When a group shares.
+    pub(super) fn policy_of(&self, group: Option<&str>) -> PolicyChanges {
+        self.inner().state.limits.policy_of(group)
+    }
+
+    /// VMs whose groups have begun or ended to learn since this was last asked.
+    pub(super) fn take_changed(&self) -> Vec<Arc<Vm>> {
+        let mut inner = self.inner();
+        let changed = std::mem::take(&mut inner.changed);
+        changed
+            .iter()
+            .filter_map(|number| inner.vms.get(number).cloned())
+            .collect()
+    }
+
+    /// Has every group and VM keep to what is noted.
+    fn apply_limits(&self, inner: &mut Inner) {
+        let mut changed = BTreeSet::new();
+        for vm in inner.vms.values() {
+            let policy = inner.state.limits.policy_of(vm.group.as_deref());
+            let waits = policy.policy == Some(Policy::Pressure) && !inner.under_pressure;
+            let learning = policy.mode == Some(Mode::WouldSave) || waits;
+            if vm.group_store.set_learning(learning) {
+                changed.insert(vm.group_store.key());
+            }
+        }
+        let in_changed = |vm: &&Arc<Vm>| changed.contains(&vm.group_store.key());
+        let numbers = inner.vms.values().filter(in_changed).map(|vm| vm.number);
+        inner.changed.extend(numbers.collect::<Vec<_>>());
+        let limits = &inner.state.limits;
+        let default = Limits {
+            max_store: self.max_store,
+            ..Limits::default()
+        };
+        for vm in inner.vms.values() {
+            let group = vm.group.as_deref();
+            vm.group_store
+                .apply_limits(limits.of_group(group).or(default));
+            vm.apply_limits(limits.of_vm(group, vm.own_limits()));
+        }
     }
 
     fn add(&self, inner: &mut Inner, record: VmRecord, process: Process) -> io::Result<Arc<Vm>> {
@@ -216,10 +473,7 @@ impl Registry {
         let (number, name) = (record.number, store_name(&record));
         let group = match inner.groups.get(&name) {
             Some(group) => group.clone(),
-            None => {
-                let group = open_group(&self.runtime, &name, self.limits, HashSet::new())?;
-                Arc::new(Mutex::new(group))
-            }
+            None => SharedGroup::new(open_group(&self.runtime, &name, HashSet::new())?),
         };
         let vm = Arc::new(Vm::new(
             &self.runtime,
@@ -231,16 +485,12 @@ impl Registry {
         vm.store().add_vm(number);
         inner.groups.insert(name, group);
         inner.vms.insert(number, vm.clone());
+        self.apply_limits(inner);
         Ok(vm)
     }
 
     fn drop_if_empty(&self, inner: &mut Inner, name: &str) {
-        let is_empty = |group: &SharedGroup| {
-            group
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .is_empty()
-        };
+        let is_empty = |group: &SharedGroup| group.lock().is_empty();
         if inner.groups.get(name).is_some_and(is_empty) {
             inner.groups.remove(name);
             let path = self.runtime.store_path(name);
@@ -255,13 +505,31 @@ impl Registry {
     }
 }
 
-fn open_group(
-    runtime: &Runtime,
-    name: &str,
-    limits: Limits,
-    waiting: HashSet<u32>,
-) -> io::Result<Group> {
-    Group::new(StoreFile::open(&runtime.store_path(name))?, limits, waiting)
+impl UndoneFile {
+    /// Whether `name` is what it was undone by, with its directories or without, or its id.
+    pub(super) fn is(&self, name: &str) -> bool {
+        self.name == name || self.name.rsplit('/').next() == Some(name) || self.file.id() == name
+    }
+}
+
+impl From<(&FileKey, &String)> for UndoneFile {
+    fn from((file, name): (&FileKey, &String)) -> Self {
+        Self {
+            file: *file,
+            name: name.clone(),
+        }
+    }
+}
+
+fn insert(files: &mut Vec<UndoneFile>, file: UndoneFile) {
+    if !files.iter().any(|it| it.file == file.file) {
+        files.push(file);
+    }
+}
+
+fn open_group(runtime: &Runtime, name: &str, waiting: HashSet<u32>) -> io::Result<Group> {
+    let file = StoreFile::open(&runtime.store_path(name))?;
+    Group::new(file, store::Limits::default(), waiting)
 }
 
 fn store_name(record: &VmRecord) -> String {

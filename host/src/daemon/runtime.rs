@@ -5,6 +5,7 @@
 //! ```text
 //! RUNTIME/lock            held while a daemon runs
 //! RUNTIME/admin.sock      for operators, mode 0600
+//! RUNTIME/metrics.sock    for monitoring, mode 0600
 //! RUNTIME/state.json      next VM number, what is paused
 //! RUNTIME/records/N.json  one living VM each
 //! RUNTIME/vms/N/          its sockets; belongs to the VM's user
@@ -17,6 +18,8 @@
 //! trust group.
 
 use super::error::DaemonError;
+use super::limits::HostLimits;
+use crate::protocol::{FileKey, Limits};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeSet;
@@ -32,7 +35,7 @@ use std::path::{Path, PathBuf};
 const MAX_SOCKET_PATH: usize = 107;
 /// Longest name of a socket below the runtime directory.
 const LONGEST_SOCKET: &str = "/vms/4294967295/ivshmem.sock";
-const TMPFS_MAGIC: u64 = 0x0102_1994;
+pub(crate) const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// One VM, as the next daemon must know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,8 +47,24 @@ pub(super) struct VmRecord {
     pub(super) start_time: u64,
     pub(super) uid: u32,
     pub(super) paused: bool,
+    /// Whether it was told to turn everything back when it was paused.
+    #[serde(default)]
+    pub(super) undone: bool,
+    /// Files that it does not share.
+    #[serde(default)]
+    pub(super) undone_files: Vec<UndoneFile>,
+    /// Its own limits.
+    #[serde(default)]
+    pub(super) limits: Limits,
     /// Whether an engine has ever been told where the store is; only then can it map pages.
     pub(super) engine_seen: bool,
+}
+
+/// A file that the operator has undone, by what name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct UndoneFile {
+    pub(super) file: FileKey,
+    pub(super) name: String,
 }
 
 /// What does not belong to one VM.
@@ -56,6 +75,12 @@ pub(super) struct State {
     pub(super) all_paused: bool,
     /// New VMs of these groups begin paused.
     pub(super) paused_groups: BTreeSet<String>,
+    /// Files that new VMs of a group, or all with `None`, do not share.
+    #[serde(default)]
+    pub(super) undone_files: Vec<(Option<String>, UndoneFile)>,
+    /// Limits of groups and of the VMs in them.
+    #[serde(default)]
+    pub(super) limits: HostLimits,
 }
 
 /// The runtime directory and the store directory, locked.
@@ -132,9 +157,10 @@ impl Runtime {
         Ok(lock)
     }
 
-    pub(super) fn admin_socket(&self) -> io::Result<UnixListener> {
+    /// Listens on a socket for the daemon's own user and root.
+    pub(super) fn operator_socket(&self, name: &str) -> io::Result<UnixListener> {
         self.listen(
-            &self.directory.join("admin.sock"),
+            &self.directory.join(name),
             rustix::process::geteuid().as_raw(),
         )
     }

@@ -8,6 +8,7 @@ use super::registry::Registry;
 use super::vm::Vm;
 use crate::protocol::{ControlReply, ControlRequest, EngineStatus, GroupStatus, Status, VmStatus};
 use crate::store::PAGE;
+use pagefusion_abi::wire::reason;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +17,9 @@ use std::time::{Duration, Instant};
 /// and configuration (`vm_area_struct` in /proc/slabinfo), and its share of a maple tree
 /// node (256 bytes for up to 16). Measured per overlay: about 230 bytes.
 const MAPPING_BYTES: u64 = 256;
+
+/// Most characters of a text that an engine says.
+const LONGEST_TEXT: usize = 256;
 
 /// Asks every engine at once and adds up.
 pub(super) fn collect(registry: &Registry) -> Status {
@@ -41,27 +45,55 @@ pub(super) fn collect(registry: &Registry) -> Status {
         });
         status.vms.push(vm_status(vm, answer));
     }
-    add_groups(&mut status, &vms);
+    status.under_pressure = registry.is_under_pressure();
+    add_groups(registry, &mut status, &vms);
     status
 }
 
 fn vm_status(vm: &Vm, answer: Option<Result<ControlReply, String>>) -> VmStatus {
     let (connected, engine) = match answer {
-        Some(Ok(ControlReply::Status(engine))) => (true, *engine),
+        Some(Ok(ControlReply::Status(engine))) => (true, tamed(*engine)),
         Some(Ok(ControlReply::Error(reason))) => (true, disabled(reason)),
-        Some(Ok(ControlReply::Done)) => (false, disabled("the engine answers nonsense".into())),
+        Some(Ok(_)) => (false, disabled("the engine answers nonsense".into())),
         Some(Err(reason)) => (false, disabled(reason)),
         None => (false, disabled("no engine is connected".into())),
     };
+    let store = vm.store().vm_statistics(vm.number);
     VmStatus {
         id: vm.number,
         name: vm.name.clone(),
         group: vm.group.clone(),
         pid: vm.process.pid(),
+        device: vm.has_connected_device(),
         connected,
-        paused: vm.is_paused(),
+        paused: vm.pause().is_paused(),
+        files_undone: vm.undone_files().len(),
+        pages_granted: store.granted,
+        pages_published: store.published,
+        pages_limited: store.limited,
+        limits: vm.limits(),
         engine,
     }
+}
+
+/// Names that are ours and texts without control characters: an engine may say anything, and
+/// others show it to people and programs.
+fn tamed(mut engine: EngineStatus) -> EngineStatus {
+    let known = |name: &str| (0..reason::COUNT as u8).any(|code| reason::name(code) == name);
+    let mut refusals = BTreeMap::new();
+    for (name, pages) in engine.refusals {
+        let name = if known(&name) { name } else { "unknown".into() };
+        let sum: &mut u64 = refusals.entry(name).or_default();
+        *sum = sum.saturating_add(pages);
+    }
+    engine.refusals = refusals;
+    for text in std::iter::once(&mut engine.memory_source).chain(&mut engine.disabled) {
+        text.retain(|c| !c.is_control());
+        if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
+            text.truncate(end);
+        }
+    }
+    engine
 }
 
 fn disabled(reason: String) -> EngineStatus {
@@ -71,31 +103,45 @@ fn disabled(reason: String) -> EngineStatus {
     }
 }
 
-fn add_groups(status: &mut Status, vms: &[Arc<Vm>]) {
+/// What an operator calls the group of a VM: a VM without one is its own.
+pub(super) fn group_name(vm: &Vm) -> String {
+    vm.group.clone().unwrap_or_else(|| vm.name.clone())
+}
+
+fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
     // VMs with the same store, by where it is in memory.
     let mut groups = BTreeMap::<usize, (GroupStatus, u64)>::new();
     for (vm, engine) in vms.iter().zip(status.vms.iter().map(|vm| &vm.engine)) {
-        let (group, metadata) = groups
-            .entry(Arc::as_ptr(&vm.store) as usize)
-            .or_insert_with(|| {
-                let store = vm.store().statistics();
-                let name = vm.group.clone().unwrap_or_else(|| vm.name.clone());
-                let group = GroupStatus {
-                    name,
-                    store_pages: store.store_pages,
-                    pages_remembered: store.remembered,
-                    ..GroupStatus::default()
-                };
-                (group, store.index_bytes)
-            });
+        let (group, metadata) = groups.entry(vm.group_store.key()).or_insert_with(|| {
+            let store = vm.store().statistics();
+            let policy = registry.policy_of(vm.group.as_deref());
+            let saving =
+                |(shared, contents): (u64, u64)| (shared as i64 - contents as i64) * PAGE as i64;
+            let group = GroupStatus {
+                name: group_name(vm),
+                mode: policy.mode.unwrap_or_default(),
+                policy: policy.policy.unwrap_or_default(),
+                pages_would_share: store.would_share.map(|(shared, _)| shared),
+                bytes_would_save: store.would_share.map(saving),
+                store_pages: store.store_pages,
+                pages_remembered: store.remembered,
+                pages_store_full: store.store_full,
+                adopting: store.adopting,
+                limits: vm.group_store.limits(),
+                ..GroupStatus::default()
+            };
+            (group, store.index_bytes)
+        });
         group.vms += 1;
         group.pages_shared += engine.pages_shared;
+        group.pages_granted += vm.store().vm_statistics(vm.number).granted;
         *metadata += engine.overlay_mappings * MAPPING_BYTES
             + vm.device.as_ref().map_or(0, Device::allocated_bytes);
     }
     for (mut group, metadata) in groups.into_values() {
         let pages = group.pages_shared as i64 - group.store_pages as i64;
         group.bytes_saved = pages * PAGE as i64 - metadata as i64;
+        group.bytes_metadata = metadata;
         status.pages_shared += group.pages_shared;
         status.store_pages += group.store_pages;
         status.bytes_saved += group.bytes_saved;
@@ -105,4 +151,28 @@ fn add_groups(status: &mut Status, vms: &[Arc<Vm>]) {
     status
         .groups
         .sort_by(|one, other| one.name.cmp(&other.name));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_engine_says_cannot_reach_beyond_its_place() {
+        let mut engine = EngineStatus {
+            disabled: Some(format!("a\u{1b}[2J\nb{}", "x".repeat(1000))),
+            ..EngineStatus::default()
+        };
+        for (name, pages) in [("different", 1), ("x\"} 7\n", u64::MAX), ("y", 5)] {
+            engine.refusals.insert(name.into(), pages);
+        }
+        let engine = tamed(engine);
+        let text = engine.disabled.unwrap();
+        assert!(
+            text.starts_with("a[2Jbx") && text.len() == LONGEST_TEXT,
+            "{text}"
+        );
+        let expected = [("different".into(), 1), ("unknown".into(), u64::MAX)];
+        assert_eq!(engine.refusals, BTreeMap::from(expected));
+    }
 }

@@ -4,9 +4,13 @@
 
 use super::control::Control;
 use super::device::Device;
+use super::pace::Pace;
 use super::process::Process;
-use super::runtime::{Runtime, VmRecord};
-use crate::store::Group;
+use super::registry::{Pause, SharedGroup};
+use super::runtime::{Runtime, UndoneFile, VmRecord};
+use crate::protocol::{FileKey, LimitChanges, Limits};
+use crate::store::{Group, PAGE, VmLimits};
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,9 +33,14 @@ pub(super) struct Vm {
     pub(super) engine: UnixListener,
     /// `None` when the VM is older than this daemon.
     pub(super) device: Option<Device>,
-    pub(super) store: Arc<Mutex<Group>>,
+    pub(super) group_store: SharedGroup,
+    /// What it may put into the store.
+    pub(super) pace: Pace,
+    limits: Mutex<Limits>,
     pub(super) control: Control,
     record: Mutex<VmRecord>,
+    /// Those of the record, to look a file up.
+    undone_files: Mutex<Arc<HashSet<FileKey>>>,
     device_connection: Mutex<Option<UnixStream>>,
     engine_connections: Mutex<Vec<UnixStream>>,
 }
@@ -42,7 +51,7 @@ impl Vm {
         runtime: &Runtime,
         record: VmRecord,
         process: Process,
-        store: Arc<Mutex<Group>>,
+        group_store: SharedGroup,
         new: bool,
     ) -> io::Result<Self> {
         let directory = runtime.vm_directory(record.number, record.uid)?;
@@ -58,8 +67,11 @@ impl Vm {
             ivshmem,
             engine,
             device,
-            store,
+            group_store,
+            pace: Pace::default(),
+            limits: Mutex::default(),
             control: Control::default(),
+            undone_files: Mutex::new(Arc::new(keys(&record.undone_files))),
             record: Mutex::new(record),
             device_connection: Mutex::default(),
             engine_connections: Mutex::default(),
@@ -67,15 +79,85 @@ impl Vm {
     }
 
     pub(super) fn store(&self) -> MutexGuard<'_, Group> {
-        lock(&self.store)
+        self.group_store.lock()
     }
 
-    pub(super) fn is_paused(&self) -> bool {
-        lock(&self.record).paused
+    pub(super) fn pause(&self) -> Pause {
+        let record = lock(&self.record);
+        match (record.paused, record.undone) {
+            (false, _) => Pause::Running,
+            (true, false) => Pause::Paused,
+            (true, true) => Pause::Undone,
+        }
     }
 
-    pub(super) fn set_paused(&self, runtime: &Runtime, paused: bool) -> io::Result<()> {
-        self.update(runtime, |record| record.paused = paused)
+    pub(super) fn set_pause(&self, runtime: &Runtime, pause: Pause) -> io::Result<()> {
+        self.update(runtime, |record| {
+            // What was turned back stays so when it is only paused afterwards.
+            record.undone = match pause {
+                Pause::Running => false,
+                Pause::Paused => record.paused && record.undone,
+                Pause::Undone => true,
+            };
+            record.paused = pause.is_paused();
+        })
+    }
+
+    /// Files that this VM shall not share.
+    pub(super) fn undone_files(&self) -> Arc<HashSet<FileKey>> {
+        lock(&self.undone_files).clone()
+    }
+
+    /// The same with the names they were undone by, if those or their ids are `name`.
+    pub(super) fn undone_files_named(&self, name: &str) -> BTreeMap<FileKey, String> {
+        let record = lock(&self.record);
+        let named = record.undone_files.iter().filter(|it| it.is(name));
+        named.map(|it| (it.file, it.name.clone())).collect()
+    }
+
+    /// Changes the list of files that this VM shall not share.
+    pub(super) fn change_undone_files(
+        &self,
+        runtime: &Runtime,
+        change: impl FnOnce(&mut Vec<UndoneFile>),
+    ) -> io::Result<()> {
+        self.update(runtime, |record| change(&mut record.undone_files))?;
+        let keys = keys(&lock(&self.record).undone_files);
+        *lock(&self.undone_files) = Arc::new(keys);
+        Ok(())
+    }
+
+    /// Its own limits, without those of wider scopes.
+    pub(super) fn own_limits(&self) -> Limits {
+        lock(&self.record).limits
+    }
+
+    /// Changes its own limits.
+    pub(super) fn change_limits(&self, runtime: &Runtime, changes: LimitChanges) -> io::Result<()> {
+        self.update(runtime, |record| record.limits.change(changes))
+    }
+
+    /// What holds for it now.
+    pub(super) fn limits(&self) -> Limits {
+        *lock(&self.limits)
+    }
+
+    /// Has these limits hold from now on.
+    pub(super) fn apply_limits(&self, limits: Limits) {
+        *lock(&self.limits) = limits;
+        self.pace.set_rate(limits.publish_rate);
+        let vm_limits = VmLimits {
+            store_pages: pages(limits.max_store),
+            granted_pages: pages(limits.max_overlays),
+        };
+        self.store().set_vm_limits(self.number, vm_limits);
+    }
+
+    /// Whether the VMM has the device; not known of a VM older than this daemon.
+    pub(super) fn has_connected_device(&self) -> Option<bool> {
+        self.device.as_ref()?;
+        let held = lock(&self.device_connection);
+        Some(held.as_ref().is_some_and(|stream| !is_closed(stream)))
     }
 
     /// Notes, for the next daemon, that this VM may map pages of the store.
@@ -130,6 +212,15 @@ impl Vm {
         }
         Ok(())
     }
+}
+
+/// A limit in bytes as one in pages.
+pub(super) fn pages(limit: Option<u64>) -> u64 {
+    limit.map_or(u64::MAX, |bytes| bytes / PAGE as u64)
+}
+
+fn keys(files: &[UndoneFile]) -> HashSet<FileKey> {
+    files.iter().map(|it| it.file).collect()
 }
 
 fn is_closed(stream: &UnixStream) -> bool {

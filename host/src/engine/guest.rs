@@ -46,7 +46,7 @@ pub struct Guest<M> {
 #[derive(Clone, Debug)]
 struct Announced {
     key: FileKey,
-    /// For the log; what a guest calls a file proves nothing.
+    /// For the operator; what a guest calls a file proves nothing.
     name: Box<str>,
 }
 
@@ -88,14 +88,15 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             Attachment::New => {
                 log::info!("the guest attached, epoch {}", self.ring.epoch());
                 self.attached = true;
-                self.files.clear();
-                self.numbers.clear();
-                self.waiting.clear();
-                self.progress = Progress::start();
-                self.ring.set_paused(self.paused);
-                self.ring
-                    .set_pages_shared(sharing.memory().overlays().pages());
+                self.begin(sharing);
                 done.ring = true;
+            }
+            Attachment::Restored => {
+                log::info!("the machine was restored from a snapshot; beginning anew");
+                self.attached = false;
+                self.begin(sharing);
+                done.ring = true;
+                return done;
             }
             Attachment::Same => self.attached = true,
         }
@@ -103,6 +104,7 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         let mut runs: Vec<(u64, ReportedRun)> = Vec::new();
         let mut outcomes: Vec<(u64, Outcome)> = Vec::new();
         let mut forgotten: Vec<FileSpan> = Vec::new();
+        let mut withdrawn = false;
         let (files, numbers, counts) = (&mut self.files, &mut self.numbers, &mut self.counts);
         let claimed = self.ring.claim(BATCH_RECORDS, |claimed| {
             let answer = match claimed.record {
@@ -172,7 +174,11 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                     counts.passes += 1;
                     Outcome::default()
                 }
-                Ok(Record::Hello { .. } | Record::Goodbye) => Outcome::default(),
+                Ok(Record::Goodbye) => {
+                    withdrawn = true;
+                    Outcome::default()
+                }
+                Ok(Record::Hello { .. }) => Outcome::default(),
                 Err(_) => {
                     counts.errors += 1;
                     refused(reason::MALFORMED)
@@ -197,8 +203,40 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         for span in forgotten {
             sharing.forget(span);
         }
+        if withdrawn {
+            self.withdraw(sharing);
+        }
         done.ring |= self.ring.acknowledge(batch);
         done
+    }
+
+    /// Nothing is known of the guest, and it knows nothing of us.
+    fn begin(&mut self, sharing: &Sharing) {
+        self.files.clear();
+        self.numbers.clear();
+        self.waiting.clear();
+        self.progress = Progress::start();
+        self.ring.set_paused(self.paused);
+        self.ring
+            .set_pages_shared(sharing.memory().overlays().pages());
+    }
+
+    /// The guest wants to share no more: its memory becomes ordinary, and it owns no file.
+    fn withdraw(&mut self, sharing: &Sharing) {
+        for file in self.files.values() {
+            sharing.forget(FileSpan {
+                file: file.key,
+                page: 0,
+                pages: 0,
+            });
+        }
+        self.files.clear();
+        self.numbers.clear();
+        if let Err(e) = sharing.undo_all() {
+            log::warn!("the guest withdrew its pages; undoing failed: {e}");
+        }
+        self.ring
+            .set_pages_shared(sharing.memory().overlays().pages());
     }
 
     fn answer(&mut self, sharing: &Sharing, revoked: bool, runs: &[(u64, ReportedRun)]) {
@@ -209,7 +247,7 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             vec![refused(reason::REVOKED); runs.len()]
         } else {
             let reported: Vec<ReportedRun> = runs.iter().map(|(_, run)| *run).collect();
-            sharing.share(&reported)
+            sharing.share_while(&reported, &|| self.ring.is_current())
         };
         let mut shared = 0;
         for ((position, run), outcome) in runs.iter().zip(results) {
@@ -303,6 +341,12 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
     /// Tells the guest how much of it is shared.
     pub fn publish_shared(&self, pages: u64) {
         self.ring.set_pages_shared(pages);
+    }
+
+    /// What the guest calls a file, if it has announced it.
+    pub fn name_of(&self, file: &FileKey) -> Option<&str> {
+        let number = self.numbers.get(file)?;
+        self.files.get(number).map(|file| &*file.name)
     }
 
     /// Adds what is known here to `status`.

@@ -188,6 +188,11 @@ impl Memory {
         self.files.number(key)
     }
 
+    /// The file with this number.
+    pub fn file_key(&self, number: u32) -> FileKey {
+        self.files.key(number)
+    }
+
     /// The mapping budget.
     pub fn budget(&self) -> &MappingBudget {
         &self.budget
@@ -242,8 +247,13 @@ impl Memory {
 
     /// Puts the store's pages over guest memory where the bytes are equal. Bit i of the
     /// answer: page i is shared now. `overlay.pages` is at most [`WINDOW_PAGES`], and its
-    /// store pages are granted.
-    pub fn overlay(&mut self, address: usize, overlay: Overlay) -> Result<u64, Refusal> {
+    /// store pages are granted. `pinned` says whether the guest still holds its pages.
+    pub fn overlay(
+        &mut self,
+        address: usize,
+        overlay: Overlay,
+        pinned: &dyn Fn() -> bool,
+    ) -> Result<u64, Refusal> {
         let pages = overlay.pages as usize;
         assert!(
             pages <= WINDOW_PAGES,
@@ -289,6 +299,12 @@ impl Memory {
         self.uffd
             .protect(&range)
             .map_err(|e| host_error("write-protecting", &e.into()))?;
+        // Whoever restores the machine writes its memory, and waits for us to end.
+        if !pinned() {
+            self.lift(&range);
+            let _ = self.uffd.wake(&range);
+            return Err(reason::REVOKED);
+        }
         // SAFETY: part of a region, which is mapped guest memory.
         let equal = unsafe { mapped::compare(address, expected) };
         let mut shared = 0;

@@ -21,6 +21,7 @@ mod ring;
 mod shared_memory;
 mod sharing;
 mod uffd;
+mod usage;
 
 pub use audit::{Audit, audit};
 pub use faults::serve_faults;
@@ -34,3 +35,4 @@ pub use ring::{Attachment, Batch, Claimed, RingConsumer, RingError};
 pub use shared_memory::SharedMemory;
 pub use sharing::{ReportedRun, Sharing};
 pub use uffd::{Event, Uffd, UffdError};
+pub use usage::file_uses;

@@ -28,6 +28,9 @@ pub enum Attachment {
     New,
     /// The same module as before.
     Same,
+    /// The shared memory is not as this host left it: the machine was restored from a
+    /// snapshot. This host is a new one from here on, and the guest is to be rung.
+    Restored,
 }
 
 /// One record of a claimed batch.
@@ -70,7 +73,10 @@ pub enum RingError {
 pub struct RingConsumer<M> {
     memory: M,
     layout: Layout,
+    instance: u64,
+    max_inflight_pages: u64,
     epoch: u64,
+    claim: u64,
     /// Everything before it is acknowledged.
     tail: u64,
     request_head: u64,
@@ -87,23 +93,65 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
             "layout exceeds memory"
         );
         assert_ne!(instance, 0, "instance zero means that no host is there");
-        let ring = Self {
+        let mut ring = Self {
             memory,
             layout,
+            instance,
+            max_inflight_pages,
             epoch: 0,
+            claim: 0,
             tail: 0,
             request_head: 0,
             broken: false,
         };
-        ring.set_host(host_area::EPOCH, 0);
-        ring.set_host(host_area::CLAIM, 0);
-        ring.set_host(host_area::ACK, 0);
-        ring.set_host(host_area::REQUEST_HEAD, 0);
-        ring.set_host(host_area::POLICY, 0);
-        ring.set_host(host_area::PAGES_SHARED, 0);
-        ring.set_host(host_area::MAX_INFLIGHT_PAGES, max_inflight_pages);
-        ring.set_host(host_area::INSTANCE, instance);
+        ring.take_over();
         ring
+    }
+
+    /// Writes the whole host area, of a host that knows no guest.
+    fn take_over(&mut self) {
+        self.begin_epoch(0);
+        self.set_host(host_area::POLICY, 0);
+        self.set_host(host_area::PAGES_SHARED, 0);
+        self.set_host(host_area::MAX_INFLIGHT_PAGES, self.max_inflight_pages);
+        self.set_host(host_area::INSTANCE, self.instance);
+    }
+
+    fn begin_epoch(&mut self, epoch: u64) {
+        self.epoch = epoch;
+        (self.claim, self.tail, self.request_head) = (0, 0, 0);
+        self.broken = false;
+        self.set_host(host_area::CLAIM, 0);
+        self.set_host(host_area::ACK, 0);
+        self.set_host(host_area::REQUEST_HEAD, 0);
+        // Release: the guest that sees the epoch sees the positions of it.
+        self.set_host(host_area::EPOCH, epoch);
+    }
+
+    /// Whether the host area says what this host has written there. Nobody else writes to it,
+    /// but restoring a snapshot of the machine restores this memory as well.
+    fn is_as_left(&self) -> bool {
+        let written = [
+            (host_area::INSTANCE, self.instance),
+            (host_area::EPOCH, self.epoch),
+            (host_area::CLAIM, self.claim),
+            (host_area::ACK, self.tail),
+            (host_area::REQUEST_HEAD, self.request_head),
+        ];
+        written
+            .into_iter()
+            .all(|(field, value)| self.host(field) == value)
+    }
+
+    /// Whether the guest that the last claimed batch came from is still there, and holds its
+    /// pages: it was not restored from a snapshot and has not attached anew meanwhile.
+    pub fn is_current(&self) -> bool {
+        self.is_as_left() && self.is_attached_to(self.epoch)
+    }
+
+    fn is_attached_to(&self, epoch: u64) -> bool {
+        self.guest(guest_area::EPOCH) == epoch
+            && self.guest(guest_area::STATE) == guest_state::ATTACHED
     }
 
     fn word(&self, offset: u64) -> &AtomicU64 {
@@ -113,6 +161,11 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
     fn set_host(&self, field: usize, value: u64) {
         self.word(self.layout.host_area + field as u64)
             .store(value.to_le(), Ordering::Release);
+    }
+
+    fn host(&self, field: usize) -> u64 {
+        let word = self.word(self.layout.host_area + field as u64);
+        u64::from_le(word.load(Ordering::Acquire))
     }
 
     fn guest(&self, field: usize) -> u64 {
@@ -130,25 +183,25 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
 
     /// Looks whether a guest is there, and attaches to a new epoch.
     pub fn attach(&mut self) -> Attachment {
-        if self.guest(guest_area::STATE) != guest_state::ATTACHED {
-            return Attachment::Absent;
+        if !self.is_as_left() {
+            // Larger than any that a snapshot can hold, so that the guest sees the change.
+            let found = self.host(host_area::INSTANCE);
+            self.instance = self.instance.max(found).checked_add(1).unwrap_or(1);
+            self.take_over();
+            return Attachment::Restored;
         }
         let epoch = self.guest(guest_area::EPOCH);
-        if epoch == 0 {
+        // A guest that believes in another host has not seen this one yet.
+        if self.guest(guest_area::STATE) != guest_state::ATTACHED
+            || self.guest(guest_area::INSTANCE) != self.instance
+            || epoch == 0
+        {
             return Attachment::Absent;
         }
         if epoch == self.epoch {
             return Attachment::Same;
         }
-        self.epoch = epoch;
-        self.tail = 0;
-        self.request_head = 0;
-        self.broken = false;
-        self.set_host(host_area::CLAIM, 0);
-        self.set_host(host_area::ACK, 0);
-        self.set_host(host_area::REQUEST_HEAD, 0);
-        // Release: the guest that sees the epoch sees the positions of it.
-        self.set_host(host_area::EPOCH, epoch);
+        self.begin_epoch(epoch);
         Attachment::New
     }
 
@@ -167,9 +220,7 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         }
         let head = self.guest(guest_area::HEAD);
         // A guest attaching right now resets its head before it shows the new epoch.
-        if self.guest(guest_area::EPOCH) != self.epoch
-            || self.guest(guest_area::STATE) != guest_state::ATTACHED
-        {
+        if !self.is_attached_to(self.epoch) {
             return Ok(None);
         }
         let Some(available) = head
@@ -201,6 +252,7 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
             buffers.push((end, slots));
             end += slots as u64;
         }
+        self.claim = end;
         self.set_host(host_area::CLAIM, end);
         fence(Ordering::SeqCst);
         let revoked = self.guest(guest_area::REVOKED) == self.epoch;
@@ -230,6 +282,10 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
     /// Acknowledges a batch; says whether the guest wants to be rung.
     pub fn acknowledge(&mut self, batch: Batch) -> bool {
         debug_assert_eq!(batch.start, self.tail);
+        if !self.is_as_left() {
+            // These positions mean nothing to the guest that was restored.
+            return false;
+        }
         self.tail = batch.end;
         self.set_host(host_area::ACK, batch.end);
         fence(Ordering::SeqCst);

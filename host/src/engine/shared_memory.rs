@@ -73,6 +73,12 @@ impl SharedMemory {
     }
 }
 
+impl std::borrow::Borrow<[AtomicU64]> for SharedMemory {
+    fn borrow(&self) -> &[AtomicU64] {
+        self.words()
+    }
+}
+
 impl Drop for SharedMemory {
     fn drop(&mut self) {
         // SAFETY: nothing borrows the mapping any more, and its size is `count` words rounded

@@ -15,8 +15,9 @@ use roaring::RoaringBitmap;
 use super::memory::{Memory, Refusal, WINDOW_PAGES};
 use super::overlays::Overlay;
 use super::regions::Piece;
+use super::usage;
 use crate::protocol::{
-    FileKey, FileSpan, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, Verdict,
+    FileKey, FileSpan, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, Undo, Verdict,
 };
 use crate::store::{PAGE, PageStore, StoreError, hash_page};
 
@@ -94,6 +95,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn ask_store(
+    guard: &mut Option<Connected>,
+    ask: impl FnOnce(&mut Connected) -> Result<(), StoreError>,
+) {
+    let Some(store) = guard.as_mut() else { return };
+    if let Err(e) = ask(store) {
+        log::warn!("{e}");
+        if matches!(e, StoreError::Unreachable(_)) {
+            *guard = None;
+        }
+    }
+}
+
 impl Sharing {
     /// Shares `memory` once a store is connected.
     pub fn new(memory: Memory) -> Self {
@@ -147,14 +161,7 @@ impl Sharing {
     }
 
     fn with_store(&self, ask: impl FnOnce(&mut Connected) -> Result<(), StoreError>) {
-        let mut guard = lock(&self.store);
-        let Some(store) = guard.as_mut() else { return };
-        if let Err(e) = ask(store) {
-            log::warn!("{e}");
-            if matches!(e, StoreError::Unreachable(_)) {
-                *guard = None;
-            }
-        }
+        ask_store(&mut lock(&self.store), ask);
     }
 
     /// Turns every overlay back into ordinary memory and gives the store pages back.
@@ -164,20 +171,38 @@ impl Sharing {
         Ok(())
     }
 
+    /// Turns some overlays back into ordinary memory and gives the store pages back. What the
+    /// store grants afterwards is shared again.
+    pub fn undo(&self, what: &Undo) -> std::io::Result<()> {
+        // While this is held, nobody shares what was granted before.
+        let mut store = lock(&self.store);
+        let ranges = {
+            let mut memory = self.memory();
+            memory.begin_undo()?;
+            usage::ranges(&memory, what)
+        };
+        let result = ranges.iter().try_for_each(|range| self.restore(range));
+        self.memory().end_undo();
+        result?;
+        ask_store(&mut store, |store| {
+            self.give_back(store, &RoaringBitmap::new())
+        });
+        Ok(())
+    }
+
     /// As [`Sharing::undo_all`] for addresses of this process.
     pub fn undo_range(&self, range: std::ops::Range<usize>) -> std::io::Result<()> {
         self.memory().begin_undo()?;
-        // The lock is taken anew for every window, so that nobody waits long.
-        let result = loop {
-            match self.memory().restore_some(&range) {
-                Ok(true) => {}
-                Ok(false) => break Ok(()),
-                Err(e) => break Err(e),
-            }
-        };
+        let result = self.restore(&range);
         self.memory().end_undo();
         result?;
         self.with_store(|store| self.give_back(store, &RoaringBitmap::new()));
+        Ok(())
+    }
+
+    /// Within an undo. The lock is taken anew for every window, so that nobody waits long.
+    fn restore(&self, range: &std::ops::Range<usize>) -> std::io::Result<()> {
+        while self.memory().restore_some(range)? {}
         Ok(())
     }
 
@@ -191,7 +216,13 @@ impl Sharing {
 
     /// Resolves runs whose pages the guest holds pinned; one outcome per run.
     pub fn share(&self, runs: &[ReportedRun]) -> Vec<Outcome> {
-        let mut work = Transaction::new(self, runs);
+        self.share_while(runs, &|| true)
+    }
+
+    /// As [`Sharing::share`], as long as `pinned` says that the guest holds them: it is asked
+    /// in every window, while writers are stopped.
+    pub fn share_while(&self, runs: &[ReportedRun], pinned: &dyn Fn() -> bool) -> Vec<Outcome> {
+        let mut work = Transaction::new(self, runs, pinned);
         let mut guard = lock(&self.store);
         match guard.as_mut() {
             None => work.refuse_all(reason::NO_STORE),
@@ -230,15 +261,17 @@ impl Segment {
 /// One batch of runs on its way through the store.
 struct Transaction<'a> {
     sharing: &'a Sharing,
+    pinned: &'a dyn Fn() -> bool,
     counts: Vec<Count>,
     parts: Vec<Part>,
     granted: RoaringBitmap,
 }
 
 impl<'a> Transaction<'a> {
-    fn new(sharing: &'a Sharing, runs: &[ReportedRun]) -> Self {
+    fn new(sharing: &'a Sharing, runs: &[ReportedRun], pinned: &'a dyn Fn() -> bool) -> Self {
         let mut this = Self {
             sharing,
+            pinned,
             counts: vec![Count::default(); runs.len()],
             parts: Vec::with_capacity(runs.len()),
             granted: RoaringBitmap::new(),
@@ -347,7 +380,10 @@ impl<'a> Transaction<'a> {
                 file: window.number,
                 page: window.page,
             };
-            let done = self.sharing.memory().overlay(window.hva, overlay);
+            let done = self
+                .sharing
+                .memory()
+                .overlay(window.hva, overlay, self.pinned);
             match done {
                 Ok(shared) => {
                     self.counts[part.run].shared += shared.count_ones();

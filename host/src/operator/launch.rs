@@ -156,7 +156,7 @@ fn environment(
     ]
 }
 
-fn find_preload(named: Option<&Path>) -> Result<PathBuf, LaunchError> {
+pub(super) fn find_preload(named: Option<&Path>) -> Result<PathBuf, LaunchError> {
     let found = match named {
         Some(path) => std::path::absolute(path)
             .ok()

@@ -2,8 +2,21 @@
 
 //! What `pagefusionctl` does for an operator.
 
+mod doctor;
+mod explain;
+mod host_facts;
 mod launch;
+mod logs;
+mod screen;
+mod size;
 mod table;
+mod top;
 
+pub use doctor::{Finding, Verdict, findings_text, judge};
+pub use explain::{Cause, Explanation, explain, explanation_text, find};
+pub use host_facts::{Facts, Tmpfs};
 pub use launch::{Launch, LaunchError};
-pub use table::{human_bytes, status_text, vms_text};
+pub use logs::{LogFormat, start_logging};
+pub use size::parse_size;
+pub use table::{files_text, groups_text, human_bytes, human_pages, status_text, vms_text};
+pub use top::top;

@@ -2,7 +2,7 @@
 
 //! Figures as a person reads them.
 
-use crate::protocol::{Status, VmStatus};
+use crate::protocol::{FileStatus, GroupStatus, Mode, Status, VmStatus};
 use crate::store::PAGE;
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 
@@ -26,25 +26,90 @@ pub fn status_text(status: &Status) -> String {
                 qemu-system-x86_64 …\n"
             .into();
     }
+    let groups = groups_text(status);
+    let saved = human_bytes(status.bytes_saved);
+    let metadata = human_bytes(i64::try_from(status.bytes_metadata).unwrap_or(i64::MAX));
+    format!(
+        "{groups}\n{}\nSaved: {saved}, with {metadata} for index, mappings and rings subtracted.\n",
+        vms_text(status)
+    )
+}
+
+/// The trust groups.
+pub fn groups_text(status: &Status) -> String {
     let mut groups = table(&["Group", "VMs", "Shared", "Store", "Only one has", "Saved"]);
     for group in &status.groups {
         groups.add_row(row(
             &[&group.name],
             &[
                 group.vms.to_string(),
-                pages(group.pages_shared),
-                pages(group.store_pages),
-                pages(group.pages_remembered),
+                human_pages(group.pages_shared),
+                human_pages(group.store_pages),
+                human_pages(group.pages_remembered),
                 human_bytes(group.bytes_saved),
             ],
         ));
     }
-    let saved = human_bytes(status.bytes_saved);
-    let metadata = human_bytes(i64::try_from(status.bytes_metadata).unwrap_or(i64::MAX));
-    format!(
-        "{groups}\n\n{}\nSaved: {saved}, with {metadata} for index, mappings and rings subtracted.\n",
-        vms_text(status)
-    )
+    let mut text = format!("{groups}\n");
+    for group in &status.groups {
+        if let (Some(pages), Some(bytes)) = (group.pages_would_share, group.bytes_would_save) {
+            text += &format!(
+                "{}: only learns ({}); would share {} and save {} more, before mappings\n",
+                group.name,
+                learning(status, group),
+                human_pages(pages),
+                human_bytes(bytes),
+            );
+        }
+    }
+    text
+}
+
+/// Why a group only learns.
+fn learning(status: &Status, group: &GroupStatus) -> &'static str {
+    match (group.mode, status.under_pressure) {
+        (Mode::WouldSave, _) => "mode would-save",
+        (Mode::Share, false) => "policy pressure, and the host is not short of memory",
+        (Mode::Share, true) => "for a moment yet",
+    }
+}
+
+/// Files, in the order they come.
+pub fn files_text(files: &[FileStatus]) -> String {
+    let titles = ["File", "Group", "VMs", "Shared", "Broken", "Store", "Saved"];
+    let mut table = table(&titles);
+    for file in files {
+        let name = if file.name.is_empty() {
+            format!("({})", file.id)
+        } else {
+            printable(&file.name)
+        };
+        table.add_row(row(
+            &[&name, &file.group],
+            &[
+                file.vms.to_string(),
+                human_pages(file.pages_shared),
+                human_pages(file.pages_broken),
+                human_pages(file.store_pages),
+                human_bytes(file.bytes_saved),
+            ],
+        ));
+    }
+    format!("{table}\n")
+}
+
+/// What a guest calls something, without what a terminal would take for a command.
+fn printable(name: &str) -> String {
+    let escaped = |c: char| {
+        let plain = !c.is_control() && !('\u{202a}'..='\u{202e}').contains(&c);
+        let text = if plain {
+            c.to_string()
+        } else {
+            c.escape_unicode().to_string()
+        };
+        text.chars().collect::<Vec<_>>()
+    };
+    name.chars().flat_map(escaped).collect()
 }
 
 /// The VMs, and below the table why some of them share little.
@@ -65,10 +130,10 @@ pub fn vms_text(status: &Status) -> String {
             ],
             &[
                 vm.pid.to_string(),
-                pages(engine.pages_reported),
-                pages(engine.pages_shared),
-                pages(engine.pages_broken),
-                pages(engine.pages_refused),
+                human_pages(engine.pages_reported),
+                human_pages(engine.pages_shared),
+                human_pages(engine.pages_broken),
+                human_pages(engine.pages_refused),
                 format!("{:.1} s", engine.cpu_seconds),
             ],
         ));
@@ -78,7 +143,7 @@ pub fn vms_text(status: &Status) -> String {
         let refusals: Vec<_> = engine
             .refusals
             .iter()
-            .map(|(reason, count)| format!("{reason} {}", pages(*count)))
+            .map(|(reason, count)| format!("{reason} {}", human_pages(*count)))
             .collect();
         if !refusals.is_empty() {
             notes += &format!("{}: refused: {}\n", vm.name, refusals.join(", "));
@@ -87,7 +152,8 @@ pub fn vms_text(status: &Status) -> String {
     format!("{vms}\n{notes}")
 }
 
-fn state(vm: &VmStatus) -> &'static str {
+/// The one word for how a VM is.
+pub(super) fn state(vm: &VmStatus) -> &'static str {
     if vm.paused {
         "paused"
     } else if !vm.connected {
@@ -101,7 +167,8 @@ fn state(vm: &VmStatus) -> &'static str {
     }
 }
 
-fn pages(pages: u64) -> String {
+/// Pages as [`human_bytes`].
+pub fn human_pages(pages: u64) -> String {
     human_bytes(
         i64::try_from(pages)
             .unwrap_or(i64::MAX)
@@ -145,6 +212,16 @@ mod tests {
         for (bytes, text) in cases {
             assert_eq!(human_bytes(bytes), text);
         }
+    }
+
+    #[test]
+    fn a_guest_cannot_write_to_the_terminal() {
+        let file = FileStatus {
+            name: "lib\u{1b}[2J\u{202e}c.so".into(),
+            ..FileStatus::default()
+        };
+        let text = files_text(&[file]);
+        assert!(text.contains("lib\\u{1b}[2J\\u{202e}c.so"), "{text}");
     }
 
     #[test]

@@ -3,7 +3,10 @@
 //! The operator's connection to the daemon.
 
 use super::transport::{Connection, Encoding};
-use super::{AdminReply, AdminRequest, Scope, Status, VERSION};
+use super::{
+    AdminReply, AdminRequest, FileStatus, LimitChanges, Outcome, PolicyChanges, Scope, Selection,
+    Status, VERSION,
+};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -39,15 +42,6 @@ pub enum AdminError {
         "pagefusiond gives an answer that does not fit the question; restart it, so that it has the version of this program"
     )]
     Unexpected,
-}
-
-/// What became of [`AdminClient::undo`] or [`AdminClient::resume`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// VMs in the scope.
-    pub vms: usize,
-    /// VMs that failed, by name, with the reason.
-    pub failed: Vec<(String, String)>,
 }
 
 /// A VM that this process has become.
@@ -118,19 +112,52 @@ impl AdminClient {
         }
     }
 
-    /// Turns what is shared back into ordinary memory and stops sharing.
-    pub fn undo(&mut self, scope: Scope) -> Result<Outcome, AdminError> {
-        self.ask_for_done(&AdminRequest::Undo(scope))
+    /// The `limit` files that save most; 0 is all.
+    pub fn files(&mut self, scope: Scope, limit: usize) -> Result<Vec<FileStatus>, AdminError> {
+        match self.ask(&AdminRequest::Files {
+            version: VERSION,
+            scope,
+            limit,
+        })? {
+            AdminReply::Files(files) => Ok(files),
+            _ => Err(AdminError::Unexpected),
+        }
     }
 
-    /// Shares (again).
-    pub fn resume(&mut self, scope: Scope) -> Result<Outcome, AdminError> {
-        self.ask_for_done(&AdminRequest::Resume(scope))
+    /// Turns what is shared back into ordinary memory.
+    pub fn undo(&mut self, scope: Scope, selection: Selection) -> Result<Outcome, AdminError> {
+        self.ask_for_done(&AdminRequest::Undo { scope, selection })
+    }
+
+    /// Shares nothing more; what is shared stays.
+    pub fn pause(&mut self, scope: Scope) -> Result<Outcome, AdminError> {
+        self.ask_for_done(&AdminRequest::Pause { scope })
+    }
+
+    /// Shares (again), everything or one file.
+    pub fn resume(&mut self, scope: Scope, file: Option<String>) -> Result<Outcome, AdminError> {
+        self.ask_for_done(&AdminRequest::Resume { scope, file })
+    }
+
+    /// Changes limits, of each VM or of each group as a whole, and when groups share.
+    pub fn set(
+        &mut self,
+        scope: Scope,
+        each_vm: bool,
+        changes: LimitChanges,
+        policy: PolicyChanges,
+    ) -> Result<Outcome, AdminError> {
+        self.ask_for_done(&AdminRequest::Set {
+            scope,
+            each_vm,
+            changes,
+            policy,
+        })
     }
 
     fn ask_for_done(&mut self, request: &AdminRequest) -> Result<Outcome, AdminError> {
         match self.ask(request)? {
-            AdminReply::Done { vms, failed } => Ok(Outcome { vms, failed }),
+            AdminReply::Done(outcome) => Ok(outcome),
             _ => Err(AdminError::Unexpected),
         }
     }

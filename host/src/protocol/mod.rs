@@ -10,10 +10,19 @@
 
 mod admin;
 mod client;
+mod limits;
+mod operator;
+mod policy;
+mod status;
 mod transport;
 
-pub use admin::{AdminClient, AdminError, CreatedVm, Outcome};
+pub use admin::{AdminClient, AdminError, CreatedVm};
 pub use client::{ControlConnection, DeviceDescriptors, StoreClient, WelcomeWithFds};
+pub use limits::{Limit, LimitChanges, Limits};
+pub use operator::{AdminReply, AdminRequest, Outcome, Scope, Selection};
+pub use policy::{Mode, Policy, PolicyChanges};
+pub use status::{FileStatus, GroupStatus, Status, VmStatus};
+#[cfg(feature = "cli")]
 pub(crate) use transport::peer;
 pub use transport::{Connection, Encoding};
 
@@ -21,11 +30,13 @@ use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak the same version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Largest encoded message, bytes, payload excluded.
 pub const MAX_MESSAGE: usize = 1 << 20;
 /// Most pages in one [`EngineRequest::Publish`].
 pub const MAX_PUBLISH_PAGES: usize = 64;
+/// Most files in one [`ControlReply::Files`].
+pub const MAX_FILES: usize = 2048;
 
 /// Index of a page in the group's store file, in 4 KiB.
 pub type StorePage = u32;
@@ -245,13 +256,36 @@ pub enum ControlRequest {
         /// File pages that have become worth sharing.
         spans: Vec<FileSpan>,
     },
-    /// Turn every overlay back into ordinary memory and stop sharing until
-    /// [`ControlRequest::Resume`]. Answered by [`ControlReply::Done`] when it is done and the
-    /// store pages are released.
-    Undo,
+    /// Which files lie on overlays? Answered by [`ControlReply::Files`].
+    Files {
+        /// Only files behind this one, in the order of [`FileKey`].
+        after: Option<FileKey>,
+    },
+    /// Turn overlays back into ordinary memory. Answered by [`ControlReply::Done`] when it is
+    /// done and the store pages are released.
+    Undo(Undo),
+    /// Share nothing more until [`ControlRequest::Resume`]; overlays stay. Answered by
+    /// [`ControlReply::Done`].
+    Pause,
     /// Share (again). The guest is asked to report everything. Answered by
     /// [`ControlReply::Done`].
     Resume,
+}
+
+/// Which overlays of a VM become ordinary memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Undo {
+    /// All, and none is made until [`ControlRequest::Resume`].
+    All,
+    /// Those of certain files. What the store grants afterwards is shared again.
+    Files(Vec<FileKey>),
+    /// Those of certain guest frames. They are shared again when the guest reports them again.
+    Pages {
+        /// First guest frame.
+        gfn: u64,
+        /// How many.
+        pages: u64,
+    },
 }
 
 /// Engine to daemon, in answer.
@@ -261,8 +295,24 @@ pub enum ControlReply {
     Done,
     /// To [`ControlRequest::Status`].
     Status(Box<EngineStatus>),
+    /// To [`ControlRequest::Files`]: files in order, [`MAX_FILES`] of them unless they are the
+    /// last.
+    Files(Vec<FileUse>),
     /// It could not be done.
     Error(String),
+}
+
+/// A file of which pages lie on overlays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileUse {
+    /// The file.
+    pub file: FileKey,
+    /// What the guest calls it, which proves nothing; empty when the guest has dropped it.
+    pub name: String,
+    /// Pages on overlays that are intact.
+    pub pages_shared: u64,
+    /// Pages on overlays that the guest has written since.
+    pub pages_broken: u64,
 }
 
 /// Counters of one engine. Pages are 4 KiB. Sums, unless said otherwise, are since the
@@ -305,119 +355,4 @@ pub struct EngineStatus {
     pub guest_passes: u64,
     /// Why this VM shares nothing at all, if so.
     pub disabled: Option<String>,
-}
-
-/// Scope of an operator's request.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Scope {
-    /// Every VM of this host.
-    All,
-    /// VMs of a trust group.
-    Group(String),
-    /// One VM by name or number.
-    Vm(String),
-}
-
-/// Operator to daemon, on `admin.sock`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum AdminRequest {
-    /// Registers the calling process (by the socket's peer credentials) as a VM.
-    CreateVm {
-        /// [`VERSION`].
-        version: u32,
-        /// Name for the operator; unique among living VMs, made up when `None`.
-        name: Option<String>,
-        /// Trust group.
-        group: Option<String>,
-    },
-    /// Everything [`Status`] has.
-    Status {
-        /// [`VERSION`].
-        version: u32,
-    },
-    /// [`ControlRequest::Undo`] for a scope; sharing stays off there until resumed.
-    Undo(Scope),
-    /// [`ControlRequest::Resume`] for a scope.
-    Resume(Scope),
-}
-
-/// Daemon to operator.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum AdminReply {
-    /// Done, for this many VMs.
-    Done {
-        /// VMs in the scope.
-        vms: usize,
-        /// VMs that failed, by name, with the reason.
-        failed: Vec<(String, String)>,
-    },
-    /// To [`AdminRequest::CreateVm`].
-    Created {
-        /// Number of the VM.
-        vm: u32,
-        /// Its name.
-        name: String,
-        /// Directory with `ivshmem.sock`, `engine.sock` and room for `qmp.sock`.
-        directory: std::path::PathBuf,
-    },
-    /// To [`AdminRequest::Status`].
-    Status(Box<Status>),
-    /// Refused, with cause and cure.
-    Error(String),
-}
-
-/// The whole host.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Status {
-    /// Version of the daemon.
-    pub version: String,
-    /// Trust groups with a living VM or a page in store.
-    pub groups: Vec<GroupStatus>,
-    /// Living VMs.
-    pub vms: Vec<VmStatus>,
-    /// Sum over the VMs.
-    pub pages_shared: u64,
-    /// Sum over the groups.
-    pub store_pages: u64,
-    /// Memory kept back from the kernel by sharing, bytes, less store and metadata.
-    pub bytes_saved: i64,
-    /// Memory that sharing itself takes, bytes: index, mappings, page tables, rings.
-    pub bytes_metadata: u64,
-}
-
-/// One trust group.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct GroupStatus {
-    /// Its name; VMs without a group have one each, named after the VM.
-    pub name: String,
-    /// Living VMs.
-    pub vms: usize,
-    /// Canonical pages.
-    pub store_pages: u64,
-    /// Pages of VMs on them.
-    pub pages_shared: u64,
-    /// Pages noted and in one VM only.
-    pub pages_remembered: u64,
-    /// As in [`Status`].
-    pub bytes_saved: i64,
-}
-
-/// One VM.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct VmStatus {
-    /// Number.
-    pub id: u32,
-    /// Name.
-    pub name: String,
-    /// Trust group.
-    pub group: Option<String>,
-    /// Process.
-    pub pid: i32,
-    /// Whether its engine is connected.
-    pub connected: bool,
-    /// Whether the operator has paused it.
-    pub paused: bool,
-    /// The engine's counters, all zero while it is not connected.
-    #[serde(flatten)]
-    pub engine: EngineStatus,
 }

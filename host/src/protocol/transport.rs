@@ -8,7 +8,7 @@
 use super::MAX_MESSAGE;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, sockopt,
+    SendAncillaryMessage, SendFlags,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -311,8 +311,9 @@ impl AsFd for Connection {
 }
 
 /// Process and user at the other end, as they were when it connected.
+#[cfg(feature = "cli")]
 pub(crate) fn peer(stream: &UnixStream) -> io::Result<rustix::net::UCred> {
-    Ok(sockopt::socket_peercred(stream)?)
+    Ok(rustix::net::sockopt::socket_peercred(stream)?)
 }
 
 fn check(deadline: Instant) -> io::Result<()> {

@@ -3,6 +3,7 @@
 //! One trust group's store: pages, who is granted them, and who has seen what.
 
 use super::adoption::Adoption;
+use super::estimate::Estimate;
 use super::file::StoreFile;
 use super::files::Files;
 use super::index::{Index, MAX_CANDIDATES};
@@ -24,8 +25,8 @@ pub const MAX_REQUEST_PAGES: u64 = 1 << 16;
 pub struct Limits {
     /// Canonical pages of the whole group.
     pub store_pages: u64,
-    /// Canonical pages that one VM has published.
-    pub store_pages_per_vm: u64,
+    /// Canonical pages granted, each VM's counted by itself.
+    pub granted_pages: u64,
     /// Pages noted for one VM. Further ones are not noted, so they are shared only when
     /// somebody else notes them.
     pub sightings_per_vm: usize,
@@ -37,10 +38,28 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             store_pages: u64::MAX,
-            store_pages_per_vm: u64::MAX,
+            granted_pages: u64::MAX,
             // 16 GiB of page cache; takes about 64 MiB when it is full.
             sightings_per_vm: 1 << 22,
             files_per_vm: 1 << 18,
+        }
+    }
+}
+
+/// What one VM may take of its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmLimits {
+    /// Canonical pages that it has published.
+    pub store_pages: u64,
+    /// Canonical pages granted to it.
+    pub granted_pages: u64,
+}
+
+impl Default for VmLimits {
+    fn default() -> Self {
+        Self {
+            store_pages: u64::MAX,
+            granted_pages: u64::MAX,
         }
     }
 }
@@ -60,6 +79,8 @@ pub struct GroupStatistics {
     pub store_full: u64,
     /// Whether VMs of an earlier daemon are still to announce what they map.
     pub adopting: bool,
+    /// While only learning: pages that would be shared, and canonical pages for that.
+    pub would_share: Option<(u64, u64)>,
 }
 
 /// Figures of one VM in a group.
@@ -71,12 +92,16 @@ pub struct VmStatistics {
     pub published: u64,
     /// Pages noted for it.
     pub remembered: u64,
+    /// Pages that a limit has kept from it, ever.
+    pub limited: u64,
 }
 
 #[derive(Debug, Default)]
 struct Vm {
     granted: RoaringBitmap,
     published: u64,
+    limited: u64,
+    limits: VmLimits,
 }
 
 /// The page store of one trust group.
@@ -92,6 +117,10 @@ pub struct Group {
     adoption: Option<Adoption>,
     reports: Vec<(u32, FileKey, u64)>,
     store_full: u64,
+    /// Sum over the VMs.
+    granted: u64,
+    /// While only learning.
+    estimate: Option<Estimate>,
 }
 
 impl Group {
@@ -117,6 +146,8 @@ impl Group {
             adoption: Some(adoption),
             reports: Vec::new(),
             store_full: 0,
+            granted: 0,
+            estimate: None,
         };
         group.finish_adoption();
         Ok(group)
@@ -147,6 +178,25 @@ impl Group {
         self.file = file;
     }
 
+    /// Changes what the group may take. What it has stays.
+    pub fn set_limits(&mut self, store_pages: u64, granted_pages: u64) {
+        self.limits.store_pages = store_pages;
+        self.limits.granted_pages = granted_pages;
+    }
+
+    /// Only learns who has what, or shares. While learning nothing is granted or published
+    /// that was not before.
+    pub fn set_learning(&mut self, learning: bool) {
+        if learning != self.estimate.is_some() {
+            self.estimate = learning.then(Estimate::default);
+        }
+    }
+
+    /// Changes what a VM may take. What it has stays.
+    pub fn set_vm_limits(&mut self, vm: u32, limits: VmLimits) {
+        self.vms.entry(vm).or_default().limits = limits;
+    }
+
     /// A VM has joined.
     pub fn add_vm(&mut self, vm: u32) {
         self.vms.entry(vm).or_default();
@@ -155,8 +205,12 @@ impl Group {
     /// A VM's process has ended: it maps nothing any more.
     pub fn end_vm(&mut self, vm: u32) {
         self.sightings.remove_vm(&mut self.files, vm);
+        if let Some(estimate) = &mut self.estimate {
+            estimate.remove_vm(vm);
+        }
         self.reports.retain(|&(of, ..)| of != vm);
         if let Some(ended) = self.vms.remove(&vm) {
+            self.granted -= ended.granted.len();
             self.drop_references(&ended.granted);
         }
         if let Some(adoption) = &mut self.adoption {
@@ -203,10 +257,18 @@ impl Group {
                 ),
             }
         }
-        for segment in &out[begin..] {
-            if let Some(first) = segment.store {
-                self.grant_range(vm, first, segment.pages);
-            }
+        for Segment { pages, store } in out.split_off(begin) {
+            let granted = store.map_or(0, |first| self.grant_range(vm, first, pages));
+            let found = Segment {
+                pages: granted,
+                store,
+            };
+            append(out, begin, found);
+            let rest = Segment {
+                pages: pages - granted,
+                store: None,
+            };
+            append(out, begin, rest);
         }
         Ok(())
     }
@@ -279,6 +341,7 @@ impl Group {
             released.extend(pages.take_while(|&page| page < end));
             granted.remove_range(span.page..end);
         }
+        self.granted -= released.len();
         self.drop_references(&released);
         Ok(())
     }
@@ -292,6 +355,8 @@ impl Group {
         last: bool,
     ) -> Result<(), StoreError> {
         self.known(vm)?;
+        // Under the daemon before it was granted what it maps, whatever the limits are now.
+        let adopted = self.is_waiting_for(vm);
         check_pages(holdings.iter().map(|holding| u64::from(holding.span.pages)))?;
         for Holding { span, store } in holdings {
             let pages = span.page..span.page.saturating_add(u64::from(span.pages));
@@ -301,7 +366,7 @@ impl Group {
             }
             let file = self.files.intern(&span.file);
             for (page, store) in pages.zip(stores) {
-                if self.index.page(store).is_some() {
+                if self.index.page(store).is_some() && (adopted || self.admits(vm, store)) {
                     self.index.restore_chunk(&mut self.files, file, page, store);
                     self.index.name(&mut self.files, file, page, store);
                     self.grant(vm, store);
@@ -321,11 +386,14 @@ impl Group {
     /// [`crate::protocol::EngineRequest::Forget`]
     pub fn forget(&mut self, vm: u32, span: FileSpan) -> Result<(), StoreError> {
         self.known(vm)?;
+        let end = match span.pages {
+            0 => u64::MAX,
+            pages => span.page.saturating_add(u64::from(pages)),
+        };
+        if let Some(estimate) = &mut self.estimate {
+            estimate.forget(vm, &span.file, span.page, end);
+        }
         if let Some(file) = self.files.find(&span.file) {
-            let end = match span.pages {
-                0 => u64::MAX,
-                pages => span.page.saturating_add(u64::from(pages)),
-            };
             self.sightings
                 .remove_range(&mut self.files, vm, file, span.page, end);
         }
@@ -385,7 +453,8 @@ impl Group {
             .values()
             .map(|vm| vm.granted.serialized_size() as u64)
             .sum();
-        let index = self.index.bytes() + self.files.bytes() + self.sightings.bytes();
+        let estimate = self.estimate.as_ref().map_or(0, Estimate::bytes);
+        let index = self.index.bytes() + self.files.bytes() + self.sightings.bytes() + estimate;
         GroupStatistics {
             store_pages: self.index.len() as u64,
             remembered: self.sightings.len() as u64,
@@ -393,7 +462,17 @@ impl Group {
             index_bytes: index as u64 + granted,
             store_full: self.store_full,
             adopting: self.adoption.is_some(),
+            would_share: self
+                .estimate
+                .as_ref()
+                .map(|estimate| (estimate.shared(), estimate.contents())),
         }
+    }
+
+    /// Canonical pages by the file they belong to. Those of an earlier daemon that nobody has
+    /// announced yet belong to none.
+    pub fn pages_by_file(&self) -> BTreeMap<FileKey, u64> {
+        self.index.pages_by_file(&self.files)
     }
 
     /// Figures of one VM.
@@ -404,6 +483,7 @@ impl Group {
                 granted: it.granted.len(),
                 published: it.published,
                 remembered: self.sightings.pages_of(vm) as u64,
+                limited: it.limited,
             })
     }
 
@@ -419,7 +499,18 @@ impl Group {
 
     fn sight_page(&mut self, vm: u32, key: &FileKey, page: u64, hash: u64) -> Verdict {
         let found = self.index.candidates(hash).next();
+        if let Some(estimate) = &mut self.estimate {
+            let granted = |vm: &Vm| found.is_some_and(|store| vm.granted.contains(store));
+            if !self.vms.get(&vm).is_some_and(granted) {
+                let limits = (self.limits.sightings_per_vm, self.limits.files_per_vm);
+                estimate.note((vm, key, page), hash, limits);
+                return Verdict::Remembered;
+            }
+        }
         if let Some(store) = found {
+            if !self.admits(vm, store) {
+                return Verdict::Remembered;
+            }
             let file = self.files.intern(key);
             self.index.name(&mut self.files, file, page, store);
             self.files.prune(file);
@@ -455,7 +546,11 @@ impl Group {
         let file = self.files.intern(key);
         let reporter = Reporter { vm, file, page };
         let store = match self.find_equal(hash, bytes) {
-            Ok(Some(store)) => Some(store),
+            Ok(Some(store)) => Some(store).filter(|&store| self.admits(vm, store)),
+            Ok(None) if self.room(vm) == 0 => {
+                self.limit(vm, 1);
+                None
+            }
             Ok(None) => self.write_new(reporter, hash, bytes),
             Err(error) => {
                 log::error!("cannot read the page store: {error}");
@@ -500,11 +595,12 @@ impl Group {
         if self.index.candidates(hash).count() >= MAX_CANDIDATES {
             return None;
         }
-        let published = self.vms.get(&by.vm).map_or(0, |vm| vm.published);
+        let may_publish = |vm: &Vm| vm.published < vm.limits.store_pages;
         if self.index.len() as u64 >= self.limits.store_pages
-            || published >= self.limits.store_pages_per_vm
+            || !self.vms.get(&by.vm).is_some_and(may_publish)
         {
             self.store_full += 1;
+            self.limit(by.vm, 1);
             return None;
         }
         let Some(store) = self.index.take(&mut self.files, by.file, by.page) else {
@@ -539,23 +635,62 @@ impl Group {
         };
         if self.vms.entry(vm).or_default().granted.insert(store) {
             page.references += 1;
+            self.granted += 1;
         }
     }
 
-    /// As [`Self::grant`] for pages that are in the index.
-    fn grant_range(&mut self, vm: u32, first: StorePage, pages: u32) {
-        let range = first..first + pages;
+    /// Grants as many pages from `first` on, all of them in the index, as the limits allow;
+    /// how many.
+    fn grant_range(&mut self, vm: u32, first: StorePage, pages: u32) -> u32 {
+        let room = self.room(vm);
         let granted = &mut self.vms.entry(vm).or_default().granted;
         let mut new = RoaringBitmap::new();
-        new.insert_range(range.clone());
-        for page in granted.range(range.clone()) {
+        new.insert_range(first..first + pages);
+        for page in granted.range(first..first + pages) {
             new.remove(page);
         }
-        granted.insert_range(range);
+        // The first new page that is one too many.
+        let end = u32::try_from(room).ok().and_then(|room| new.select(room));
+        let end = end.unwrap_or(first + pages);
+        new.remove_range(end..);
+        granted.insert_range(first..end);
+        self.granted += new.len();
         for store in new {
             if let Some(page) = self.index.page_mut(store) {
                 page.references += 1;
             }
+        }
+        let beyond = first + pages - end;
+        self.limit(vm, beyond);
+        end - first
+    }
+
+    /// How many pages more a VM may be granted.
+    fn room(&self, vm: u32) -> u64 {
+        if self.estimate.is_some() {
+            return 0;
+        }
+        let of_vm = self.vms.get(&vm).map_or(0, |vm| {
+            vm.limits.granted_pages.saturating_sub(vm.granted.len())
+        });
+        of_vm.min(self.limits.granted_pages.saturating_sub(self.granted))
+    }
+
+    /// Whether a VM may be granted a page, or is already; counts it if not.
+    fn admits(&mut self, vm: u32, store: StorePage) -> bool {
+        let granted = |vm: &Vm| vm.granted.contains(store);
+        let admitted = self.room(vm) > 0 || self.vms.get(&vm).is_some_and(granted);
+        self.limit(vm, u32::from(!admitted));
+        admitted
+    }
+
+    /// Counts pages that a limit has kept from a VM.
+    fn limit(&mut self, vm: u32, pages: u32) {
+        if self.estimate.is_some() {
+            return;
+        }
+        if let Some(vm) = self.vms.get_mut(&vm) {
+            vm.limited += u64::from(pages);
         }
     }
 

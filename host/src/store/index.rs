@@ -10,7 +10,7 @@
 
 use super::files::{FileId, Files};
 use super::space::Space;
-use crate::protocol::StorePage;
+use crate::protocol::{FileKey, StorePage};
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
@@ -276,6 +276,21 @@ impl Index {
         }
         self.give(files, store);
         Some(page)
+    }
+
+    /// Pages by the file in whose chunk they lie, or that they were first found under.
+    pub(super) fn pages_by_file(&self, files: &Files) -> BTreeMap<FileKey, u64> {
+        let mut pages = BTreeMap::new();
+        let mut add = |file, count| *pages.entry(files.get(file).key).or_default() += count;
+        for chunk in self.chunks.values() {
+            add(chunk.file, u64::from(chunk.used));
+        }
+        for (&store, names) in &self.names {
+            if let (None, Some(&(file, _))) = (self.chunk_of(store), names.first()) {
+                add(file, 1);
+            }
+        }
+        pages
     }
 
     /// Estimate of the memory taken, bytes.

@@ -13,6 +13,7 @@
 
 mod adoption;
 pub(crate) mod batches;
+mod estimate;
 mod file;
 mod files;
 mod group;
@@ -26,7 +27,7 @@ mod space;
 mod tests;
 
 pub use file::StoreFile;
-pub use group::{Group, GroupStatistics, Limits, MAX_REQUEST_PAGES, VmStatistics};
+pub use group::{Group, GroupStatistics, Limits, MAX_REQUEST_PAGES, VmLimits, VmStatistics};
 pub use local::LocalStore;
 
 use crate::protocol::{FileSpan, Holding, Segment, Sighting, StorePage, StoreSpan, Verdict};

@@ -330,6 +330,74 @@ fn limits_are_kept() {
 }
 
 #[test]
+fn no_request_gets_a_vm_beyond_its_limit() {
+    let mut group = group_of(3);
+    let (file, other) = (key(1, 10), key(2, 10));
+    let hashes = [1, 2, 3, 4, 5, 6];
+    sight(&mut group, 1, file, 0, &hashes);
+    sight(&mut group, 2, file, 0, &hashes);
+    publish(&mut group, 2, file, 0, &hashes);
+    let limits = VmLimits {
+        granted_pages: 3,
+        ..VmLimits::default()
+    };
+    group.set_vm_limits(3, limits);
+
+    // Page 1 first, so that what is granted already lies amidst what is not.
+    let mut segments = Vec::new();
+    group.lookup(3, &[span(file, 1, 1)], &mut segments).unwrap();
+    segments.clear();
+    group.lookup(3, &[span(file, 0, 6)], &mut segments).unwrap();
+    let segment = |pages, store| Segment { pages, store };
+    assert_eq!(segments, [segment(3, Some(0)), segment(3, None)]);
+    assert_eq!(group.vm_statistics(3).limited, 3);
+
+    let verdicts = sight(&mut group, 3, other, 0, &[4]);
+    assert_eq!(verdicts, [Verdict::Remembered]);
+    assert_eq!(publish(&mut group, 3, other, 0, &[4]), [None]);
+    let holding = Holding {
+        span: span(file, 0, 6),
+        store: 0,
+    };
+    group.announce(3, &[holding], true).unwrap();
+    assert_eq!(group.vm_statistics(3).granted, 3);
+
+    // What it has it may have again, and what it gives back makes room.
+    assert_eq!(publish(&mut group, 3, other, 1, &[2]), [Some(1)]);
+    group
+        .release(3, &[StoreSpan { page: 0, pages: 1 }])
+        .unwrap();
+    segments.clear();
+    group.lookup(3, &[span(file, 3, 2)], &mut segments).unwrap();
+    assert_eq!(segments, [segment(1, Some(3)), segment(1, None)]);
+}
+
+#[test]
+fn a_group_has_a_limit_over_all_its_vms() {
+    let mut group = group_of(3);
+    let file = key(1, 10);
+    sight(&mut group, 1, file, 0, &[1, 2]);
+    sight(&mut group, 2, file, 0, &[1, 2]);
+    publish(&mut group, 2, file, 0, &[1, 2]);
+    group.set_limits(2, 3);
+    let mut segments = Vec::new();
+    group.lookup(1, &[span(file, 0, 2)], &mut segments).unwrap();
+    assert_eq!(segments[0].pages, 1);
+    group.end_vm(2);
+    segments.clear();
+    group.lookup(3, &[span(file, 0, 1)], &mut segments).unwrap();
+    assert_eq!(segments[0].store, Some(0));
+    // Full: what is new does not get in, and nothing that is in is taken away.
+    sight(&mut group, 1, file, 5, &[5]);
+    sight(&mut group, 3, file, 5, &[5]);
+    assert_eq!(publish(&mut group, 3, file, 5, &[5]).len(), 1);
+    group.set_limits(1, 100);
+    sight(&mut group, 1, file, 6, &[6]);
+    sight(&mut group, 3, file, 6, &[6]);
+    assert_eq!(publish(&mut group, 3, file, 6, &[6]), [None]);
+}
+
+#[test]
 fn oversized_requests_are_refused() {
     let mut group = group_of(1);
     let file = key(1, 10);
@@ -504,4 +572,32 @@ fn the_descriptor_for_engines_cannot_write() {
         rustix::io::pwrite(&fd, &[1], 0),
         Err(rustix::io::Errno::BADF)
     );
+}
+
+#[test]
+fn a_forecast_is_what_sharing_would_bring() {
+    let mut group = group_of(3);
+    let (file, other) = (key(1, 10), key(2, 10));
+    group.set_learning(true);
+    let forecast = |group: &Group| group.statistics().would_share.unwrap();
+    for vm in [1, 2, 3] {
+        let verdicts = sight(&mut group, vm, file, 0, &[1, 2, 3]);
+        assert!(verdicts.iter().all(|it| *it == Verdict::Remembered));
+    }
+    assert_eq!(forecast(&group), (9, 3));
+    // Twice in one VM, and under another name.
+    sight(&mut group, 1, other, 5, &[3]);
+    assert_eq!(forecast(&group), (10, 3));
+    // Changed, forgotten, ended.
+    sight(&mut group, 1, file, 0, &[9]);
+    assert_eq!(forecast(&group), (9, 3));
+    group.forget(2, span(file, 1, 1)).unwrap();
+    assert_eq!(forecast(&group), (8, 3));
+    group.forget(2, span(file, 0, 0)).unwrap();
+    group.end_vm(3);
+    assert_eq!(forecast(&group), (2, 1));
+    assert_eq!(publish(&mut group, 1, file, 0, &[9]), [None]);
+    assert_eq!(group.statistics().store_pages, 0);
+    group.set_learning(false);
+    assert_eq!(group.statistics().would_share, None);
 }

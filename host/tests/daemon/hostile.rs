@@ -6,7 +6,7 @@ use crate::support::key;
 use crate::support::{Daemon, Host, Vmm};
 use pagefusion_host::protocol::{
     AdminClient, Connection, CreatedVm, Encoding, EngineReply, EngineRequest, FileSpan, Hello,
-    HelloReply, Role, StoreSpan, VERSION,
+    HelloReply, Role, StoreSpan, VERSION, Welcome,
 };
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -17,9 +17,13 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// This process is the hostile VM, so only one test can have it at a time: each gets a
 /// daemon of its own.
 fn become_vm(host: &Host) -> CreatedVm {
+    become_vm_of(host, "g")
+}
+
+pub(crate) fn become_vm_of(host: &Host, group: &str) -> CreatedVm {
     AdminClient::connect(&host.runtime())
         .unwrap()
-        .create_vm(None, Some("g".into()))
+        .create_vm(None, Some(group.into()))
         .unwrap()
 }
 
@@ -30,18 +34,23 @@ fn raw(vm: &CreatedVm) -> UnixStream {
 }
 
 fn greeted(vm: &CreatedVm) -> Connection {
-    let mut connection = Connection::new(raw(vm), Encoding::Postcard, LIMIT).unwrap();
+    welcomed(vm).0
+}
+
+pub(crate) fn welcomed(vm: &CreatedVm) -> (Connection, Welcome) {
+    let mut connection = Connection::new(raw(vm), Encoding::Postcard, LIMIT)
+        .unwrap()
+        .accepting_descriptors();
     connection
         .send(&Hello {
             version: VERSION,
             role: Role::Requests,
         })
         .unwrap();
-    assert!(matches!(
-        connection.receive().unwrap(),
-        HelloReply::Welcome(_)
-    ));
-    connection
+    let HelloReply::Welcome(welcome) = connection.receive().unwrap() else {
+        panic!("not welcome");
+    };
+    (connection, *welcome)
 }
 
 fn is_closed(mut stream: &UnixStream) -> bool {

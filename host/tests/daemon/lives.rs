@@ -3,7 +3,7 @@
 //! VMs and daemons begin and end, in every order.
 
 use crate::support::{Daemon, Host, Vmm};
-use pagefusion_host::protocol::{AdminClient, Scope};
+use pagefusion_host::protocol::{AdminClient, Scope, Selection};
 
 fn connected(host: &Host, name: &str, group: &str) -> Vmm {
     let mut vmm = Vmm::start(host, name, group);
@@ -53,6 +53,38 @@ fn two_vms_share_and_leave_nothing_behind() {
     daemon.expect_end("two");
     assert_eq!(host.stored_pages(), 20);
     assert_eq!(one.tell("check"), "20 of 20");
+    one.kill();
+    daemon.expect_end("one");
+    assert!(host.is_clean());
+}
+
+#[test]
+fn a_full_tmpfs_keeps_what_fits_and_takes_more_when_there_is_room_again() {
+    let Some(host) = Host::with_room_for(64) else {
+        eprintln!("skipped: mounting a tmpfs needs root");
+        return;
+    };
+    let daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one", "g");
+    let mut two = connected(&host, "two", "g");
+    assert_eq!(one.tell("share 1 0 100"), "0");
+    let fit: u64 = two.tell("share 1 0 100").parse().unwrap();
+    assert!((32..=64).contains(&fit), "{fit} of 100 pages fit into 64");
+    assert_eq!(two.tell("check"), format!("{fit} of {fit}"));
+    assert_eq!(host.stored_pages(), fit);
+    // Another file finds no room, and nothing that is held suffers.
+    assert_eq!(one.tell("share 2 0 8"), "0");
+    assert_eq!(two.tell("share 2 0 8"), fit.to_string());
+    assert_eq!(two.tell("check"), format!("{fit} of {fit}"));
+
+    for page in 0..fit {
+        assert_eq!(two.tell(&format!("release 1 {page}")), "done");
+    }
+    assert_eq!(host.stored_pages(), 0);
+    assert_eq!(two.tell("share 2 0 8"), "8");
+    assert_eq!(two.tell("check"), "8 of 8");
+    two.kill();
+    daemon.expect_end("two");
     one.kill();
     daemon.expect_end("one");
     assert!(host.is_clean());
@@ -172,9 +204,15 @@ fn what_an_operator_pauses_stays_paused() {
     let daemon = Daemon::start(&host);
     let mut one = connected(&host, "one", "g");
     let mut admin = AdminClient::connect(&host.runtime()).unwrap();
-    let outcome = admin.undo(Scope::Group("g".into())).unwrap();
+    let outcome = admin
+        .undo(Scope::Group("g".into()), Selection::All)
+        .unwrap();
     assert_eq!((outcome.vms, outcome.failed.len()), (1, 0));
-    assert!(admin.undo(Scope::Vm("nobody".into())).is_err());
+    assert!(
+        admin
+            .undo(Scope::Vm("nobody".into()), Selection::All)
+            .is_err()
+    );
     daemon.kill();
     let daemon = Daemon::start(&host);
     assert_eq!(one.tell("connect"), "device=false paused=true");
@@ -183,7 +221,7 @@ fn what_an_operator_pauses_stays_paused() {
     let mut three = Vmm::start(&host, "three", "other");
     assert_eq!(three.tell("connect"), "device=true paused=false");
     let mut admin = AdminClient::connect(&host.runtime()).unwrap();
-    assert_eq!(admin.resume(Scope::All).unwrap().vms, 3);
+    assert_eq!(admin.resume(Scope::All, None).unwrap().vms, 3);
     assert!(host.status().vms.iter().all(|vm| !vm.paused));
     drop(daemon);
 }

@@ -2,7 +2,10 @@
 
 //! The daemon with real processes: some are VMMs, some are killed, some mean harm.
 
+mod groups;
 mod hostile;
 mod lives;
+mod operator;
+mod policy;
 mod support;
 mod vmm;

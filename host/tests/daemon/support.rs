@@ -18,7 +18,19 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// Directories of a host.
 pub(crate) struct Host {
+    // Dropped first: the directory cannot be removed while it is there.
+    mounted: Option<Tmpfs>,
     directory: TempDir,
+}
+
+/// A small tmpfs that only this thread and its children see; gone when dropped or when all of
+/// them have ended.
+struct Tmpfs(PathBuf);
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
 }
 
 impl Host {
@@ -28,7 +40,31 @@ impl Host {
             .prefix("pf")
             .tempdir_in("/dev/shm")
             .unwrap();
-        Self { directory }
+        Self {
+            mounted: None,
+            directory,
+        }
+    }
+
+    /// A host whose stores have room for so many pages. `None` without the privilege to mount.
+    #[expect(unsafe_code, reason = "a mount namespace for this thread")]
+    pub(crate) fn with_room_for(pages: usize) -> Option<Self> {
+        use rustix::mount::{MountFlags, MountPropagationFlags};
+        // SAFETY: nothing else relies on the mounts of a test's own thread.
+        let alone = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) };
+        if alone == Err(rustix::io::Errno::PERM) {
+            return None;
+        }
+        alone.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        let mut host = Self::new();
+        let store = host.store();
+        std::fs::create_dir(&store).unwrap();
+        let size = std::ffi::CString::new(format!("size={}", pages * PAGE)).unwrap();
+        rustix::mount::mount("tmpfs", &store, "tmpfs", MountFlags::empty(), &*size).unwrap();
+        host.mounted = Some(Tmpfs(store));
+        Some(host)
     }
 
     pub(crate) fn runtime(&self) -> PathBuf {
@@ -44,6 +80,19 @@ impl Host {
         command.arg("--runtime-dir").arg(self.runtime());
         command.arg("--store-dir").arg(self.store());
         command
+    }
+
+    /// `pagefusionctl` with these words; exit status, output, errors.
+    pub(crate) fn ctl(&self, words: &str) -> (i32, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_pagefusionctl"))
+            .arg("--runtime-dir")
+            .arg(self.runtime())
+            .args(words.split(' '))
+            .output()
+            .unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let status = output.status.code().unwrap();
+        (status, text(output.stdout), text(output.stderr))
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -87,12 +136,18 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts one and waits until it says, the way systemd hears it, that it is ready.
     pub(crate) fn start(host: &Host) -> Self {
+        Self::start_with(host, &[])
+    }
+
+    /// The same with more arguments.
+    pub(crate) fn start_with(host: &Host, arguments: &[&str]) -> Self {
         let path = host.directory.path().join("notify");
         let _ = std::fs::remove_file(&path);
         let notify = UnixDatagram::bind(&path).unwrap();
         notify.set_read_timeout(Some(LIMIT)).unwrap();
         let mut child = host
             .daemon_command()
+            .args(arguments)
             .env("NOTIFY_SOCKET", &path)
             .env("RUST_LOG", "info")
             .stderr(Stdio::piped())
@@ -107,13 +162,16 @@ impl Daemon {
 
     /// Waits for a line of the log.
     pub(crate) fn expect(&self, text: &str) {
+        self.line(text);
+    }
+
+    /// Waits for a line of the log with this text.
+    pub(crate) fn line(&self, text: &str) -> String {
         loop {
             let line = self.lines.recv_timeout(LIMIT);
-            if line
-                .unwrap_or_else(|_| panic!("the daemon never said: {text}"))
-                .contains(text)
-            {
-                return;
+            let line = line.unwrap_or_else(|_| panic!("the daemon never said: {text}"));
+            if line.contains(text) {
+                return line;
             }
         }
     }

@@ -4,8 +4,8 @@
 //! a guest, and checks that they stay what they were.
 
 use pagefusion_host::protocol::{
-    AdminClient, ControlConnection, ControlReply, ControlRequest, EngineStatus, FileSpan, Holding,
-    Sighting, StoreClient, StorePage, StoreSpan, Verdict, WelcomeWithFds,
+    AdminClient, ControlConnection, ControlReply, ControlRequest, EngineStatus, FileSpan, FileUse,
+    Holding, Sighting, StoreClient, StorePage, StoreSpan, Undo, Verdict, WelcomeWithFds,
 };
 use pagefusion_host::store::{PAGE, PageStore, hash_page};
 
@@ -14,9 +14,8 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 #[test]
@@ -50,7 +49,10 @@ struct Vmm {
     store: Option<(StoreClient, WelcomeWithFds)>,
     /// Store page and content (file, page) by file and page.
     held: BTreeMap<(u64, u64), StorePage>,
-    shared: Arc<AtomicU64>,
+    /// Pages held of each file, for the thread that answers the daemon.
+    shared: Arc<Mutex<BTreeMap<u64, u64>>>,
+    /// What the daemon has told this engine to do since it was last asked.
+    told: Arc<(Mutex<Vec<String>>, Condvar)>,
     reports: (Sender<FileSpan>, Arc<Mutex<Receiver<FileSpan>>>),
 }
 
@@ -64,6 +66,7 @@ impl Vmm {
             store: None,
             held: BTreeMap::new(),
             shared: Arc::default(),
+            told: Arc::default(),
             reports: (sender, Arc::new(Mutex::new(receiver))),
         }
     }
@@ -87,6 +90,14 @@ impl Vmm {
                 })
             }
             ("listen", []) => self.listen(),
+            ("told", []) => std::mem::take(&mut *self.told.0.lock().unwrap()).join(", "),
+            ("await", []) => {
+                let (told, new) = &*self.told;
+                let limit = Duration::from_secs(20);
+                let told = told.lock().unwrap();
+                let waited = new.wait_timeout_while(told, limit, |told| told.is_empty());
+                std::mem::take(&mut *waited.unwrap().0).join(", ")
+            }
             ("hang", []) => {
                 // Connected, and never answers.
                 std::mem::forget(ControlConnection::connect(&self.socket).unwrap());
@@ -135,7 +146,7 @@ impl Vmm {
     fn share(&mut self, file: u64, first: u64, pages: u64) -> String {
         match self.try_share(file, first, pages) {
             Ok(()) => {
-                self.shared.store(self.held.len() as u64, Ordering::Relaxed);
+                self.count();
                 self.held.len().to_string()
             }
             Err(error) => error.to_string(),
@@ -200,11 +211,19 @@ impl Vmm {
         Ok(())
     }
 
+    fn count(&self) {
+        let mut shared = self.shared.lock().unwrap();
+        shared.clear();
+        for (file, _) in self.held.keys() {
+            *shared.entry(*file).or_default() += 1;
+        }
+    }
+
     fn release(&mut self, file: u64, page: u64) -> String {
         let Some(store) = self.held.remove(&(file, page)) else {
             return "not held".into();
         };
-        self.shared.store(self.held.len() as u64, Ordering::Relaxed);
+        self.count();
         let (client, _) = self.store.as_mut().unwrap();
         let released = client.release(vec![StoreSpan {
             page: store,
@@ -233,12 +252,17 @@ impl Vmm {
             Err(error) => return error.to_string(),
         };
         let (shared, reports) = (self.shared.clone(), self.reports.0.clone());
+        let told = self.told.clone();
+        let note = move |order: String| {
+            told.0.lock().unwrap().push(order);
+            told.1.notify_all();
+        };
         std::thread::spawn(move || {
             while let Ok(request) = control.recv() {
                 let reply = match request {
                     ControlRequest::Status => ControlReply::Status(Box::new(EngineStatus {
                         guest_attached: true,
-                        pages_shared: shared.load(Ordering::Relaxed),
+                        pages_shared: shared.lock().unwrap().values().sum(),
                         ..EngineStatus::default()
                     })),
                     ControlRequest::Report { spans } => {
@@ -247,7 +271,32 @@ impl Vmm {
                         }
                         ControlReply::Done
                     }
-                    ControlRequest::Undo | ControlRequest::Resume => ControlReply::Done,
+                    ControlRequest::Files { after } => ControlReply::Files(
+                        shared
+                            .lock()
+                            .unwrap()
+                            .iter()
+                            .filter(|(file, _)| after.is_none_or(|after| key(**file) > after))
+                            .map(|(&file, &pages_shared)| FileUse {
+                                file: key(file),
+                                name: format!("/usr/lib/lib{file}.so"),
+                                pages_shared,
+                                pages_broken: 0,
+                            })
+                            .collect(),
+                    ),
+                    ControlRequest::Undo(what) => {
+                        note(format!("undo {}", undo_text(&what)));
+                        ControlReply::Done
+                    }
+                    ControlRequest::Pause => {
+                        note("pause".into());
+                        ControlReply::Done
+                    }
+                    ControlRequest::Resume => {
+                        note("resume".into());
+                        ControlReply::Done
+                    }
                 };
                 if control.reply(&reply).is_err() {
                     return;
@@ -273,5 +322,16 @@ impl Vmm {
         }
         self.device = Some(stream);
         format!("{numbers:?}")
+    }
+}
+
+fn undo_text(what: &Undo) -> String {
+    match what {
+        Undo::All => "all".into(),
+        Undo::Files(files) => {
+            let inodes: Vec<_> = files.iter().map(|it| it.inode.to_string()).collect();
+            format!("files {}", inodes.join(" "))
+        }
+        Undo::Pages { gfn, pages } => format!("frames {gfn}+{pages}"),
     }
 }

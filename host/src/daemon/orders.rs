@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What an operator has VMs do: noted first, so that it holds for engines that connect later
+//! and for the next daemon, then told to the engines that are there.
+
+use super::control::{self, SLOW};
+use super::files;
+use super::pace::SLOWEST;
+use super::registry::{Pause, Registry};
+use super::vm::Vm;
+use crate::protocol::{
+    ControlReply, ControlRequest, FileSpan, Limit, LimitChanges, Outcome, PolicyChanges, Scope,
+    Undo,
+};
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Turns everything back; sharing stays off.
+pub(super) fn undo_all(registry: &Registry, scope: &Scope) -> Result<Outcome, String> {
+    let vms = registry.in_scope(scope)?;
+    noted(registry.set_paused(scope, &vms, Pause::Undone))?;
+    Ok(tell(&vms, &ControlRequest::Undo(Undo::All), true))
+}
+
+/// Shares nothing more; what is shared stays.
+pub(super) fn pause(registry: &Registry, scope: &Scope) -> Result<Outcome, String> {
+    let vms = registry.in_scope(scope)?;
+    noted(registry.set_paused(scope, &vms, Pause::Paused))?;
+    Ok(tell(&vms, &ControlRequest::Pause, false))
+}
+
+/// Shares again, files that were undone one by one included.
+pub(super) fn resume(registry: &Registry, scope: &Scope) -> Result<Outcome, String> {
+    let vms = registry.in_scope(scope)?;
+    noted(registry.clear_undone_files(scope, &vms))?;
+    noted(registry.set_paused(scope, &vms, Pause::Running))?;
+    Ok(tell(&vms, &ControlRequest::Resume, false))
+}
+
+/// Turns files back; they stay unshared.
+pub(super) fn undo_files(
+    registry: &Registry,
+    scope: &Scope,
+    name: &str,
+) -> Result<Outcome, String> {
+    let vms = registry.in_scope(scope)?;
+    let found = files::named(&vms, name);
+    if found.is_empty() {
+        return Err(format!(
+            "no VM shares pages of a file {name}; pagefusionctl files shows names and ids"
+        ));
+    }
+    noted(registry.set_files_undone(scope, &vms, &found, true))?;
+    let request = ControlRequest::Undo(Undo::Files(found.into_keys().collect()));
+    Ok(tell(&vms, &request, true))
+}
+
+/// Shares files again that were undone one by one.
+pub(super) fn resume_files(
+    registry: &Registry,
+    scope: &Scope,
+    id: &str,
+) -> Result<Outcome, String> {
+    let vms = registry.in_scope(scope)?;
+    let found = registry.undone_files(&vms, id);
+    if found.is_empty() {
+        return Err(format!(
+            "no file {id} was undone; give the id or the name that it was undone by, or resume \
+             without --file"
+        ));
+    }
+    noted(registry.set_files_undone(scope, &vms, &found, false))?;
+    let whole = |file| FileSpan {
+        file,
+        page: 0,
+        pages: 0,
+    };
+    let spans = found.into_keys().map(whole).collect();
+    Ok(tell(&vms, &ControlRequest::Report { spans }, false))
+}
+
+/// Turns guest frames back.
+pub(super) fn undo_pages(
+    registry: &Registry,
+    scope: &Scope,
+    what: Undo,
+) -> Result<Outcome, String> {
+    if !matches!(scope, Scope::Vm(_)) {
+        return Err("guest frames are those of one VM: name it with --vm".into());
+    }
+    let vms = registry.in_scope(scope)?;
+    Ok(tell(&vms, &ControlRequest::Undo(what), true))
+}
+
+/// Changes limits, and when groups share; also of VMs and groups to come.
+pub(super) fn set(
+    registry: &Registry,
+    scope: &Scope,
+    each_vm: bool,
+    changes: LimitChanges,
+    policy: PolicyChanges,
+) -> Result<Outcome, String> {
+    if matches!(changes.publish_rate, Some(Limit::Bytes(rate)) if rate < SLOWEST) {
+        return Err(format!(
+            "the publish rate cannot be below {SLOWEST} bytes a second, which one request of an \
+             engine may have; pause sharing instead"
+        ));
+    }
+    if matches!(scope, Scope::Vm(_)) && !policy.is_empty() {
+        return Err("a group shares or does not: set mode and policy for a group, or all".into());
+    }
+    let vms = match scope {
+        Scope::Vm(_) => registry.in_scope(scope)?,
+        // Limits may come before the VMs.
+        _ => registry.in_scope(scope).unwrap_or_default(),
+    };
+    noted(registry.set_limits(scope, &vms, each_vm, changes, policy))?;
+    rescan(registry);
+    Ok(Outcome {
+        vms: vms.len(),
+        failed: Vec::new(),
+    })
+}
+
+/// Has guests report everything again where learning has begun or ended.
+pub(super) fn rescan(registry: &Registry) {
+    for vm in registry.take_changed() {
+        if !vm.pause().is_paused() {
+            // Nobody waits for the answer: the guest reports whenever it is ready.
+            vm.control.ask(ControlRequest::Resume);
+        }
+    }
+}
+
+fn noted(result: io::Result<()>) -> Result<(), String> {
+    result.map_err(|error| {
+        format!("cannot note it in the runtime directory, so nothing was done: {error}")
+    })
+}
+
+/// Tells every engine at once and waits for all. `must_reach` those that may map pages.
+fn tell(vms: &[Arc<Vm>], request: &ControlRequest, must_reach: bool) -> Outcome {
+    let asked: Vec<_> = vms
+        .iter()
+        .map(|vm| vm.control.ask(request.clone()))
+        .collect();
+    let deadline = Instant::now() + SLOW;
+    let mut failed = Vec::new();
+    for (vm, answer) in vms.iter().zip(asked) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let result = match answer.map(|answer| control::wait(&answer, left)) {
+            Some(Ok(ControlReply::Done)) => Ok(()),
+            Some(Ok(ControlReply::Error(reason)) | Err(reason)) => Err(reason),
+            Some(Ok(_)) => Err("the engine answers nonsense".into()),
+            // Without an engine nothing is shared, unless it has lost its connection.
+            None if must_reach && may_share(vm) => {
+                Err("its engine is not connected; it will be told when it is".into())
+            }
+            None => Ok(()),
+        };
+        if let Err(reason) = result {
+            // A VM that has ended meanwhile shares nothing.
+            if !vm.process.has_ended() {
+                failed.push((vm.name.clone(), reason));
+            }
+        }
+    }
+    Outcome {
+        vms: vms.len(),
+        failed,
+    }
+}
+
+fn may_share(vm: &Vm) -> bool {
+    let store = vm.store();
+    store.vm_statistics(vm.number).granted > 0 || store.is_waiting_for(vm.number)
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is so on this host, as far as sharing depends on it.
+
+use super::launch::find_preload;
+use crate::engine::Uffd;
+use crate::protocol::AdminClient;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The file system that holds the store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tmpfs {
+    /// The nearest directory there is.
+    pub path: PathBuf,
+    /// Whether it is a tmpfs.
+    pub is_tmpfs: bool,
+    /// Its size, bytes.
+    pub bytes: u64,
+    /// What is free of it, bytes.
+    pub free: u64,
+}
+
+/// What was found. What could not be found out is `None`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Release of the kernel.
+    pub kernel: String,
+    /// Whether `userfaultfd` does all that is needed, or why not.
+    pub userfaultfd: Option<Result<(), String>>,
+    /// Permission bits of `/dev/userfaultfd`.
+    pub userfaultfd_mode: Option<u32>,
+    /// `vm.max_map_count`
+    pub max_map_count: Option<u64>,
+    /// `vm.overcommit_memory`
+    pub overcommit_memory: Option<u64>,
+    /// The word in brackets of `transparent_hugepage/enabled`.
+    pub huge_pages: Option<String>,
+    /// `ksm/run`
+    pub ksm: Option<u64>,
+    /// Memory of the host, bytes.
+    pub memory: Option<u64>,
+    /// Where the store is.
+    pub store: Option<Tmpfs>,
+    /// QEMU's first line of `--version`, or why it could not be had.
+    pub qemu: Option<Result<String, String>>,
+    /// Whether QEMU has `ivshmem-doorbell`.
+    pub ivshmem: Option<bool>,
+    /// The preload library, or why it was not found.
+    pub preload: Option<Result<PathBuf, String>>,
+    /// Version of the daemon, or why it was not reached.
+    pub daemon: Option<Result<String, String>>,
+}
+
+impl Facts {
+    /// Looks at this host.
+    pub fn gather(
+        runtime_dir: &Path,
+        store_dir: &Path,
+        qemu: &OsStr,
+        preload: Option<&Path>,
+    ) -> Self {
+        let version = output(qemu, &["--version"]);
+        let devices = version.is_ok().then(|| output(qemu, &["-device", "help"]));
+        let daemon = AdminClient::connect(runtime_dir).and_then(|mut it| it.status());
+        Self {
+            kernel: rustix::system::uname().release().to_string_lossy().into(),
+            userfaultfd: Some(Uffd::open(None).map(drop).map_err(|e| e.to_string())),
+            userfaultfd_mode: mode(Path::new("/dev/userfaultfd")),
+            max_map_count: number("/proc/sys/vm/max_map_count"),
+            overcommit_memory: number("/proc/sys/vm/overcommit_memory"),
+            huge_pages: fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")
+                .ok()
+                .and_then(|text| chosen(&text)),
+            ksm: number("/sys/kernel/mm/ksm/run"),
+            memory: fs::read_to_string("/proc/meminfo")
+                .ok()
+                .and_then(|text| total_memory(&text)),
+            store: store(store_dir),
+            ivshmem: devices
+                .map(|text| text.is_ok_and(|text| text.contains("\"ivshmem-doorbell\""))),
+            qemu: Some(version.map(|text| text.lines().next().unwrap_or_default().to_owned())),
+            preload: Some(find_preload(preload).map_err(|error| error.to_string())),
+            daemon: Some(
+                daemon
+                    .map(|it| it.version)
+                    .map_err(|error| error.to_string()),
+            ),
+        }
+    }
+}
+
+fn output(program: &OsStr, arguments: &[&str]) -> Result<String, String> {
+    let output = Command::new(program).args(arguments).output();
+    match output {
+        Ok(output) if output.status.success() => {
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        }
+        Ok(output) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn mode(path: &Path) -> Option<u32> {
+    use std::os::unix::fs::PermissionsExt;
+    Some(fs::metadata(path).ok()?.permissions().mode() & 0o777)
+}
+
+fn number(path: &str) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The one of several words that is in brackets.
+fn chosen(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_owned())
+}
+
+fn total_memory(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|it| it.strip_prefix("MemTotal:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
+/// The store directory may not be there before the first daemon.
+fn store(directory: &Path) -> Option<Tmpfs> {
+    let path = directory.ancestors().find(|path| path.is_dir())?;
+    let found = rustix::fs::statfs(path).ok()?;
+    let block = found.f_bsize as u64;
+    Some(Tmpfs {
+        path: path.to_owned(),
+        is_tmpfs: found.f_type as u64 == crate::daemon::TMPFS_MAGIC,
+        bytes: found.f_blocks * block,
+        free: found.f_bavail * block,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_the_kernel_are_read() {
+        assert_eq!(chosen("always [madvise] never\n").unwrap(), "madvise");
+        let meminfo = "MemFree:  1 kB\nMemTotal:       24575472 kB\n";
+        assert_eq!(total_memory(meminfo), Some(24_575_472 << 10));
+        assert_eq!(total_memory("MemTotal: many"), None);
+    }
+
+    #[test]
+    fn the_store_is_looked_for_where_it_will_be() {
+        let found = store(Path::new("/dev/shm/none/of/these")).unwrap();
+        assert_eq!(found.path, Path::new("/dev/shm"));
+        assert!(found.is_tmpfs && found.free <= found.bytes);
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_no_panic() {
+        let directory = tempfile::tempdir().unwrap();
+        let nowhere = directory.path().join("nowhere");
+        let facts = Facts::gather(&nowhere, &nowhere, nowhere.as_os_str(), Some(&nowhere));
+        assert!(facts.qemu.unwrap().is_err());
+        assert!(
+            facts
+                .daemon
+                .unwrap()
+                .unwrap_err()
+                .contains("systemctl start")
+        );
+        assert!(facts.preload.unwrap().is_err());
+        assert_eq!(facts.ivshmem, None);
+        assert!(facts.max_map_count.is_some());
+    }
+}

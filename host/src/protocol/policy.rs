@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! When a trust group shares.
+
+use serde::{Deserialize, Serialize};
+
+/// Whether a group shares, or only counts what that would bring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// It shares.
+    #[default]
+    Share,
+    /// It does everything but overlays and canonical pages.
+    WouldSave,
+}
+
+/// Whether sharing waits until the host is short of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// It does not.
+    #[default]
+    Always,
+    /// It does; until then the group only learns. What is shared stays when the pressure ends.
+    Pressure,
+}
+
+/// New values; `None` leaves one as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PolicyChanges {
+    /// The mode.
+    pub mode: Option<Mode>,
+    /// The policy.
+    pub policy: Option<Policy>,
+}
+
+impl PolicyChanges {
+    /// Whether nothing changes.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Takes over what `changes` names.
+    pub fn change(&mut self, changes: Self) {
+        *self = changes.or(*self);
+    }
+
+    /// These values, and where there is none, that of `wider`.
+    #[must_use]
+    pub fn or(self, wider: Self) -> Self {
+        Self {
+            mode: self.mode.or(wider.mode),
+            policy: self.policy.or(wider.policy),
+        }
+    }
+}

@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What an operator sees and does, through `pagefusionctl`.
+
+use crate::support::{Daemon, Host, Vmm};
+use pagefusion_host::protocol::{FileStatus, GroupStatus, Outcome};
+
+fn connected(host: &Host, name: &str, group: &str) -> Vmm {
+    let mut vmm = Vmm::start(host, name, group);
+    vmm.tell("connect");
+    assert_eq!(vmm.tell("listen"), "listening");
+    vmm
+}
+
+/// Two VMs that share 20 pages of file 1 and 5 of file 2.
+fn sharing(host: &Host) -> [Vmm; 2] {
+    let mut vms = ["one", "two"].map(|name| connected(host, name, "g"));
+    for file in ["share 1 0 20", "share 2 0 5"] {
+        // The first again, when the second has made it worth while.
+        for vm in [0, 1, 0] {
+            vms[vm].tell(file);
+        }
+    }
+    vms
+}
+
+fn json<T: serde::de::DeserializeOwned>(host: &Host, words: &str) -> T {
+    let (status, text, errors) = host.ctl(&format!("{words} --json"));
+    assert_eq!(status, 0, "{words}: {errors}");
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{words}: {error} in {text}"))
+}
+
+#[test]
+fn files_are_shown_by_what_they_save() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let _vms = sharing(&host);
+    let files: Vec<FileStatus> = json(&host, "files");
+    let shown: Vec<_> = files
+        .iter()
+        .map(|it| (it.name.as_str(), it.vms, it.pages_shared, it.store_pages))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            ("/usr/lib/lib1.so", 2, 40, 20),
+            ("/usr/lib/lib2.so", 2, 10, 5)
+        ]
+    );
+    // Net, and adding up to what the group saves, but for what is lost in division.
+    let groups: Vec<GroupStatus> = json(&host, "groups");
+    let sum: i64 = files.iter().map(|it| it.bytes_saved).sum();
+    assert!((sum - groups[0].bytes_saved).abs() <= 2, "{sum} {groups:?}");
+    assert!(groups[0].bytes_metadata > 0);
+
+    assert_eq!(json::<Vec<FileStatus>>(&host, "files --limit 1").len(), 1);
+    assert_eq!(json::<Vec<FileStatus>>(&host, "files --group g").len(), 2);
+    let (status, _, errors) = host.ctl("files --group nobody");
+    assert_eq!(status, 1);
+    assert!(errors.contains("no VM of the group nobody"), "{errors}");
+    let (_, text, _) = host.ctl("files");
+    assert!(text.contains("/usr/lib/lib1.so"), "{text}");
+}
+
+#[test]
+fn an_undone_file_stays_unshared_until_it_is_resumed() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let [mut one, mut two] = sharing(&host);
+    let outcome: Outcome = json(&host, "undo --group g --file lib1.so");
+    assert_eq!((outcome.vms, outcome.failed.len()), (2, 0));
+    assert_eq!(one.tell("told"), "undo files 1");
+    for page in 0..20 {
+        for vm in [&mut one, &mut two] {
+            vm.tell(&format!("release 1 {page}"));
+        }
+    }
+    let nothing_of_it = |one: &mut Vmm, two: &mut Vmm| {
+        for vm in [one, two] {
+            assert_eq!(vm.tell("share 1 0 20"), "5");
+            assert_eq!(vm.tell("share 2 0 5"), "5");
+        }
+    };
+    nothing_of_it(&mut one, &mut two);
+    let mut three = connected(&host, "three", "g");
+    assert_eq!(three.tell("share 1 0 20"), "0");
+    assert_eq!(host.status().vms[2].files_undone, 1);
+
+    daemon.kill();
+    let _daemon = Daemon::start(&host);
+    for vm in [&mut one, &mut two] {
+        vm.tell("connect");
+        vm.tell("announce");
+        vm.tell("listen");
+    }
+    nothing_of_it(&mut one, &mut two);
+    assert_eq!(host.stored_pages(), 5);
+
+    let (status, _, errors) = host.ctl("resume --group g --file lib7.so");
+    assert_eq!(
+        (status, errors.contains("was undone")),
+        (1, true),
+        "{errors}"
+    );
+    let _: Outcome = json(&host, "resume --group g --file lib1.so");
+    // Behind what was asked for when the pages became worth sharing.
+    loop {
+        match one.tell("report").as_str() {
+            "1 0 0" => break,
+            report => assert_ne!(report, "none"),
+        }
+    }
+    one.tell("share 1 0 20");
+    assert_eq!(two.tell("share 1 0 20"), "25");
+}
+
+#[test]
+fn a_file_that_only_some_undid_is_shared_by_the_others() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let [mut one, two] = sharing(&host);
+    let id = json::<Vec<FileStatus>>(&host, "files --limit 1")
+        .remove(0)
+        .id;
+    let _: Outcome = json(&host, &format!("undo --vm one --file {id}"));
+    one.tell("release 1 3");
+    assert_eq!(one.tell("share 1 3 1"), "24");
+    let mut three = connected(&host, "three", "g");
+    assert_eq!(three.tell("share 1 0 20"), "20");
+    drop(two);
+}
+
+#[test]
+fn a_pause_keeps_what_is_shared_and_an_undo_does_not() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let [mut one, two] = sharing(&host);
+    let _: Outcome = json(&host, "pause --all");
+    assert_eq!(one.tell("told"), "pause");
+    drop(daemon);
+    let daemon = Daemon::start(&host);
+    assert_eq!(one.tell("connect"), "device=false paused=true");
+    one.tell("announce");
+    one.tell("listen");
+    // Told again when it connects, whatever the order was.
+    assert_eq!(one.tell("await"), "pause");
+    let _: Outcome = json(&host, "undo --vm one");
+    assert_eq!(one.tell("await"), "undo all");
+    // Only to be paused does not mean to be shared again.
+    let _: Outcome = json(&host, "pause --vm one");
+    assert_eq!(one.tell("await"), "pause");
+    drop(daemon);
+    let _daemon = Daemon::start(&host);
+    one.tell("connect");
+    one.tell("announce");
+    one.tell("listen");
+    assert_eq!(one.tell("await"), "undo all");
+    drop(two);
+}
+
+#[test]
+fn guest_frames_are_undone_in_one_vm() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let [mut one, mut two] = sharing(&host);
+    let _: Outcome = json(&host, "undo --vm two --gfn 0x10+3");
+    assert_eq!(two.tell("told"), "undo frames 16+3");
+    assert_eq!(one.tell("told"), "");
+}
+
+#[test]
+fn a_vm_is_explained() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let one = Vmm::start(&host, "one", "");
+    let pid = one.pid();
+    for which in ["one", "1", &pid.to_string()] {
+        let (status, text, errors) = host.ctl(&format!("explain {which}"));
+        assert_eq!(status, 0, "{errors}");
+        assert!(text.contains("no-device") && text.contains("→"), "{text}");
+    }
+    let value: serde_json::Value = json(&host, "explain one");
+    assert_eq!(value["causes"][0]["cause"], "no-device");
+    assert_eq!(host.ctl("explain two").0, 1);
+}
+
+#[test]
+fn the_exit_status_says_what_is_wrong() {
+    let host = Host::new();
+    for words in ["status", "files", "explain x", "undo --all", "top"] {
+        let (status, _, errors) = host.ctl(words);
+        assert_eq!(status, 3, "{words}: {errors}");
+        assert!(errors.contains("systemctl start pagefusiond"), "{errors}");
+    }
+    assert_eq!(host.ctl("undo").0, 2);
+    assert_eq!(host.ctl("nonsense").0, 2);
+    // There is no QEMU of this name.
+    let (status, text, _) = host.ctl("doctor --qemu /nowhere/qemu");
+    assert_eq!(status, 1);
+    assert!(text.contains("apt install qemu-system-x86"), "{text}");
+    let (_, text, _) = host.ctl("doctor --qemu /nowhere/qemu --json");
+    let findings: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    let bad = |check: &str| {
+        findings
+            .iter()
+            .any(|it| it["check"] == check && it["verdict"] == "bad")
+    };
+    assert!(bad("QEMU") && bad("pagefusiond"), "{text}");
+}
+
+#[test]
+fn metrics_are_given_out_on_a_socket_and_on_tcp() {
+    use std::io::{Read, Write};
+    let host = Host::new();
+    // Free a moment ago.
+    let address = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    let _daemon = Daemon::start_with(&host, &["--metrics", &address.to_string()]);
+    let _vms = sharing(&host);
+    let question = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let mut texts = [String::new(), String::new()];
+    let path = host.runtime().join("metrics.sock");
+    let mut socket = std::os::unix::net::UnixStream::connect(path).unwrap();
+    socket.write_all(question).unwrap();
+    socket.read_to_string(&mut texts[0]).unwrap();
+    let mut tcp = std::net::TcpStream::connect(address).unwrap();
+    tcp.write_all(question).unwrap();
+    tcp.read_to_string(&mut texts[1]).unwrap();
+    for text in texts {
+        let shared = "pagefusion_vm_shared_bytes{vm=\"one\",group=\"g\"} 102400.0";
+        assert!(text.contains(shared), "{text}");
+        assert!(
+            text.contains("pagefusion_group_store_bytes{group=\"g\"} 102400.0"),
+            "{text}"
+        );
+        assert!(text.ends_with("# EOF\n"), "{text}");
+    }
+}
+
+#[test]
+fn clients_that_say_nothing_do_not_keep_others_from_metrics_for_long() {
+    use std::io::{Read, Write};
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let path = host.runtime().join("metrics.sock");
+    let connect = || std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let mut silent: Vec<_> = (0..8).map(|_| connect()).collect();
+    // One too many: closed without a word.
+    assert_eq!(connect().read(&mut [0; 1]).unwrap(), 0);
+    // The daemon closes them by and by.
+    assert_eq!(silent[0].read(&mut [0; 1]).unwrap(), 0);
+    drop(silent);
+    let mut text = String::new();
+    let mut client = connect();
+    client.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    client.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+}
+
+#[test]
+fn a_log_for_programs_is_json() {
+    let host = Host::new();
+    let daemon = Daemon::start_with(&host, &["--log-format", "json"]);
+    let line = daemon.line("ready");
+    let event: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(
+        (event["level"].as_str(), event["message"].as_str()),
+        (Some("INFO"), Some("ready"))
+    );
+}
+
+#[test]
+fn shells_complete_the_commands() {
+    let host = Host::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let (status, text, _) = host.ctl(&format!("completions {shell}"));
+        assert_eq!(status, 0);
+        assert!(
+            text.contains("doctor") && text.contains("explain"),
+            "{shell}"
+        );
+    }
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Groups that only learn: by order, or because the host has memory enough.
+
+use crate::support::{Daemon, Host, Vmm};
+
+fn connected(host: &Host, name: &str) -> Vmm {
+    let mut vmm = Vmm::start(host, name, "g");
+    vmm.tell("connect");
+    assert_eq!(vmm.tell("listen"), "listening");
+    vmm
+}
+
+fn set(host: &Host, words: &str) {
+    let (status, _, errors) = host.ctl(&format!("set {words}"));
+    assert_eq!(status, 0, "{words}: {errors}");
+}
+
+/// Pages that would be shared, and pages saved by that.
+fn would(host: &Host) -> Option<(u64, i64)> {
+    let group = host.status().groups.remove(0);
+    Some((group.pages_would_share?, group.bytes_would_save? / 4096))
+}
+
+#[test]
+fn would_save_counts_what_sharing_brings_and_shares_nothing() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    set(&host, "--group g --mode would-save");
+    let mut one = connected(&host, "one");
+    let mut two = connected(&host, "two");
+    for vm in [&mut one, &mut two] {
+        assert_eq!(vm.tell("share 1 0 20"), "0");
+        // Told twice, counted once.
+        assert_eq!(vm.tell("share 1 0 20"), "0");
+    }
+    assert_eq!(one.tell("share 2 0 7"), "0");
+    assert_eq!((would(&host), host.stored_pages()), (Some((40, 20)), 0));
+    let mut three = connected(&host, "three");
+    three.tell("share 1 0 20");
+    assert_eq!(would(&host), Some((60, 40)));
+    let (_, text, _) = host.ctl("groups");
+    assert!(
+        text.contains("would share 240 KiB and save 160 KiB more"),
+        "{text}"
+    );
+    let (_, text, _) = host.ctl("explain one");
+    assert!(!text.contains("limit"), "{text}");
+    three.kill();
+    daemon.expect_end("three");
+    assert_eq!(would(&host), Some((40, 20)));
+
+    // The forecast comes true, the first reporter's share included.
+    set(&host, "--group g --mode share");
+    assert_eq!(one.tell("await"), "resume");
+    one.tell("share 1 0 20");
+    assert_eq!(two.tell("share 1 0 20"), "20");
+    assert_eq!(one.tell("share 1 0 20"), "20");
+    assert_eq!(host.stored_pages(), 20);
+    assert_eq!(host.status().pages_shared, 40);
+    assert_eq!(would(&host), None);
+}
+
+#[test]
+fn what_is_shared_stays_while_a_group_learns() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one");
+    let mut two = connected(&host, "two");
+    for vm in [&mut one, &mut two] {
+        vm.tell("share 1 0 20");
+    }
+    set(&host, "--all --mode would-save");
+    assert_eq!(two.tell("share 1 0 20"), "20");
+    assert_eq!(two.tell("check"), "20 of 20");
+    assert_eq!(one.tell("share 1 0 20"), "0");
+    assert_eq!(two.tell("share 3 0 5"), "20");
+    // A single VM has no mode of its own.
+    assert_eq!(host.ctl("set --vm one --mode share").0, 2);
+}
+
+#[test]
+fn the_policy_pressure_waits_until_the_host_is_short_of_memory() {
+    let host = Host::new();
+    let never = ["--pressure-waiting", "101", "--pressure-available", "0"];
+    let daemon = Daemon::start_with(&host, &never);
+    set(&host, "--all --policy pressure");
+    let mut one = connected(&host, "one");
+    let mut two = connected(&host, "two");
+    for vm in [&mut one, &mut two] {
+        vm.tell("share 1 0 20");
+    }
+    assert_eq!((would(&host), host.stored_pages()), (Some((40, 20)), 0));
+    drop(daemon);
+
+    // All of the memory is never available: now it is short.
+    let daemon = Daemon::start_with(&host, &["--pressure-available", "100"]);
+    daemon.expect("the host is short of memory");
+    assert!(host.status().under_pressure);
+    for vm in [&mut one, &mut two] {
+        vm.tell("connect");
+        vm.tell("share 1 0 20");
+    }
+    assert_eq!(host.stored_pages(), 20);
+    assert_eq!(one.tell("share 1 0 20"), "20");
+}

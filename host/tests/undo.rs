@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Overlays of some files and of some frames, looked at and undone while others stay.
+
+mod common;
+
+use common::{Random, Vm, file, fill};
+use pagefusion_host::engine::{ReportedRun, audit, file_uses};
+use pagefusion_host::protocol::Undo;
+use pagefusion_host::store::{Group, LocalStore, PAGE};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// Of each file.
+const PAGES: usize = 256;
+const RUN: usize = 16;
+
+struct Shared {
+    vm: Vm,
+    content: [Vec<u8>; 2],
+    _held: [[LocalStore; 2]; 2],
+}
+
+impl Shared {
+    /// A guest in which runs of two files take turns, all of them shared.
+    fn new() -> Self {
+        let group = Arc::new(Mutex::new(Group::anonymous().unwrap()));
+        let content = [3, 4].map(|seed| Random(seed).bytes(PAGES * PAGE));
+        let held = [1, 2].map(|number| fill(&group, file(number), &content[number as usize - 1]));
+        let vm = Vm::new(&group, 1, 2 * PAGES, true);
+        let this = Self {
+            vm,
+            content,
+            _held: held,
+        };
+        for frame in 0..2 * PAGES {
+            this.vm.ram.write_page(frame, this.expected(frame));
+        }
+        this.share();
+        this
+    }
+
+    fn share(&self) {
+        let run = |turn: usize| ReportedRun {
+            file: file(turn as u64 % 2 + 1),
+            page: (turn / 2 * RUN) as u64,
+            gfn: (turn * RUN) as u64,
+            pages: RUN as u32,
+        };
+        let runs: Vec<_> = (0..2 * PAGES / RUN).map(run).collect();
+        let outcomes = self.vm.sharing.share(&runs);
+        assert!(outcomes.iter().all(|it| usize::from(it.shared) == RUN));
+    }
+
+    fn expected(&self, frame: usize) -> &[u8] {
+        let turn = frame / RUN;
+        let page = turn / 2 * RUN + frame % RUN;
+        &self.content[turn % 2][page * PAGE..][..PAGE]
+    }
+
+    /// Pages shared by file 1 and by file 2.
+    fn uses(&self) -> [u64; 2] {
+        let uses = file_uses(&self.vm.sharing, None, 10, |_| Some("x")).unwrap();
+        [1, 2].map(|number| {
+            let found = uses.iter().find(|it| it.file == file(number));
+            found.map_or(0, |it| it.pages_shared)
+        })
+    }
+
+    fn check(&self) {
+        for frame in 0..2 * PAGES {
+            assert_eq!(
+                self.vm.ram.read_page(frame),
+                self.expected(frame),
+                "{frame}"
+            );
+        }
+    }
+}
+
+#[test]
+fn files_are_told_in_order_and_in_parts() {
+    let shared = Shared::new();
+    let first = file_uses(&shared.vm.sharing, None, 1, |_| Some("x")).unwrap();
+    assert_eq!((first.len(), first[0].file), (1, file(1)));
+    assert_eq!((first[0].name.as_str(), first[0].pages_shared), ("x", 256));
+    // Written by the guest: not shared any more.
+    shared.vm.ram.word(RUN, 0).fetch_add(1, Ordering::Relaxed);
+    let second = file_uses(&shared.vm.sharing, Some(file(1)), 10, |_| None).unwrap();
+    assert_eq!((second.len(), second[0].file), (1, file(2)));
+    assert_eq!((second[0].pages_shared, second[0].pages_broken), (255, 1));
+}
+
+#[test]
+fn one_file_is_undone_and_the_other_stays() {
+    let shared = Shared::new();
+    let sharing = &shared.vm.sharing;
+    sharing.undo(&Undo::Files(vec![file(1)])).unwrap();
+    assert_eq!(shared.uses(), [0, 256]);
+    shared.check();
+    // The store has been told: these can be granted anew.
+    shared.share();
+    assert_eq!(shared.uses(), [256, 256]);
+    sharing.undo(&Undo::All).unwrap();
+    let audit = audit(sharing).unwrap();
+    assert_eq!((audit.overlays, audit.overlay_mappings), (0, 0));
+    shared.check();
+}
+
+#[test]
+fn frames_are_undone_and_those_around_them_stay() {
+    let shared = Shared::new();
+    let frames = |gfn, pages| Undo::Pages { gfn, pages };
+    shared.vm.sharing.undo(&frames(4, 1)).unwrap();
+    assert_eq!(shared.uses(), [255, 256]);
+    shared.vm.sharing.undo(&frames(24, 16)).unwrap();
+    assert_eq!(shared.uses(), [247, 248]);
+    // Frames that do not exist are none.
+    shared
+        .vm
+        .sharing
+        .undo(&frames(u64::MAX - 1, u64::MAX))
+        .unwrap();
+    assert_eq!(shared.uses(), [247, 248]);
+    shared.check();
+}
+
+#[test]
+fn an_undo_under_load_loses_no_write() {
+    let shared = Shared::new();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..2)
+            .map(|writer: usize| {
+                let (ram, stop) = (&shared.vm.ram, &stop);
+                scope.spawn(move || {
+                    let mut written = vec![0_u64; 2 * PAGES];
+                    let mut random = Random(writer as u64);
+                    while !stop.load(Ordering::Relaxed) {
+                        let frame = random.below(2 * PAGES);
+                        // A word of its own in each page.
+                        ram.word(frame, 7 + writer).fetch_add(1, Ordering::Relaxed);
+                        written[frame] += 1;
+                        std::thread::sleep(std::time::Duration::from_micros(50));
+                    }
+                    written
+                })
+            })
+            .collect();
+        for _ in 0..3 {
+            shared.vm.sharing.undo(&Undo::Files(vec![file(2)])).unwrap();
+            let some = Undo::Pages { gfn: 0, pages: 100 };
+            shared.vm.sharing.undo(&some).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        for (writer, written) in writers.into_iter().enumerate() {
+            let written = written.join().unwrap();
+            for (frame, count) in written.into_iter().enumerate() {
+                let word = 7 + writer;
+                let before = &shared.expected(frame)[word * 8..][..8];
+                let before = u64::from_ne_bytes(before.try_into().unwrap());
+                let now = shared.vm.ram.word(frame, word).load(Ordering::Relaxed);
+                assert_eq!(now, before.wrapping_add(count), "frame {frame}");
+            }
+        }
+    });
+    assert_eq!(shared.uses()[1], 0);
+}
