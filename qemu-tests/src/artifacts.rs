@@ -23,6 +23,9 @@ pub struct Artifacts {
     pub guest_image: PathBuf,
     /// SHA-256 of every file under `/usr` of that root.
     pub guest_manifest: PathBuf,
+    /// File systems of each kind, and what is in them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filesystems: Option<PathBuf>,
     /// The root of the lab host, ext4 on a raw disk.
     pub lab_image: Option<PathBuf>,
     /// The lab host's kernel; its modules are in `modules_dir` too.

@@ -13,18 +13,21 @@ use crate::{artifacts::Artifacts, kmod::ModuleTree};
 
 /// Drivers a guest needs before it has a root.
 const GUEST_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "ext4", "virtio_rng"];
+/// What a guest needs for file systems that the kernel has not built in.
+pub const FILESYSTEM_MODULES: [&str; 5] = ["xfs", "btrfs", "erofs", "squashfs", "overlay"];
 /// Drivers a lab host needs on top of that.
 const LAB_MODULES: [&str; 1] = ["kvm-amd"];
 
-/// For a guest: drivers, `pf-init`, `pf-init` again as the agent, and the module.
-pub fn build_guest(artifacts: &Artifacts, target: &Path) -> Result<()> {
+/// For a guest: drivers and `more` modules, `pf-init`, `pf-init` again as the agent, and the module.
+pub fn build_guest(artifacts: &Artifacts, more: &[&str], target: &Path) -> Result<()> {
     if let Some(ready) = &artifacts.guest_initramfs {
         fs::copy(ready, target).with_context(|| format!("copy {}", ready.display()))?;
         return Ok(());
     }
     let mut archive = Archive::create(target)?;
     archive.init(artifacts)?;
-    archive.modules(artifacts, &GUEST_MODULES)?;
+    let modules: Vec<_> = GUEST_MODULES.iter().chain(more).copied().collect();
+    archive.modules(artifacts, &modules)?;
     archive.directory("run")?;
     archive.directory("run/pagefusion")?;
     // The same program is the agent when it is not the first process.

@@ -23,7 +23,7 @@ pub fn probe(artifacts: &Artifacts) -> Result<()> {
         .context("open /dev/kvm")?;
     let directory = workdir::create()?;
     let initramfs = directory.path().join("probe.cpio");
-    initramfs::build_guest(artifacts, &initramfs)?;
+    initramfs::build_guest(artifacts, &[], &initramfs)?;
     let config = Config {
         name: "probe".to_owned(),
         mode: Mode::Agent,
@@ -34,6 +34,7 @@ pub fn probe(artifacts: &Artifacts) -> Result<()> {
         kernel: artifacts.kernel.clone(),
         initramfs,
         disks: Vec::new(),
+        kernel_arguments: String::new(),
         arguments: Vec::new(),
     };
     let mut guest = Guest::start(

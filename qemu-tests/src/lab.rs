@@ -72,6 +72,7 @@ impl Lab {
             kernel,
             initramfs,
             disks: vec![image, payload, artifacts.guest_image.clone()],
+            kernel_arguments: String::new(),
             arguments: Vec::new(),
         };
         let mut host = Guest::start(&config, Command::new(&artifacts.qemu), None, &logs)?;
@@ -120,7 +121,7 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
     }
     copy(&artifacts.kernel, &staging.join("vmlinuz"))?;
     copy(&artifacts.guest_manifest, &staging.join("manifest"))?;
-    initramfs::build_guest(artifacts, &staging.join("guest.cpio"))?;
+    initramfs::build_guest(artifacts, &[], &staging.join("guest.cpio"))?;
     let inside = |name: &str| Path::new(PAYLOAD).join(name);
     let description = Artifacts {
         kernel: inside("vmlinuz"),
@@ -129,6 +130,7 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
         guest_image: GUEST_DISK.into(),
         qemu: "/usr/bin/qemu-system-x86_64".into(),
         bin_dir: Some(inside("bin")),
+        filesystems: None,
         lab_image: None,
         lab_kernel: None,
         ..artifacts.clone()

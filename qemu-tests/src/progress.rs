@@ -39,6 +39,14 @@ impl Progress {
         self.step = Some((what, Instant::now()));
     }
 
+    /// Adds what came of it to the line of the step.
+    pub fn found(&mut self, what: &str) {
+        if let Some((step, _)) = &mut self.step {
+            step.push_str(": ");
+            step.push_str(what);
+        }
+    }
+
     fn finish_step(&mut self) {
         if let Some((what, start)) = self.step.take() {
             let line = format!("{:7.1} s  {what}", start.elapsed().as_secs_f64());

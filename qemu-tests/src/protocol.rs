@@ -100,6 +100,77 @@ pub enum Op {
         /// The path given to `hold`.
         path: String,
     },
+    /// Map a part of a file read-only and keep it mapped, under a name of its own.
+    HoldPart {
+        /// The file.
+        path: String,
+        /// What the mapping is called from then on.
+        name: String,
+        /// Where the part begins, a whole number of pages.
+        offset: u64,
+        /// Its length.
+        bytes: u64,
+    },
+    /// Make a memfd with [`crate::pattern`] bytes and keep it mapped read-only.
+    HoldMemory {
+        /// What the mapping is called from then on.
+        name: String,
+        /// Seed of the pattern.
+        seed: u64,
+        /// How many bytes.
+        bytes: u64,
+        /// Seal it against writing before it is mapped.
+        sealed: bool,
+    },
+    /// Mount a file system; its directory is made.
+    Mount(MountSpec),
+    /// Make a mounted file system read-only or writable.
+    Remount {
+        /// Where it is mounted.
+        target: String,
+        /// Which of the two.
+        readonly: bool,
+    },
+    /// Unmount, with one try.
+    Unmount {
+        /// Where it is mounted.
+        target: String,
+    },
+    /// Mount, let a process map a file and end, unmount; again and again. The reply is [`Unmounts`].
+    UnmountOften {
+        /// What to mount.
+        mount: MountSpec,
+        /// The file to map.
+        file: String,
+        /// How many times.
+        rounds: u32,
+    },
+    /// Read a file from start to end, by `read` alone.
+    ReadThrough {
+        /// The file.
+        path: String,
+        /// How many times.
+        times: u32,
+    },
+    /// `rename`.
+    Rename {
+        /// The old name.
+        from: String,
+        /// The new name.
+        to: String,
+    },
+    /// `truncate`.
+    Truncate {
+        /// The file.
+        path: String,
+        /// Its new size.
+        bytes: u64,
+    },
+    /// `mkdir -p`.
+    MakeDirectory {
+        /// The directory.
+        path: String,
+    },
     /// Unmap a held file.
     Release {
         /// The path given to `hold`.
@@ -112,6 +183,70 @@ pub enum Op {
     },
     /// `sync`, then drop every clean page the kernel can drop.
     Evict,
+    /// The kernel's log. The reply is a list of its messages, oldest first.
+    KernelLog,
+    /// Read whole files into the page cache.
+    Cache {
+        /// The files.
+        paths: Vec<String>,
+        /// In single pages instead of the largest folios that the file system makes.
+        singly: bool,
+    },
+    /// How a cached file lies in memory. The reply is a [`FolioCount`].
+    Folios {
+        /// The file.
+        path: String,
+    },
+    /// Fragment free memory: hold as much as `bytes` in pages of which every other one is free. 0 lets go of it.
+    Fragment {
+        /// Bytes of free single pages.
+        bytes: u64,
+    },
+    /// Replace the herd, processes that map files and sleep.
+    Herd {
+        /// What each of them maps.
+        paths: Vec<String>,
+        /// How many; 0 ends them all.
+        processes: u64,
+        /// VMAs for each file.
+        pieces: usize,
+    },
+    /// Have a process that uses up all idle time.
+    Spin {
+        /// Whether.
+        on: bool,
+    },
+    /// CPU time of a kernel thread at a moment when it sleeps. The reply is a [`ThreadTime`].
+    ThreadTime {
+        /// Its name.
+        name: String,
+        /// A file with a number, read at the same moment.
+        counter: String,
+    },
+}
+
+/// A file system to mount.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct MountSpec {
+    /// Its kind.
+    pub kind: String,
+    /// The device, if it has one.
+    pub source: String,
+    /// The directory.
+    pub target: String,
+    /// Options of the file system.
+    pub data: String,
+}
+
+/// How unmounting went.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Unmounts {
+    /// Tries that failed with `EBUSY`.
+    pub busy: u64,
+    /// The longest one took, microseconds.
+    pub longest_us: u64,
+    /// All together took, microseconds.
+    pub total_us: u64,
 }
 
 /// What the agent sends.
@@ -158,6 +293,26 @@ pub struct RunOutcome {
     pub stdout: String,
     /// Standard error, its last 64 KiB.
     pub stderr: String,
+}
+
+/// How a file lies in memory.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct FolioCount {
+    /// Its pages.
+    pub pages: u64,
+    /// The folios that hold them.
+    pub folios: u64,
+    /// Runs of pages whose frames are contiguous.
+    pub runs: u64,
+}
+
+/// What a kernel thread has used.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct ThreadTime {
+    /// Nanoseconds on a CPU since it was started.
+    pub cpu_ns: u64,
+    /// The counter.
+    pub count: u64,
 }
 
 /// The hashes of one file.

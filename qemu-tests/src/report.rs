@@ -160,7 +160,7 @@ fn mib(bytes: i64) -> String {
 }
 
 /// A number with a comma after every three digits.
-fn grouped(number: u64) -> String {
+pub(crate) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {

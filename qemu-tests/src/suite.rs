@@ -10,7 +10,7 @@ use anyhow::Result;
 use crate::{
     artifacts::Artifacts,
     interrupt,
-    scenarios::{self, Scenario, Stage},
+    scenarios::{self, Scenario, Stage, Tier},
     world::Host,
 };
 
@@ -67,15 +67,33 @@ impl Tally {
     }
 }
 
-/// Runs every scenario whose name contains `filter`.
+/// Which scenarios are wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice<'a> {
+    /// Those of this tier and of those below.
+    pub tier: Tier,
+    /// Those whose name contains this, of whatever tier.
+    pub filter: Option<&'a str>,
+}
+
+impl Choice<'_> {
+    fn wants(self, scenario: &Scenario) -> bool {
+        match self.filter {
+            Some(filter) => scenario.name.contains(filter),
+            None => scenario.tier <= self.tier,
+        }
+    }
+}
+
+/// Runs every scenario that is wanted.
 pub fn run(
     artifacts: &Artifacts,
     host: Host,
-    filter: Option<&str>,
+    choice: Choice<'_>,
     logs: Option<&Path>,
     tally: &mut Tally,
 ) -> Result<()> {
-    let wanted = |scenario: &&Scenario| filter.is_none_or(|filter| scenario.name.contains(filter));
+    let wanted = |scenario: &&Scenario| choice.wants(scenario);
     let mut stage: Option<Stage> = None;
     for scenario in scenarios::ALL.iter().filter(wanted) {
         interrupt::check()?;
@@ -129,6 +147,22 @@ mod tests {
         tally.record("tcg", "c", &Verdict::Failed("why".into()), zero);
         assert!(!tally.good());
         assert_eq!(tally.line(), "1 passed, 1 failed, 1 skipped");
+    }
+
+    #[test]
+    fn a_tier_has_those_below_it_and_a_filter_reaches_all() {
+        let scenario = |tier| Scenario {
+            name: "a_name",
+            tier,
+            guests: 0,
+            run: |_| Ok(()),
+        };
+        let choice = |tier, filter| Choice { tier, filter };
+        assert!(choice(Tier::Usual, None).wants(&scenario(Tier::Smoke)));
+        assert!(choice(Tier::Usual, None).wants(&scenario(Tier::Usual)));
+        assert!(!choice(Tier::Usual, None).wants(&scenario(Tier::Deep)));
+        assert!(choice(Tier::Smoke, Some("name")).wants(&scenario(Tier::Deep)));
+        assert!(!choice(Tier::Deep, Some("other")).wants(&scenario(Tier::Smoke)));
     }
 
     #[test]

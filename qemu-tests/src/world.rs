@@ -38,6 +38,7 @@ impl Limits {
         let factor = match (accelerator, nested) {
             (Accelerator::Kvm, false) => 1,
             (Accelerator::Tcg, _) => 3,
+            (Accelerator::Counted, _) => 10,
             (Accelerator::Kvm, true) => 6,
         };
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes * factor);
@@ -72,6 +73,7 @@ impl Host {
     pub fn name(self) -> &'static str {
         match (self.accelerator, self.nested) {
             (Accelerator::Tcg, _) => "tcg",
+            (Accelerator::Counted, _) => "tcg-icount",
             (Accelerator::Kvm, true) => "kvm-lab",
             (Accelerator::Kvm, false) => "kvm",
         }
@@ -114,7 +116,7 @@ impl World {
             std::fs::create_dir_all(path).with_context(|| format!("create {}", path.display()))?;
         }
         let initramfs = directory.path().join("guest.cpio");
-        initramfs::build_guest(artifacts, &initramfs)?;
+        initramfs::build_guest(artifacts, &[], &initramfs)?;
         let cgroup = MemoryCgroup::create()?;
         let site = Site::new(artifacts, &runtime, store.path(), &logs)?;
         let daemon = site.start(&cgroup)?;
@@ -142,11 +144,13 @@ impl World {
 
     /// Starts QEMU for one more Debian guest; it boots while others do.
     pub fn start_guest(&mut self) -> Result<()> {
-        let config = self.config(
-            self.host.mode(),
-            1024,
-            vec![self.artifacts.guest_image.clone()],
-        );
+        let image = self.artifacts.guest_image.clone();
+        self.start(self.host.mode(), 1024, vec![image])
+    }
+
+    /// Starts QEMU for one more guest of the group.
+    pub fn start(&mut self, mode: Mode, memory_mib: u32, disks: Vec<PathBuf>) -> Result<()> {
+        let config = self.config(mode, memory_mib, disks);
         let launcher = self
             .site
             .launcher(GROUP, &config.name, &self.artifacts.qemu);
@@ -179,6 +183,24 @@ impl World {
         Ok(guest)
     }
 
+    /// A guest that shares, with nothing but the agent, these disks, and what it needs for any file system.
+    pub fn start_small_sharer(&mut self, disks: &[PathBuf], kernel_arguments: &str) -> Result<()> {
+        let initramfs = self.initramfs.with_file_name("filesystems.cpio");
+        if !initramfs.exists() {
+            initramfs::build_guest(&self.artifacts, &initramfs::FILESYSTEM_MODULES, &initramfs)?;
+        }
+        let mut config = self.config(Mode::Agent, 384, disks.to_vec());
+        config.initramfs = initramfs;
+        config.kernel_arguments = kernel_arguments.to_owned();
+        let launcher = self
+            .site
+            .launcher(GROUP, &config.name, &self.artifacts.qemu);
+        let guest = Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)?;
+        self.guests.push(guest);
+        let guest = self.guests.last_mut().context("no guest")?;
+        guest.wait_agent(self.limits.boot).map(drop)
+    }
+
     fn config(&mut self, mode: Mode, memory_mib: u32, disks: Vec<PathBuf>) -> Config {
         self.started += 1;
         Config {
@@ -195,6 +217,7 @@ impl World {
             kernel: self.artifacts.kernel.clone(),
             initramfs: self.initramfs.clone(),
             disks,
+            kernel_arguments: String::new(),
             arguments: Vec::new(),
         }
     }

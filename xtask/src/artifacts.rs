@@ -20,6 +20,8 @@ pub(crate) struct Artifacts {
     pub(crate) guest_image: PathBuf,
     /// `sha256sum`'s list of every regular file below the guest's /usr.
     pub(crate) guest_manifest: PathBuf,
+    /// File systems of each kind, and what is in them.
+    pub(crate) filesystems: PathBuf,
     pub(crate) lab_image: PathBuf,
     pub(crate) lab_kernel: PathBuf,
     pub(crate) qemu: PathBuf,

@@ -1,4 +1,4 @@
-//! Disk images: the guest that shares its pages, and the lab host with real KVM.
+//! Disk images: the guest that shares its pages, file systems it may have besides, and the lab host with real KVM.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use crate::{
     key::{Key, KeyBuilder},
     pins::Pin,
     rootfs,
-    sets::{GUEST, LAB},
+    sets::{FILESYSTEMS, GUEST, LAB},
     space,
 };
 
@@ -80,6 +80,56 @@ const LAB_FINISH: &str = r#"
     mkfs.ext4 -q -L lab -m 0 -E lazy_itable_init=0,lazy_journal_init=0 -d "$dir/root" "$dir/image.ext4" 2560M
     rm -rf "$dir/root" "$dir/modules"
 "#;
+
+/// The same real files in a file system of each kind, in images called after it.
+const FILESYSTEMS_FINISH: &str = r#"
+    echo "I: choosing files"
+    mkdir "$dir/root/tree" "$dir/root/images"
+    # Nothing is mounted in there, and mkfs.btrfs wants to read that.
+    mkdir "$dir/root/proc/self"
+    touch "$dir/root/proc/mounts" "$dir/root/proc/self/mounts"
+    cp "$dir/root/usr/bin/perl" "$dir/root/tree/program"
+    cp "$dir/root/usr/lib/x86_64-linux-gnu/libc.so.6" "$dir/root/tree/library"
+    cp "$dir/root/usr/bin/bash" "$dir/root/tree/shell"
+    (cd "$dir/root/tree" && sha256sum library program shell) > "$dir/files.sha256"
+    cat > "$dir/root/prototype" <<END
+/none
+0 0
+d--755 0 0
+library ---755 0 0 /tree/library
+program ---755 0 0 /tree/program
+shell ---755 0 0 /tree/shell
+$
+END
+    echo "I: making the file systems"
+    uuid=7d1c2f60-3c53-4c0e-9a2c-70616765667
+    chroot "$dir/root" sh -euxc '
+        PATH=/usr/sbin:/usr/bin:/sbin:/bin
+        uuid=$1
+        cd /images
+        truncate -s 48M ext4
+        mkfs.ext4 -q -m 0 -U ${uuid}0 -E lazy_itable_init=0,lazy_journal_init=0,hash_seed=${uuid}0 -d /tree ext4
+        truncate -s 320M xfs
+        mkfs.xfs -q -m uuid=${uuid}1 -p /prototype xfs
+        truncate -s 160M btrfs
+        mkfs.btrfs -q -U ${uuid}2 --rootdir /tree btrfs
+        mkfs.erofs -T 0 -U ${uuid}3 -z lz4 erofs /tree
+        mksquashfs /tree squashfs -noappend -no-progress -all-time 0 -comp zstd
+    ' sh "$uuid"
+    mv "$dir/root/images" "$dir/images"
+    rm -rf "$dir/root"
+"#;
+
+/// A directory: `images/`, with `ext4`, `xfs`, `btrfs`, `erofs` and `squashfs` in it, and `files.sha256`, what `sha256sum` says of
+/// the files in each of them.
+pub(crate) fn filesystems(cache: &Cache) -> Result<PathBuf> {
+    let key = |pins: &[Pin]| key("filesystems", pins, &[], FILESYSTEMS_FINISH, "");
+    let pins = FILESYSTEMS.available(cache, key)?;
+    cache.entry(&key(&pins), "the file system images", |build| {
+        space::require(cache.root(), 700 * space::MIB, "the file system images")?;
+        rootfs::make(cache, build, &FILESYSTEMS, &pins, FILESYSTEMS_FINISH)
+    })
+}
 
 pub(crate) fn guest(cache: &Cache) -> Result<GuestImage> {
     let key = |pins: &[Pin]| key("guest", pins, GUEST_ASSETS, GUEST_FINISH, "");

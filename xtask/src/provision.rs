@@ -30,6 +30,8 @@ pub(crate) enum Part {
     Headers,
     /// The guest's disk image
     GuestImage,
+    /// Images of every file system that is tested
+    Filesystems,
     /// The disk image of the host that has KVM in emulation
     LabImage,
 }
@@ -71,6 +73,7 @@ impl Project {
             Part::Tools => drop(headers::tools(&self.cache, self.kernel)?),
             Part::Headers => drop(self.build_root()?),
             Part::GuestImage => drop(images::guest(&self.cache)?),
+            Part::Filesystems => drop(images::filesystems(&self.cache)?),
             Part::LabImage => {
                 let kernel = self.kernel.provision(&self.cache)?;
                 images::lab(&self.cache, &kernel)?;
@@ -114,6 +117,7 @@ impl Project {
         let qemu = host_packages::provision(&self.cache)?;
         let kernel = self.kernel.provision(&self.cache)?;
         let guest = images::guest(&self.cache)?;
+        let filesystems = images::filesystems(&self.cache)?;
         let lab = images::lab(&self.cache, &kernel)?;
         let module = module::build(&self.cache, &self.checkout, &self.build_root()?)?;
         Artifacts {
@@ -124,6 +128,7 @@ impl Project {
             module_ko: module,
             guest_image: guest.image,
             guest_manifest: guest.manifest,
+            filesystems,
             lab_image: lab,
             qemu,
             bin_dir: self.bin_dir(),

@@ -84,6 +84,23 @@ pub(crate) const LAB: PackageSet = PackageSet {
     pins: include_str!("../pins/lab.pins"),
 };
 
+/// What makes file systems of the kinds that guests have, and some files to put into them.
+pub(crate) const FILESYSTEMS: PackageSet = PackageSet {
+    name: "filesystems",
+    suites: &["trixie"],
+    contents: Contents::Root(&[
+        "bash",
+        "btrfs-progs",
+        "coreutils",
+        "e2fsprogs",
+        "erofs-utils",
+        "perl-base",
+        "squashfs-tools",
+        "xfsprogs",
+    ]),
+    pins: include_str!("../pins/filesystems.pins"),
+};
+
 pub(crate) const TRIXIE_TOOLS: PackageSet = PackageSet {
     name: "tools-trixie",
     suites: &["trixie"],
@@ -129,7 +146,7 @@ const KERNEL_PACKAGES: &[&str] = &[
     "linux-source-{series}",
 ];
 
-pub(crate) const ALL: [&PackageSet; 4] = [&KERNEL_7_3, &TRIXIE_TOOLS, &GUEST, &LAB];
+pub(crate) const ALL: [&PackageSet; 5] = [&KERNEL_7_3, &TRIXIE_TOOLS, &GUEST, &LAB, &FILESYSTEMS];
 
 impl PackageSet {
     /// The packages asked for by name.

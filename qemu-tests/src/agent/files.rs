@@ -114,17 +114,22 @@ pub(super) fn write_pattern(path: &str, seed: u64, offset: u64, bytes: u64) -> R
         .truncate(false)
         .open(path)
         .with_context(|| format!("open {path}"))?;
+    fill(&file, seed, offset, bytes).with_context(|| format!("write {path}"))?;
+    file.sync_all().with_context(|| format!("fsync {path}"))
+}
+
+/// Writes pattern bytes.
+pub(super) fn fill(file: &File, seed: u64, offset: u64, bytes: u64) -> Result<()> {
     let mut buffer = vec![0; 256 << 10];
     let mut position = offset;
     let end = offset + bytes;
     while position < end {
         let length = (end - position).min(buffer.len() as u64) as usize;
         pattern::fill(seed, position, &mut buffer[..length]);
-        file.write_all_at(&buffer[..length], position)
-            .with_context(|| format!("write {path}"))?;
+        file.write_all_at(&buffer[..length], position)?;
         position += length as u64;
     }
-    file.sync_all().with_context(|| format!("fsync {path}"))
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{frames, pattern};
 
-/// A read-only private mapping of a whole file.
+/// A read-only private mapping of a file or a part of it.
 #[derive(Debug)]
 pub(super) struct Held {
     start: NonNull<u8>,
@@ -20,7 +20,13 @@ impl Held {
     /// Maps `path` and touches every page of it.
     pub(super) fn map(path: &str) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("open {path}"))?;
-        let length = usize::try_from(file.metadata()?.len())?;
+        let length = file.metadata()?.len();
+        Self::of(&file, 0, length).with_context(|| format!("map {path}"))
+    }
+
+    /// Maps a part of `file` that begins with a page, and touches every page of it.
+    pub(super) fn of(file: &File, offset: u64, length: u64) -> Result<Self> {
+        let length = usize::try_from(length)?;
         if length == 0 {
             return Ok(Self {
                 start: NonNull::dangling(),
@@ -34,11 +40,10 @@ impl Held {
                 length,
                 ProtFlags::READ,
                 MapFlags::PRIVATE | MapFlags::POPULATE,
-                &file,
-                0,
+                file,
+                offset,
             )
-        }
-        .with_context(|| format!("map {path}"))?;
+        }?;
         Ok(Self {
             start: NonNull::new(start.cast()).context("mmap returned null")?,
             length,
@@ -49,6 +54,21 @@ impl Held {
     pub(super) fn frames(&self) -> Result<Vec<u64>> {
         // Reading it all makes sure that every page is there.
         self.sha256();
+        self.mapped_frames()
+    }
+
+    /// The same without a look at all of their bytes.
+    pub(super) fn touched_frames(&self) -> Result<Vec<u64>> {
+        for offset in (0..self.length).step_by(4096) {
+            // SAFETY: `offset` is inside the mapping, which lives as long as `self`.
+            let byte = unsafe { self.start.as_ptr().add(offset) };
+            // SAFETY: as above; the byte itself does not matter.
+            unsafe { byte.read_volatile() };
+        }
+        self.mapped_frames()
+    }
+
+    fn mapped_frames(&self) -> Result<Vec<u64>> {
         let start = self.start.as_ptr().addr() as u64;
         frames::of_range(std::process::id(), start, self.length.div_ceil(4096))
     }

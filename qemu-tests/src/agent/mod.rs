@@ -1,9 +1,13 @@
 //! The agent: what runs inside a guest and does what the harness asks.
 
+mod cache;
 mod command;
 mod files;
 mod held;
+mod herd;
 mod kernel;
+mod mounts;
 mod serve;
 
+pub use mounts::{TOUCH, touch};
 pub use serve::serve;

@@ -11,7 +11,13 @@ use anyhow::{Context, Result};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde_json::Value;
 
-use super::{command, files, held::Held, kernel};
+use super::{
+    cache::{self, Fragments},
+    command, files,
+    held::Held,
+    herd::Herd,
+    kernel, mounts,
+};
 use crate::protocol::{Message, Op, Request};
 
 /// The agent's side of the line, shared with the threads that relay a command's output.
@@ -42,6 +48,9 @@ fn requests(port: fs::File) -> Result<()> {
     let mut agent = Agent {
         line: Arc::clone(&line),
         held: HashMap::new(),
+        herd: None,
+        spinner: None,
+        fragments: None,
     };
     for text in BufReader::new(port).lines() {
         let text = text.context("read a request")?;
@@ -79,6 +88,9 @@ pub(super) fn send(line: &Line, message: &Message) -> Result<()> {
 struct Agent {
     line: Line,
     held: HashMap<String, Held>,
+    herd: Option<Herd>,
+    spinner: Option<Herd>,
+    fragments: Option<Fragments>,
 }
 
 impl Agent {
@@ -123,6 +135,51 @@ impl Agent {
                 self.held.insert(path, held);
                 Ok(Value::Null)
             }
+            Op::HoldPart {
+                path,
+                name,
+                offset,
+                bytes,
+            } => {
+                let file = fs::File::open(&path).with_context(|| format!("open {path}"))?;
+                self.held.insert(name, Held::of(&file, offset, bytes)?);
+                Ok(Value::Null)
+            }
+            Op::HoldMemory {
+                name,
+                seed,
+                bytes,
+                sealed,
+            } => {
+                let held = mounts::memory(&name, seed, bytes, sealed)?;
+                self.held.insert(name, held);
+                Ok(Value::Null)
+            }
+            Op::Mount(spec) => mounts::mount(&spec).map(unit),
+            Op::Remount { target, readonly } => mounts::remount(&target, readonly).map(unit),
+            Op::Unmount { target } => mounts::unmount_once(&target).map(unit),
+            Op::UnmountOften {
+                mount,
+                file,
+                rounds,
+            } => Ok(serde_json::to_value(mounts::unmount_often(
+                &mount, &file, rounds,
+            )?)?),
+            Op::ReadThrough { path, times } => mounts::read_through(&path, times).map(unit),
+            Op::Rename { from, to } => {
+                fs::rename(&from, &to).with_context(|| format!("rename {from} to {to}"))?;
+                Ok(Value::Null)
+            }
+            Op::Truncate { path, bytes } => {
+                let file = fs::OpenOptions::new().write(true).open(&path)?;
+                file.set_len(bytes)
+                    .with_context(|| format!("truncate {path}"))?;
+                Ok(Value::Null)
+            }
+            Op::MakeDirectory { path } => {
+                fs::create_dir_all(&path).with_context(|| format!("create {path}"))?;
+                Ok(Value::Null)
+            }
             Op::HeldSum { path } => Ok(self.held(&path)?.sha256().into()),
             Op::HeldFrames { path } => Ok(self.held(&path)?.frames()?.into()),
             Op::Release { path } => {
@@ -136,6 +193,32 @@ impl Agent {
                 Ok(Value::Null)
             }
             Op::Evict => kernel::evict().map(unit),
+            Op::KernelLog => Ok(serde_json::to_value(kernel::log()?)?),
+            Op::Cache { paths, singly } => cache::fill_all(&paths, singly).map(unit),
+            Op::Folios { path } => Ok(serde_json::to_value(cache::folios(&path)?)?),
+            Op::Fragment { bytes } => {
+                self.fragments = None;
+                if bytes > 0 {
+                    self.fragments = Some(Fragments::make(bytes)?);
+                }
+                Ok(Value::Null)
+            }
+            Op::Herd {
+                paths,
+                processes,
+                pieces,
+            } => {
+                self.herd = None;
+                self.herd = Some(Herd::start(&paths, processes, pieces)?);
+                Ok(Value::Null)
+            }
+            Op::Spin { on } => {
+                self.spinner = on.then(Herd::spinner).transpose()?;
+                Ok(Value::Null)
+            }
+            Op::ThreadTime { name, counter } => {
+                Ok(serde_json::to_value(kernel::thread_time(&name, &counter)?)?)
+            }
         }
     }
 

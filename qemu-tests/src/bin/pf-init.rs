@@ -1,7 +1,7 @@
 //! The first program of every machine the tests boot, and the agent in it. Statically linked; it is alone in the
 //! initramfs.
 //!
-//! Started as any process but the first, it is the agent.
+//! Started as any process but the first, it is the agent, or what the agent starts to map a file.
 //!
 //! `pf.mode=` on the kernel command line says what becomes of the machine:
 //!
@@ -38,7 +38,12 @@ const PORT: &str = "/dev/ttyS1";
 
 fn main() -> ExitCode {
     if !rustix::process::getpid().is_init() {
-        return match qemu_tests::agent::serve(PORT) {
+        let arguments: Vec<_> = std::env::args().skip(1).collect();
+        let result = match &*arguments {
+            [word, path] if word == qemu_tests::agent::TOUCH => qemu_tests::agent::touch(path),
+            _ => qemu_tests::agent::serve(PORT),
+        };
+        return match result {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("agent: {error:#}");

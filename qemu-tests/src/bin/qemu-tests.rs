@@ -16,7 +16,8 @@ use qemu_tests::{
     interrupt, kvm,
     lab::Lab,
     report::Report,
-    suite::{self, Tally, Verdict},
+    scenarios::Tier,
+    suite::{self, Choice, Tally, Verdict},
     world::Host,
 };
 
@@ -62,7 +63,10 @@ enum Task {
         /// Only on this kind of host.
         #[arg(long, value_enum)]
         host: Option<HostKind>,
-        /// Only scenarios whose name contains this.
+        /// How much to run.
+        #[arg(long, value_enum, default_value_t = Tier::Usual)]
+        tier: Tier,
+        /// Only scenarios whose name contains this, of whatever tier.
         filter: Option<String>,
     },
     /// Boot the lab host and run the harness in it with these arguments.
@@ -109,8 +113,12 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Task::Test {
             quick,
             host,
+            tier,
             filter,
-        } => harness.test(quick, host, filter.as_deref()),
+        } => {
+            let filter = filter.as_deref();
+            harness.test(quick, host, Choice { tier, filter })
+        }
         Task::LabHost { arguments } => {
             let mut lab = Lab::start(&artifacts, logs)?;
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
@@ -137,10 +145,7 @@ impl Harness<'_> {
     fn demo(self, vms: u32, host: HostKind, json: Option<&Path>) -> Result<ExitCode> {
         let report = self.report(vms, host)?;
         println!("{}", report.table());
-        if let Some(path) = json {
-            let text = serde_json::to_string_pretty(&report)? + "\n";
-            fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
-        }
+        write_json(json, &report)?;
         demo::verdict(&report)?;
         Ok(ExitCode::SUCCESS)
     }
@@ -178,26 +183,21 @@ impl Harness<'_> {
         }
     }
 
-    fn test(self, quick: bool, only: Option<HostKind>, filter: Option<&str>) -> Result<ExitCode> {
+    fn test(self, quick: bool, only: Option<HostKind>, choice: Choice<'_>) -> Result<ExitCode> {
         let mut tally = Tally::default();
         let wanted =
             |host: HostKind| only.map_or(host == HostKind::Tcg || !quick, |only| only == host);
         let in_lab = wanted(HostKind::KvmLab)
-            && filter.is_none_or(|filter| "main_scenario".contains(filter));
-        // The lab has one CPU, and the other guests mostly wait: together they take half the time.
-        std::thread::scope(|scope| {
-            let lab = in_lab.then(|| scope.spawn(move || self.lab_verdict()));
-            let here = self.test_here(&wanted, filter, &mut tally);
-            if let Some(lab) = lab {
-                let (verdict, took) = lab.join().unwrap_or_else(|_| {
-                    let reason = "the harness panicked".to_owned();
-                    (Verdict::Failed(reason), Duration::ZERO)
-                });
-                interrupt::check()?;
-                tally.record("kvm-lab", "main_scenario", &verdict, took);
-            }
-            here
-        })?;
+            && choice.filter.map_or(choice.tier > Tier::Smoke, |filter| {
+                "main_scenario".contains(filter)
+            });
+        self.test_here(&wanted, choice, &mut tally)?;
+        // By itself: what is emulated twice and gets half a CPU looks like a machine that hangs.
+        if in_lab {
+            let (verdict, took) = self.lab_verdict();
+            interrupt::check()?;
+            tally.record("kvm-lab", "main_scenario", &verdict, took);
+        }
         println!("{}", tally.line());
         Ok(if tally.good() {
             ExitCode::SUCCESS
@@ -210,12 +210,12 @@ impl Harness<'_> {
     fn test_here(
         self,
         wanted: &dyn Fn(HostKind) -> bool,
-        filter: Option<&str>,
+        choice: Choice<'_>,
         tally: &mut Tally,
     ) -> Result<()> {
         if wanted(HostKind::Tcg) {
             let host = self.host(Accelerator::Tcg);
-            suite::run(self.artifacts, host, filter, self.logs, tally)?;
+            suite::run(self.artifacts, host, choice, self.logs, tally)?;
         }
         if wanted(HostKind::Kvm) {
             let start = Instant::now();
@@ -224,7 +224,7 @@ impl Harness<'_> {
                 tally.record("kvm", "all_scenarios", &verdict, start.elapsed());
             } else {
                 let host = self.host(Accelerator::Kvm);
-                suite::run(self.artifacts, host, filter, self.logs, tally)?;
+                suite::run(self.artifacts, host, choice, self.logs, tally)?;
             }
         }
         Ok(())
@@ -251,4 +251,10 @@ impl Harness<'_> {
             nested: self.nested,
         }
     }
+}
+
+fn write_json(path: Option<&Path>, value: &impl serde::Serialize) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string_pretty(value)? + "\n";
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
 }

@@ -264,6 +264,17 @@ impl Guest {
         })
     }
 
+    /// What a knob of the module shows.
+    pub fn knob(&mut self, name: &str) -> Result<String> {
+        let text: String = self.request(Op::Read {
+            path: format!("{SYSFS}/{name}"),
+        })?;
+        let line = text.strip_suffix('\n');
+        Ok(line
+            .with_context(|| format!("{name} holds {text:?}"))?
+            .to_owned())
+    }
+
     /// Waits until the module has made `passes` more full passes.
     pub fn wait_passes(&mut self, passes: u64, limit: Duration) -> Result<u64> {
         let at_least = self.counter("full_scans")? + passes;
@@ -296,6 +307,18 @@ impl Guest {
             Ok(found.first().copied().unwrap_or_default())
         };
         frames.into_iter().map(host).collect()
+    }
+
+    /// The host's frame behind each of `pages` frames of the guest from `first` on, all of which QEMU has read just
+    /// now: memory that was shared is in its page tables only then.
+    pub fn host_frames_of(&mut self, first: u64, pages: usize) -> Result<Vec<u64>> {
+        let bytes = pages * 4096;
+        let all = json!({ "val": first * 4096, "size": bytes, "filename": "/dev/null" });
+        self.qmp
+            .execute("pmemsave", all)
+            .with_context(|| self.name.clone())?;
+        let address = self.memory_base()? + first * 4096;
+        crate::frames::of_range(self.pid(), address, pages)
     }
 
     /// Where the guest's memory begins in QEMU; below 3 GiB it is all in one piece.

@@ -3,13 +3,22 @@
 //! Scenarios share running guests: booting one takes most of a minute. Each gets a [`Stage`] with as many healthy,
 //! sharing guests as it asks for; guests that the scenario before broke are replaced.
 
+mod crowd;
+mod filesystems;
 mod isolation;
+mod kernel;
+mod knobs;
 mod lifecycle;
+mod quiet;
 mod sharing;
 
-use std::{path::Path, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 
 use crate::{
     artifacts::Artifacts,
@@ -19,11 +28,24 @@ use crate::{
     world::{Host, World},
 };
 
+/// How much is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Tier {
+    /// What shows that a further kernel works: load, share, unload.
+    Smoke,
+    /// What every change must pass.
+    Usual,
+    /// Everything.
+    Deep,
+}
+
 /// One scenario.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
     /// Its name, and what it shows.
     pub name: &'static str,
+    /// The least tier it belongs to.
+    pub tier: Tier,
     /// Sharing guests it needs.
     pub guests: usize,
     /// What it does.
@@ -34,56 +56,151 @@ pub struct Scenario {
 pub const ALL: &[Scenario] = &[
     Scenario {
         name: "qemu_runs_without_a_daemon",
+        tier: Tier::Usual,
         guests: 0,
         run: isolation::qemu_runs_without_a_daemon,
     },
     Scenario {
         name: "module_leaves_foreign_ivshmem_alone",
+        tier: Tier::Smoke,
         guests: 0,
         run: isolation::module_leaves_foreign_ivshmem,
     },
     Scenario {
+        name: "knobs_are_what_the_manual_says",
+        tier: Tier::Usual,
+        guests: 0,
+        run: knobs::as_in_the_manual,
+    },
+    Scenario {
+        name: "disk_file_systems_share",
+        tier: Tier::Usual,
+        guests: 0,
+        run: filesystems::disk_file_systems_share,
+    },
+    Scenario {
+        name: "stacked_and_memory_file_systems_share",
+        tier: Tier::Usual,
+        guests: 0,
+        run: filesystems::stacked_and_memory_file_systems_share,
+    },
+    Scenario {
+        name: "scopes_see_what_they_name",
+        tier: Tier::Usual,
+        guests: 0,
+        run: filesystems::scopes_see_what_they_name,
+    },
+    Scenario {
+        name: "unmounting_is_never_busy",
+        tier: Tier::Usual,
+        guests: 0,
+        run: filesystems::unmounting_is_never_busy,
+    },
+    Scenario {
+        name: "kernels_at_one_address_share",
+        tier: Tier::Usual,
+        guests: 0,
+        run: kernel::kernels_at_one_address_share,
+    },
+    Scenario {
+        name: "kernels_at_two_addresses_share_less",
+        tier: Tier::Deep,
+        guests: 0,
+        run: kernel::kernels_at_two_addresses_share_less,
+    },
+    Scenario {
         name: "two_guests_share",
+        tier: Tier::Smoke,
         guests: 2,
         run: sharing::two_guests_share,
     },
     Scenario {
+        name: "clean_shares_more_than_readonly",
+        tier: Tier::Deep,
+        guests: 2,
+        run: sharing::clean_shares_more_than_readonly,
+    },
+    Scenario {
         name: "the_charge_falls_by_what_we_claim",
+        tier: Tier::Usual,
         guests: 2,
         run: sharing::the_charge_falls_by_what_we_claim,
     },
     Scenario {
         name: "a_write_is_seen_by_its_guest_alone",
+        tier: Tier::Smoke,
         guests: 2,
         run: sharing::a_write_is_seen_by_its_guest_alone,
     },
     Scenario {
+        name: "knobs_decide_what_is_reported",
+        tier: Tier::Usual,
+        guests: 2,
+        run: knobs::decide_what_is_reported,
+    },
+    Scenario {
+        name: "knobs_may_change_in_the_middle_of_a_pass",
+        tier: Tier::Usual,
+        guests: 2,
+        run: knobs::in_the_middle_of_a_pass,
+    },
+    Scenario {
+        name: "a_new_file_is_reported_at_once",
+        tier: Tier::Usual,
+        guests: 2,
+        run: quiet::a_new_file_is_reported_at_once,
+    },
+    Scenario {
+        name: "memory_pressure_shrinks_the_tracker",
+        tier: Tier::Usual,
+        guests: 2,
+        run: quiet::memory_pressure_shrinks_the_tracker,
+    },
+    Scenario {
+        name: "an_idle_guest_spends_next_to_nothing",
+        tier: Tier::Deep,
+        guests: 0,
+        run: quiet::an_idle_guest_spends_next_to_nothing,
+    },
+    Scenario {
+        name: "ten_thousand_processes",
+        tier: Tier::Deep,
+        guests: 0,
+        run: crowd::ten_thousand_processes,
+    },
+    Scenario {
         name: "module_unloads_and_reloads_while_sharing",
+        tier: Tier::Smoke,
         guests: 2,
         run: lifecycle::unload_and_reload,
     },
     Scenario {
         name: "module_unloads_with_a_batch_in_flight",
+        tier: Tier::Usual,
         guests: 2,
         run: lifecycle::unload_with_a_batch_in_flight,
     },
     Scenario {
         name: "daemon_killed_and_restarted",
+        tier: Tier::Usual,
         guests: 2,
         run: lifecycle::daemon_killed_and_restarted,
     },
     Scenario {
         name: "a_third_guest_shares_at_once",
+        tier: Tier::Usual,
         guests: 2,
         run: lifecycle::a_third_guest_shares_at_once,
     },
     Scenario {
         name: "a_guest_killed_while_sharing",
+        tier: Tier::Usual,
         guests: 2,
         run: lifecycle::a_guest_killed_while_sharing,
     },
     Scenario {
         name: "guest_runs_on_when_the_host_side_is_gone",
+        tier: Tier::Usual,
         guests: 1,
         run: isolation::host_side_gone,
     },
@@ -150,6 +267,31 @@ impl Stage {
     /// Takes everything down.
     pub fn close(self) -> Result<()> {
         self.world.close()
+    }
+
+    /// Plays with two small guests that share; those of other scenarios wait.
+    fn with_small_pair(
+        &mut self,
+        disks: &[PathBuf],
+        kernel_arguments: &str,
+        play: impl FnOnce(&mut World) -> Result<()>,
+    ) -> Result<()> {
+        let world = &mut self.world;
+        let others = std::mem::take(&mut world.guests);
+        for _ in 0..2 {
+            world.start_small_sharer(disks, kernel_arguments)?;
+        }
+        for guest in &mut world.guests {
+            guest.load_hurried_module()?;
+        }
+        play(world)?;
+        for guest in &mut world.guests {
+            guest.unload_module()?;
+            guest.healthy()?;
+            guest.kill()?;
+        }
+        world.guests = others;
+        Ok(())
     }
 
     /// A seed nobody had before.

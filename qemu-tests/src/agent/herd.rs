@@ -1,0 +1,119 @@
+//! Many processes that map files and sleep: what a pass of the module has to walk through.
+#![expect(unsafe_code, reason = "fork, mmap and what a forked child may call")]
+
+use std::{fs::File, os::fd::AsRawFd, ptr};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
+/// Children of ours, ended and reaped when this is dropped.
+#[derive(Debug, Default)]
+pub(super) struct Herd {
+    members: Vec<Pid>,
+}
+
+impl Herd {
+    /// Starts `processes` processes, each of which maps every file read-only in `pieces` VMAs, and waits until all
+    /// of them have done so. None of them touches what it maps.
+    pub(super) fn start(paths: &[String], processes: u64, pieces: usize) -> Result<Self> {
+        let mut files = Vec::new();
+        for path in paths {
+            let file = File::open(path).with_context(|| format!("open {path}"))?;
+            let length = usize::try_from(file.metadata()?.len())?;
+            files.push((file, length.div_ceil(4096)));
+        }
+        let (reader, writer) = rustix::pipe::pipe().context("make a pipe")?;
+        let mut herd = Self::default();
+        for _ in 0..processes {
+            // SAFETY: the child calls nothing but `member`, which keeps to async-signal-safe functions.
+            let pid = unsafe { libc::fork() };
+            ensure!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
+            match Pid::from_raw(pid) {
+                Some(child) => herd.members.push(child),
+                None => member(&files, pieces.max(1), writer.as_raw_fd()),
+            }
+        }
+        drop(writer);
+        let (mut ready, mut buffer) = (0, [0; 256]);
+        while ready < herd.members.len() {
+            let read = rustix::io::read(&reader, &mut buffer).context("wait for the herd")?;
+            let started = buffer[..read].iter().all(|byte| *byte == 1);
+            ensure!(
+                read > 0 && started,
+                "a process of the herd could not map its files"
+            );
+            ready += read;
+        }
+        Ok(herd)
+    }
+
+    /// Starts one process that uses whatever time nobody else wants, so that the machine is never idle.
+    pub(super) fn spinner() -> Result<Self> {
+        // SAFETY: the child only sets its policy and loops.
+        let pid = unsafe { libc::fork() };
+        ensure!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
+        let Some(child) = Pid::from_raw(pid) else {
+            let lowest = libc::sched_param { sched_priority: 0 };
+            end_with_parent();
+            // SAFETY: a plain system call on this process.
+            unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const lowest) };
+            loop {
+                std::hint::spin_loop();
+            }
+        };
+        Ok(Self {
+            members: vec![child],
+        })
+    }
+}
+
+impl Drop for Herd {
+    fn drop(&mut self) {
+        for member in &self.members {
+            // It may have ended by itself.
+            let _ = kill_process(*member, Signal::KILL);
+        }
+        for member in &self.members {
+            let _ = waitpid(Some(*member), WaitOptions::empty());
+        }
+    }
+}
+
+/// What a forked process does, without allocating or taking a lock: map, say so, sleep.
+fn member(files: &[(File, usize)], pieces: usize, ready: i32) -> ! {
+    let mut well = 1_u8;
+    end_with_parent();
+    for (file, pages) in files {
+        let piece = pages.div_ceil(pieces).max(1);
+        // The kernel maps downwards: with ascending offsets no two pieces become one VMA.
+        for first in (0..*pages).step_by(piece) {
+            let count = piece.min(pages - first);
+            // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
+            let mapped = unsafe {
+                libc::mmap(
+                    ptr::null_mut(),
+                    count * 4096,
+                    libc::PROT_READ,
+                    libc::MAP_PRIVATE,
+                    file.as_raw_fd(),
+                    (first * 4096) as libc::off_t,
+                )
+            };
+            if mapped == libc::MAP_FAILED {
+                well = 0;
+            }
+        }
+    }
+    // SAFETY: one byte from this stack.
+    unsafe { libc::write(ready, (&raw const well).cast(), 1) };
+    loop {
+        // SAFETY: sleeps until a signal ends this process.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Nothing of the herd outlives the agent.
+fn end_with_parent() {
+    // SAFETY: a plain system call on this process.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}

@@ -1,0 +1,506 @@
+//! Every file system shares, and what happens to a file in one guest stays there.
+//!
+//! The guests are small ones of their own, with nothing but the agent and a disk for each kind of file system.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::Stage;
+use crate::{
+    guest::Guest,
+    integrity::Integrity,
+    interrupt,
+    pattern::Expected,
+    protocol::{MountSpec, Op, Unmounts},
+    settle::settle,
+    world::World,
+};
+
+/// Kinds of file systems on disks, in the order of the disks, and whether they can be written.
+const DISKS: [(&str, bool); 5] = [
+    ("ext4", true),
+    ("xfs", true),
+    ("btrfs", true),
+    ("erofs", false),
+    ("squashfs", false),
+];
+/// The files that each of them has.
+const FILES: [&str; 3] = ["library", "program", "shell"];
+/// Size of a file of our own; the last page of it has a tail.
+const BYTES: u64 = (1 << 20) + 777;
+const PAGE: u64 = 4096;
+const SHM: &str = "memory";
+
+/// What is in the files, as SHA-256.
+type Sums = BTreeMap<String, String>;
+
+pub(super) fn disk_file_systems_share(stage: &mut Stage) -> Result<()> {
+    with_two(stage, |world, sums, seed| {
+        for (kind, writable) in DISKS {
+            on_disk(world, sums, seed, kind, writable).context(kind)?;
+        }
+        Ok(())
+    })
+}
+
+fn on_disk(world: &mut World, sums: &Sums, seed: u64, kind: &str, writable: bool) -> Result<()> {
+    let mut integrity = Integrity::default();
+    let disk = disk(kind)?;
+    let path = |name: &str| format!("{}/{name}", disk.target);
+    each(world, |guest| {
+        unit(guest, Op::Mount(disk.clone()))?;
+        hold(guest, &path("library"))?;
+        hold(guest, &path("program"))?;
+        // The first and the last page of this part lie inside large folios, where there are any.
+        unit(
+            guest,
+            Op::HoldPart {
+                path: path("shell"),
+                name: path("part"),
+                offset: 7 * PAGE,
+                bytes: 41 * PAGE,
+            },
+        )
+    })?;
+    for name in ["library", "program", "part"] {
+        all_same(world, &path(name))?;
+    }
+    contents(world, &mut integrity, sums, &disk.target)?;
+    if writable {
+        changes(world, &mut integrity, seed, &disk.target)?;
+        let (first, _) = world.pair()?;
+        for readonly in [true, false] {
+            let target = disk.target.clone();
+            unit(first, Op::Remount { target, readonly })?;
+        }
+        contents(world, &mut integrity, sums, &disk.target)?;
+    }
+
+    let (first, _) = world.pair()?;
+    for name in ["library", "program", "part"] {
+        release(first, &path(name))?;
+    }
+    unmount(first, &disk.target).context("with the module at work")?;
+    unit(first, Op::Mount(disk.clone()))?;
+    hold(first, &path("library"))?;
+    all_same(world, &path("library"))?;
+    contents(world, &mut integrity, sums, &disk.target)?;
+
+    let (first, second) = world.pair()?;
+    release(first, &path("library"))?;
+    for name in ["library", "program", "part"] {
+        release(second, &path(name))?;
+    }
+    each(world, |guest| unmount(guest, &disk.target))?;
+    integrity.verdict()
+}
+
+/// Files of our own that are rewritten, truncated and replaced in the first guest.
+fn changes(world: &mut World, integrity: &mut Integrity, seed: u64, directory: &str) -> Result<()> {
+    let names = ["rewritten", "truncated", "replaced"];
+    let path = |name: &str| format!("{directory}/{name}");
+    let before: Vec<_> = (0..3)
+        .map(|index| Expected::new(seed + index, BYTES).sha256())
+        .collect();
+    each(world, |guest| {
+        for (index, name) in names.iter().enumerate() {
+            write(guest, &path(name), seed + index as u64, 0, BYTES)?;
+            hold(guest, &path(name))?;
+        }
+        Ok(())
+    })?;
+    for name in names {
+        all_same(world, &path(name))?;
+    }
+
+    let (first, second) = world.pair()?;
+    let mut rewritten = Expected::new(seed, BYTES);
+    rewritten.rewrite(seed + 10, 3 * PAGE + 100, 2 * PAGE);
+    let rewritten = rewritten.sha256();
+    write(
+        first,
+        &path("rewritten"),
+        seed + 10,
+        3 * PAGE + 100,
+        2 * PAGE,
+    )?;
+    integrity.file(first, &path("rewritten"), &rewritten)?;
+    integrity.held(first, &path("rewritten"), &rewritten)?;
+
+    let rest = 5 * PAGE + 17;
+    release(first, &path("truncated"))?;
+    unit(
+        first,
+        Op::Truncate {
+            path: path("truncated"),
+            bytes: rest,
+        },
+    )?;
+    integrity.file(
+        first,
+        &path("truncated"),
+        &Expected::new(seed + 1, rest).sha256(),
+    )?;
+
+    let fresh = Expected::new(seed + 12, BYTES).sha256();
+    write(first, &path("fresh"), seed + 12, 0, BYTES)?;
+    let (from, to) = (path("fresh"), path("replaced"));
+    unit(first, Op::Rename { from, to })?;
+    integrity.file(first, &path("replaced"), &fresh)?;
+    integrity.held(first, &path("replaced"), &before[2])?;
+
+    // The module has seen all of it by now, and has told the host.
+    first.wait_passes(3, Duration::from_secs(60))?;
+    integrity.file(first, &path("rewritten"), &rewritten)?;
+    integrity.file(first, &path("replaced"), &fresh)?;
+    for (name, before) in names.iter().zip(&before) {
+        integrity.file(second, &path(name), before)?;
+        integrity.held(second, &path(name), before)?;
+    }
+    release(first, &path("rewritten"))?;
+    release(first, &path("replaced"))?;
+    for name in names {
+        release(second, &path(name))?;
+    }
+    Ok(())
+}
+
+pub(super) fn stacked_and_memory_file_systems_share(stage: &mut Stage) -> Result<()> {
+    with_two(stage, |world, sums, seed| {
+        let mut integrity = Integrity::default();
+        let lower = disk("ext4")?;
+        let tmpfs = spec("tmpfs", "tmpfs", "/fs/tmpfs", "");
+        each(world, |guest| {
+            unit(guest, Op::Mount(lower.clone()))?;
+            unit(guest, Op::Mount(tmpfs.clone()))
+        })?;
+        overlays(world, &mut integrity, sums, seed, &lower, &tmpfs).context("overlayfs")?;
+        in_memory(world, &mut integrity, seed + 100, &tmpfs).context("tmpfs and memfds")?;
+        integrity.verdict()
+    })
+}
+
+/// Two overlays with one lower directory, as two containers of one image have.
+fn overlays(
+    world: &mut World,
+    integrity: &mut Integrity,
+    sums: &Sums,
+    seed: u64,
+    lower: &MountSpec,
+    tmpfs: &MountSpec,
+) -> Result<()> {
+    let containers = ["/fs/container1", "/fs/container2"];
+    let path = |container: &str| format!("{container}/library");
+    each(world, |guest| {
+        for (index, container) in containers.iter().enumerate() {
+            let upper = format!("{}/upper{index}", tmpfs.target);
+            let work = format!("{}/work{index}", tmpfs.target);
+            for path in [&upper, &work] {
+                unit(guest, Op::MakeDirectory { path: path.clone() })?;
+            }
+            let data = format!("lowerdir={},upperdir={upper},workdir={work}", lower.target);
+            unit(
+                guest,
+                Op::Mount(spec("overlay", "overlay", container, &data)),
+            )?;
+            hold(guest, &path(container))?;
+        }
+        let [one, other] = containers.map(path);
+        let one: Vec<u64> = guest.request(Op::HeldFrames { path: one })?;
+        let other: Vec<u64> = guest.request(Op::HeldFrames { path: other })?;
+        ensure!(one == other, "two containers do not share a page cache");
+        Ok(())
+    })?;
+    all_same(world, &path(containers[0]))?;
+
+    let (first, second) = world.pair()?;
+    write(first, &path(containers[0]), seed, 100, 3 * PAGE)?;
+    first.wait_passes(3, Duration::from_secs(60))?;
+    let untouched = sum(sums, "library")?;
+    integrity.file(first, &path(containers[1]), untouched)?;
+    integrity.held(first, &path(containers[1]), untouched)?;
+    for container in containers {
+        integrity.file(second, &path(container), untouched)?;
+        integrity.held(second, &path(container), untouched)?;
+    }
+    each(world, |guest| {
+        for container in containers {
+            release(guest, &path(container))?;
+            unmount(guest, container)?;
+        }
+        Ok(())
+    })
+}
+
+/// A file on tmpfs that nobody has open for writing, a sealed memfd, and one that is not sealed.
+fn in_memory(
+    world: &mut World,
+    integrity: &mut Integrity,
+    seed: u64,
+    tmpfs: &MountSpec,
+) -> Result<()> {
+    let file = format!("{}/file", tmpfs.target);
+    let open = "open memory";
+    let hold_memory = |name: &str, seed, sealed| Op::HoldMemory {
+        name: name.into(),
+        seed,
+        bytes: BYTES,
+        sealed,
+    };
+    each(world, |guest| {
+        write(guest, &file, seed, 0, BYTES)?;
+        hold(guest, &file)?;
+        unit(guest, hold_memory(SHM, seed + 1, true))?;
+        unit(guest, hold_memory(open, seed + 2, false))
+    })?;
+    all_same(world, &file)?;
+    all_same(world, SHM)?;
+    let (same, _) = same(world, open)?;
+    ensure!(same == 0, "{same} pages of an unsealed memfd are shared");
+
+    let (first, second) = world.pair()?;
+    let before = Expected::new(seed, BYTES).sha256();
+    let mut after = Expected::new(seed, BYTES);
+    after.rewrite(seed + 10, 2 * PAGE + 5, PAGE);
+    write(first, &file, seed + 10, 2 * PAGE + 5, PAGE)?;
+    first.wait_passes(3, Duration::from_secs(60))?;
+    integrity.file(first, &file, &after.sha256())?;
+    integrity.held(first, &file, &after.sha256())?;
+    integrity.file(second, &file, &before)?;
+    integrity.held(second, &file, &before)?;
+    let sealed = Expected::new(seed + 1, BYTES).sha256();
+    each(world, |guest| integrity.held(guest, SHM, &sealed))?;
+    each(world, |guest| {
+        for name in [&file, SHM, open] {
+            release(guest, name)?;
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn unmounting_is_never_busy(stage: &mut Stage) -> Result<()> {
+    const ROUNDS: u32 = 25;
+    with_two(stage, |world, _, _| {
+        let (first, _) = world.pair()?;
+        // As many passes as possible, each of which finds the file system.
+        first.set("sleep_millisecs", "10")?;
+        first.set("max_sleep_millisecs", "10")?;
+        for (kind, _) in DISKS {
+            let mount = disk(kind)?;
+            let file = format!("{}/library", mount.target);
+            let op = Op::UnmountOften {
+                mount,
+                file,
+                rounds: ROUNDS,
+            };
+            let result: Unmounts = first
+                .request_for(op, Duration::from_secs(600), |_| {})
+                .context(kind)?;
+            let (all, longest) = (result.total_us / 1000, result.longest_us / 1000);
+            println!("{kind}: {ROUNDS} times unmounted in {all} ms, the longest took {longest} ms");
+            ensure!(
+                result.busy == 0,
+                "{kind}: {} tries to unmount found it busy: {result:?}",
+                result.busy
+            );
+        }
+        Ok(())
+    })
+}
+
+/// What each scope adds, and that a stream is left alone. Files are mapped to be looked at only while the module rests:
+/// that would make them eligible.
+pub(super) fn scopes_see_what_they_name(stage: &mut Stage) -> Result<()> {
+    const FILES: [(&str, u32); 4] = [("part", 1), ("often", 4), ("once", 1), ("other", 4)];
+    with_two(stage, |world, _, seed| {
+        let disk = disk("ext4")?;
+        let path = |name: &str| format!("{}/{name}", disk.target);
+        each(world, |guest| {
+            unit(guest, Op::Mount(disk.clone()))?;
+            for (index, (name, _)) in FILES.iter().enumerate() {
+                write(guest, &path(name), seed + index as u64, 0, BYTES)?;
+            }
+            unit(guest, Op::Evict)?;
+            unit(
+                guest,
+                Op::HoldPart {
+                    path: path("part"),
+                    name: "ten pages".into(),
+                    offset: 5 * PAGE,
+                    bytes: 10 * PAGE,
+                },
+            )?;
+            for (name, times) in FILES {
+                let path = path(name);
+                unit(guest, Op::ReadThrough { path, times })?;
+            }
+            Ok(())
+        })?;
+
+        all_same(world, "ten pages")?;
+        let part = shared_pages(world, "readonly", &[path("part")])?;
+        ensure!(
+            part[0].0 == 10,
+            "readonly: {} pages of a file are shared of which ten are mapped",
+            part[0].0
+        );
+        let cached = shared_pages(world, "cached", &[path("part"), path("other")])?;
+        ensure!(
+            is_most(cached[0]) && cached[1].0 == 0,
+            "cached: {cached:?} pages are shared of a file with a mapped part, and of one without"
+        );
+        let clean = shared_pages(world, "clean", &[path("often"), path("once")])?;
+        ensure!(
+            is_most(clean[0]) && clean[1].0 == 0,
+            "clean: {clean:?} pages are shared of a file that was read often, and of one that was read once"
+        );
+
+        let mut integrity = Integrity::default();
+        for (index, (name, _)) in FILES.iter().enumerate() {
+            let expected = Expected::new(seed + index as u64, BYTES).sha256();
+            each(world, |guest| integrity.file(guest, &path(name), &expected))?;
+        }
+        integrity.verdict()
+    })
+}
+
+/// How many pages of files that nobody has to map are shared in a scope, and of how many.
+fn shared_pages(world: &mut World, scope: &str, files: &[String]) -> Result<Vec<(usize, usize)>> {
+    each(world, |guest| {
+        guest.set("scope", scope)?;
+        guest.set("run", "1")
+    })?;
+    settle(world, Instant::now())?;
+    each(world, |guest| {
+        guest.set("run", "0")?;
+        files.iter().try_for_each(|file| hold(guest, file))
+    })?;
+    let shared = files.iter().map(|file| same(world, file)).collect();
+    each(world, |guest| {
+        files.iter().try_for_each(|file| release(guest, file))
+    })?;
+    shared
+}
+
+fn is_most((some, all): (usize, usize)) -> bool {
+    some * 10 >= all * 9
+}
+
+/// Plays with two small guests that share and have a disk of each kind.
+fn with_two(
+    stage: &mut Stage,
+    play: impl FnOnce(&mut World, &Sums, u64) -> Result<()>,
+) -> Result<()> {
+    let seed = stage.seed();
+    let directory = stage.world.artifacts.filesystems.clone();
+    let directory = directory.context("there are no images of file systems")?;
+    let text = fs::read_to_string(directory.join("files.sha256"))?;
+    let lines = text.lines().filter_map(|line| line.split_once("  "));
+    let sums: Sums = lines.map(|(sum, name)| (name.into(), sum.into())).collect();
+    let images = DISKS.map(|(kind, _)| directory.join("images").join(kind));
+    stage.with_small_pair(&images, "", |world| play(world, &sums, seed))
+}
+
+fn spec(kind: &str, source: &str, target: &str, data: &str) -> MountSpec {
+    MountSpec {
+        kind: kind.into(),
+        source: source.into(),
+        target: target.into(),
+        data: data.into(),
+    }
+}
+
+fn disk(kind: &str) -> Result<MountSpec> {
+    let index = DISKS.iter().position(|(name, _)| *name == kind);
+    let letter = index
+        .and_then(|index| b"abcde".get(index))
+        .context("disk")?;
+    let source = format!("/dev/vd{}", char::from(*letter));
+    Ok(spec(kind, &source, &format!("/fs/{kind}"), ""))
+}
+
+fn sum<'a>(sums: &'a Sums, name: &str) -> Result<&'a str> {
+    let sum = sums.get(name).context("a file without a checksum")?;
+    Ok(sum)
+}
+
+/// The files of the image are what they are in every guest.
+fn contents(
+    world: &mut World,
+    integrity: &mut Integrity,
+    sums: &Sums,
+    directory: &str,
+) -> Result<()> {
+    each(world, |guest| {
+        for name in FILES {
+            integrity.file(guest, &format!("{directory}/{name}"), sum(sums, name)?)?;
+        }
+        Ok(())
+    })
+}
+
+/// How many pages of what both guests hold mapped are the same memory of the host, and of how many.
+fn same(world: &mut World, name: &str) -> Result<(usize, usize)> {
+    let (first, second) = world.pair()?;
+    let (first, second) = (first.host_frames(name)?, second.host_frames(name)?);
+    let pairs = first.iter().zip(&second);
+    let same = pairs.filter(|(one, other)| one == other && **one != 0);
+    Ok((same.count(), first.len()))
+}
+
+/// Waits until nearly all of it is the same memory.
+fn all_same(world: &mut World, name: &str) -> Result<()> {
+    let deadline = Instant::now() + world.limits.settle;
+    loop {
+        interrupt::check()?;
+        world.healthy()?;
+        let (same, all) = same(world, name)?;
+        if same * 20 >= all * 19 {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            bail!("{name}: {same} of {all} pages are the same memory in two guests");
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn each(world: &mut World, mut act: impl FnMut(&mut Guest) -> Result<()>) -> Result<()> {
+    world.guests.iter_mut().try_for_each(&mut act)
+}
+
+fn write(guest: &mut Guest, path: &str, seed: u64, offset: u64, bytes: u64) -> Result<()> {
+    let path = path.into();
+    unit(
+        guest,
+        Op::WritePattern {
+            path,
+            seed,
+            offset,
+            bytes,
+        },
+    )
+}
+
+fn hold(guest: &mut Guest, path: &str) -> Result<()> {
+    unit(guest, Op::Hold { path: path.into() })
+}
+
+fn release(guest: &mut Guest, path: &str) -> Result<()> {
+    unit(guest, Op::Release { path: path.into() })
+}
+
+fn unmount(guest: &mut Guest, target: &str) -> Result<()> {
+    let target = target.into();
+    unit(guest, Op::Unmount { target })
+}
+
+fn unit(guest: &mut Guest, op: Op) -> Result<()> {
+    guest.request::<Value>(op).map(drop)
+}
