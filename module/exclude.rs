@@ -109,7 +109,7 @@ impl Patterns {
 }
 
 fn words(text: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let words = text.split(|byte| byte.is_ascii_whitespace());
+    let words = text.split(u8::is_ascii_whitespace);
     words.filter(|word| !word.is_empty())
 }
 

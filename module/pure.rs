@@ -38,6 +38,7 @@ mod tests {
     mod fifo;
     mod filter;
     mod iomem;
+    mod list;
     mod pages;
     mod policy;
     mod ranges;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use crate::list::deny;
 use crate::pages::{Cursor, Pages, PieceState};
 use crate::ranges::Range;
 use proptest::prelude::*;
@@ -86,17 +87,77 @@ proptest! {
             prop_assert_eq!(pages.pages(), model.len() as u64);
         }
         pages.pack();
-        let mut walk = Cursor::default();
-        let mut walked = BTreeMap::new();
-        let mut next = pages.seek(0, &mut walk);
-        while let Some(entry) = next {
-            for p in entry.page..entry.end() {
-                prop_assert_eq!(walked.insert(p, entry.frame_of(p)), None);
-                prop_assert!(entry.refused >= refused[&p]);
-            }
-            next = pages.next(&entry, &mut walk);
+        let all = all(&pages);
+        for (p, (_, is_refused)) in &all {
+            prop_assert!(*is_refused >= refused[p]);
         }
+        let walked: BTreeMap<u64, u64> = all.into_iter().map(|(p, (frame, _))| (p, frame)).collect();
         prop_assert_eq!(walked, model);
+    }
+}
+
+/// All that is tracked, page by page: frame and whether it was refused.
+fn all(pages: &Pages) -> BTreeMap<u64, (u64, bool)> {
+    let (mut all, mut cursor) = (BTreeMap::new(), Cursor::default());
+    let mut next = pages.seek(0, &mut cursor);
+    while let Some(entry) = next {
+        for p in entry.page..entry.end() {
+            let before = all.insert(p, (entry.frame_of(p), entry.refused));
+            assert_eq!(before, None, "page {p} twice");
+        }
+        next = pages.next(&entry, &mut cursor);
+    }
+    all
+}
+
+proptest! {
+    /// A page may be forgotten, but never be remembered where it was not reported last.
+    #[test]
+    fn without_memory_pages_are_forgotten_and_nothing_else_happens(
+        ops in prop::collection::vec((op(), prop_oneof![1 => Just(0), 1 => any::<u64>()]), 0..150),
+    ) {
+        let mut pages = Pages::new();
+        let mut model: BTreeMap<u64, u64> = BTreeMap::new();
+        for (op, denied) in ops {
+            let before = pages.pages();
+            match op {
+                Op::Record(page, n, choice) => {
+                    deny(denied);
+                    let recorded = pages.record(Range { start: page, end: page + n }, frame_of(page, choice));
+                    deny(0);
+                    prop_assert!(recorded.is_ok() || denied != 0);
+                    model.extend((page..page + n).map(|p| (p, frame_of(p, choice))));
+                }
+                Op::Forget(page, n) => {
+                    deny(denied);
+                    let forgotten = pages.forget(Range { start: page, end: page + n });
+                    deny(0);
+                    prop_assert_eq!(forgotten, before - pages.pages());
+                    model.retain(|p, _| !(page..page + n).contains(p));
+                }
+                Op::Refuse(page, n, choice) => {
+                    deny(denied);
+                    pages.refuse(Range { start: page, end: page + n }, frame_of(page, choice));
+                    deny(0);
+                    // What cannot be marked is forgotten, so that it is tried again all the same.
+                    let all = all(&pages);
+                    for (p, (frame, is_refused)) in all.range(page..page + n) {
+                        prop_assert!(*is_refused || *frame != frame_of(*p, choice));
+                    }
+                }
+                Op::Compare(..) => {
+                    deny(denied);
+                    pages.pack();
+                    deny(0);
+                    prop_assert_eq!(pages.pages(), before);
+                }
+            }
+            let all = all(&pages);
+            prop_assert_eq!(pages.pages(), all.len() as u64);
+            for (p, (frame, _)) in all {
+                prop_assert_eq!(model.get(&p), Some(&frame));
+            }
+        }
     }
 }
 

@@ -3,6 +3,85 @@
 use crate::policy::{
     backoff_passes, may_load, most_in_flight, poll_ms, Moment, Schedule, ATTACH_POLL_MS, POLL_MS,
 };
+use proptest::prelude::*;
+
+/// What happens to a schedule.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    PassEnded(bool),
+    Hurry,
+    News,
+    Rest,
+    Due(u64),
+    Nothing,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        4 => any::<bool>().prop_map(Event::PassEnded),
+        1 => Just(Event::Hurry),
+        2 => Just(Event::News),
+        1 => Just(Event::Rest),
+        1 => (0..5000_u64).prop_map(Event::Due),
+        3 => Just(Event::Nothing),
+    ]
+}
+
+proptest! {
+    /// Whatever happens in whatever order: nothing is looked for more often than the operator
+    /// allows or while memory is short, and nothing is left for longer than the longest sleep.
+    #[test]
+    fn a_pass_is_neither_too_early_nor_too_late(
+        events in prop::collection::vec((event(), 0..4000_u64), 1..100),
+        sleep in 10..3000_u64,
+        most in 10..20_000_u64,
+    ) {
+        let mut schedule = Schedule::new();
+        let (mut now, mut ended, mut rested) = (0, None, None);
+        // What may cut the sleep short since the last pass, and when the pass is due by that.
+        let (mut hurried, mut due) = (false, u64::MAX);
+        for (event, after) in events {
+            now += after;
+            match event {
+                Event::PassEnded(news) => {
+                    schedule.pass_ended(now, news, sleep, most);
+                    (ended, hurried, due) = (Some(now), false, u64::MAX);
+                }
+                Event::Hurry => {
+                    schedule.hurry();
+                    hurried = true;
+                }
+                Event::News => {
+                    schedule.news(now);
+                    due = due.min((now + 100).max(ended.map_or(0, |ended| ended + sleep)));
+                }
+                Event::Rest => {
+                    schedule.rest(now);
+                    rested = Some(now + 10_000);
+                }
+                Event::Due(ms) => {
+                    schedule.due_in(now, ms);
+                    due = due.min(now + ms);
+                }
+                Event::Nothing => {}
+            }
+            let at = now + schedule.wait_ms(now);
+            let resting = rested.unwrap_or(0);
+            prop_assert!(at >= resting);
+            let Some(ended) = ended else {
+                prop_assert_eq!(at, now.max(resting));
+                continue;
+            };
+            if hurried {
+                prop_assert_eq!(at, now.max(resting));
+            } else {
+                prop_assert!(at >= (ended + sleep).min(due).max(resting));
+                let latest = (ended + most.max(sleep)).min(due);
+                prop_assert!(at <= latest.max(resting).max(now), "{at} and not {latest} at {now}");
+            }
+        }
+    }
+}
 
 #[test]
 fn a_confidential_guest_is_told_why() {

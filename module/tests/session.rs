@@ -3,6 +3,7 @@
 //! The session against a host that keeps to the protocol, step by step in any order, and
 //! against one that writes whatever it likes.
 
+use crate::list::deny;
 use crate::pages::{Cursor, PieceState};
 use crate::policy;
 use crate::ranges::Range;
@@ -337,6 +338,8 @@ enum Step {
     Request(u32, u64, u64),
     Rescan,
     Restart,
+    /// Some of the next allocations fail.
+    Deny(u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -353,6 +356,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..80_u32, 0..50_u64, 0..50_u64).prop_map(|(f, p, n)| Step::Request(f, p, n)),
         1 => Just(Step::Rescan),
         1 => Just(Step::Restart),
+        1 => any::<u64>().prop_map(Step::Deny),
     ]
 }
 
@@ -391,12 +395,14 @@ proptest! {
                 Step::Request(file, page, pages) => host.request(Request::Report { file, page, pages }),
                 Step::Rescan => host.request(Request::Rescan),
                 Step::Restart => host.restart(),
+                Step::Deny(allocations) => deny(allocations),
             }
             host.check(&held);
             prop_assert!(session.pages_in_flight() <= 4096);
             prop_assert_eq!(session.pages_in_flight(), held.total());
             prop_assert_eq!(session.ring().lies(), 0);
         }
+        deny(0);
         // A host that answers gets the guest to let go of everything.
         for _ in 0..4 {
             session.publish();
@@ -434,12 +440,14 @@ proptest! {
                     now += ms * 100;
                     session.service(now);
                 }
+                Step::Deny(allocations) => deny(allocations),
                 // Every other word goes into the positions, the rest anywhere in pages it owns.
                 _ if at % 2 == 0 => shared.set(layout.host_area + at as u64 / 2 % 8 * 8, value),
                 _ => shared.set((layout.requests + at as u64 * 8) & !7, value),
             }
             prop_assert_eq!(session.pages_in_flight(), held.total());
         }
+        deny(0);
         session.abandon();
     }
 }

@@ -1,13 +1,138 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use crate::list::deny;
 use crate::ranges::Range;
 use crate::tracker::{FileState, Tracker};
 use proptest::prelude::*;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// What a test remembers of a file.
+#[derive(Default)]
+struct Known {
+    seen: u32,
+    looked_at: BTreeSet<u64>,
+    reported: BTreeSet<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Look(Range),
+    Touch,
+    Report(Range),
+    Retire,
+    /// The next pass, after one that came to its end or did not.
+    Pass(bool),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let range = (0..60_u64, 0..20_u64).prop_map(|(start, pages)| Range {
+        start,
+        end: start + pages,
+    });
+    prop_oneof![
+        6 => range.clone().prop_map(Step::Look),
+        1 => Just(Step::Touch),
+        3 => range.prop_map(Step::Report),
+        1 => Just(Step::Retire),
+        1 => any::<bool>().prop_map(Step::Pass),
+    ]
+}
 
 proptest! {
+    /// In every pass each page is looked at once, or more than once where memory was short; and
+    /// what was not looked at is known.
     #[test]
-    fn files_are_found_by_key(ops in prop::collection::vec((0..3_u8, 0..40_usize), 0..400)) {
+    fn a_pass_looks_at_every_page_once(
+        steps in prop::collection::vec((step(), 0..4_usize), 0..200),
+        denied in prop_oneof![Just(0), any::<u64>()],
+    ) {
+        let mut tracker = Tracker::new(10);
+        let mut files: BTreeMap<u32, Known> = BTreeMap::new();
+        let mut pass = 1;
+        for (step, which) in steps {
+            let key = 64 + 64 * which;
+            let id = match tracker.find(key) {
+                Some(id) => id,
+                None => {
+                    let id = tracker.add(key, 0).expect("room");
+                    prop_assert!(files.insert(id, Known::default()).is_none());
+                    id
+                }
+            };
+            let file = files.get_mut(&id).expect("added");
+            match step {
+                Step::Look(mut range) => {
+                    file.seen = pass;
+                    let wanted: BTreeSet<u64> = (range.start..range.end).collect();
+                    let mut now = BTreeSet::new();
+                    deny(denied);
+                    loop {
+                        let part = tracker.uncovered(id, pass, range);
+                        if part.is_empty() {
+                            break;
+                        }
+                        prop_assert!(part.start >= range.start && part.end <= range.end);
+                        for page in part.start..part.end {
+                            prop_assert!(now.insert(page));
+                            prop_assert!(denied != 0 || !file.looked_at.contains(&page));
+                        }
+                        tracker.cover(id, part);
+                        range.start = part.end;
+                    }
+                    deny(0);
+                    prop_assert!(wanted.iter().all(|p| now.contains(p) || file.looked_at.contains(p)));
+                    file.looked_at.extend(now);
+                }
+                Step::Touch => {
+                    file.seen = pass;
+                    tracker.touch(id, pass);
+                }
+                Step::Report(range) => {
+                    let tracked = tracker.get_mut(id).expect("in use");
+                    prop_assert_eq!(tracked.pages.record(range, 1000 + range.start), Ok(()));
+                    file.reported.extend(range.start..range.end);
+                }
+                Step::Retire => {
+                    tracker.retire(id);
+                    tracker.release(id);
+                    files.remove(&id);
+                }
+                Step::Pass(ended) => {
+                    if ended {
+                        tracker.end_of_pass();
+                    }
+                    pass += 1;
+                    for file in files.values_mut() {
+                        file.looked_at.clear();
+                    }
+                }
+            }
+            for (&id, file) in &files {
+                let (mut strays, mut page) = (BTreeSet::new(), 0);
+                while let Some(stray) = tracker.stray(id, pass, page) {
+                    strays.extend(stray.start..stray.end);
+                    page = stray.end;
+                }
+                let expected: BTreeSet<u64> = file.reported.difference(&file.looked_at).copied().collect();
+                // What was looked at may be forgotten to have been.
+                prop_assert!(strays.is_superset(&expected));
+                prop_assert!(denied != 0 || strays == expected);
+            }
+            let missing = |file: &Known| file.seen != pass;
+            let next = files.iter().find(|(_, file)| missing(file)).map(|(id, _)| *id);
+            prop_assert_eq!(tracker.next_missing(0, pass), next);
+            let old = files.iter().find(|(_, file)| pass - file.seen > 3).map(|(id, _)| *id);
+            prop_assert_eq!(tracker.next_unseen(0, pass, 3), old);
+            let pages: usize = files.values().map(|file| file.reported.len()).sum();
+            prop_assert_eq!(tracker.pages(), pages as u64);
+        }
+    }
+
+    #[test]
+    fn files_are_found_by_key(
+        ops in prop::collection::vec((0..3_u8, 0..40_usize), 0..400),
+        denied in prop_oneof![Just(0), any::<u64>()],
+    ) {
         let mut tracker = Tracker::new(30);
         let mut model: HashMap<usize, u32> = HashMap::new();
         let mut retired: Vec<u32> = Vec::new();
@@ -16,8 +141,12 @@ proptest! {
             let key = 0xffff_8880_0000_0000 + key * 1024;
             match (op, model.get(&key).copied()) {
                 (0, None) => {
+                    deny(denied.rotate_left(model.len() as u32));
                     let added = tracker.add(key, key as u64);
-                    prop_assert_eq!(added.is_some(), model.len() + retired.len() < 30);
+                    deny(0);
+                    let has_room = model.len() + retired.len() < 30;
+                    prop_assert!(added.is_none() || has_room);
+                    prop_assert!(added.is_some() || !has_room || denied != 0);
                     if let Some(id) = added {
                         prop_assert!(!retired.contains(&id));
                         prop_assert!(model.values().all(|other| *other != id));

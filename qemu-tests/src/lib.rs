@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod artifacts;
+pub mod bench;
 pub mod cgroup;
 pub mod changes;
 pub mod console;

@@ -29,7 +29,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     provision::{Part, Project},
-    runner::{DemoArguments, TestArguments},
+    runner::{DemoArguments, GuestBenchArguments, TestArguments},
 };
 
 /// Builds, provisions and runs everything around pagefusion that cargo alone cannot.
@@ -51,6 +51,9 @@ enum Task {
     Demo(DemoArguments),
     /// Run all tests
     Test(TestArguments),
+    /// Measure what pagefusion costs
+    #[command(subcommand)]
+    Bench(Bench),
     /// Formatting, lints and licences
     Check,
     /// Build the kernel module and print where it is
@@ -71,6 +74,12 @@ enum Task {
         #[arg(long, value_name = "DAYS")]
         unused_for: Option<u32>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// What the module costs a guest, in instructions
+    Guest(GuestBenchArguments),
 }
 
 fn main() -> ExitCode {
@@ -97,6 +106,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.task {
         Task::Demo(demo) => return runner::demo(&project, demo),
         Task::Test(test) => return runner::test(&project, test),
+        Task::Bench(Bench::Guest(bench)) => return runner::bench_guest(&project, bench),
         Task::Check => return runner::check(&project),
         Task::Module { clippy: true } => runner::lint_module(&project)?,
         Task::Module { clippy: false } => println!("{}", project.module()?.display()),

@@ -46,6 +46,16 @@ pub(crate) struct TestArguments {
     host: Option<String>,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct GuestBenchArguments {
+    /// Fewer and smaller loads
+    #[arg(long)]
+    quick: bool,
+    /// Also write the results to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<std::path::PathBuf>,
+}
+
 pub(crate) fn demo(project: &Project, arguments: &DemoArguments) -> Result<ExitCode> {
     let artifacts = project.everything()?;
     build_release(project)?;
@@ -55,6 +65,21 @@ pub(crate) fn demo(project: &Project, arguments: &DemoArguments) -> Result<ExitC
         .arg(arguments.vms.to_string())
         .arg("--host")
         .arg(&arguments.host);
+    if let Some(json) = &arguments.json {
+        command.arg("--json").arg(std::path::absolute(json)?);
+    }
+    let status = command.status().context("cannot start qemu-tests")?;
+    stop_if_interrupted()?;
+    Ok(exit_code(status))
+}
+
+pub(crate) fn bench_guest(project: &Project, arguments: &GuestBenchArguments) -> Result<ExitCode> {
+    let artifacts = project.everything()?;
+    build_release(project)?;
+    let mut command = harness(project, "bench-guest", &artifacts);
+    if arguments.quick {
+        command.arg("--quick");
+    }
     if let Some(json) = &arguments.json {
         command.arg("--json").arg(std::path::absolute(json)?);
     }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use qemu_tests::{
     artifacts::Artifacts,
-    demo,
+    bench, demo,
     guest::Accelerator,
     interrupt, kvm,
     lab::Lab,
@@ -69,6 +69,15 @@ enum Task {
         /// Only scenarios whose name contains this, of whatever tier.
         filter: Option<String>,
     },
+    /// Measure what the module costs a guest, in instructions.
+    BenchGuest {
+        /// Fewer and smaller loads.
+        #[arg(long)]
+        quick: bool,
+        /// Write the result to this file.
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
     /// Boot the lab host and run the harness in it with these arguments.
     LabHost {
         /// For the harness inside.
@@ -119,6 +128,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             let filter = filter.as_deref();
             harness.test(quick, host, Choice { tier, filter })
         }
+        Task::BenchGuest { quick, json } => harness.bench_guest(quick, json.as_deref()),
         Task::LabHost { arguments } => {
             let mut lab = Lab::start(&artifacts, logs)?;
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
@@ -147,6 +157,13 @@ impl Harness<'_> {
         println!("{}", report.table());
         write_json(json, &report)?;
         demo::verdict(&report)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn bench_guest(self, quick: bool, json: Option<&Path>) -> Result<ExitCode> {
+        let table = bench::guest(self.artifacts, quick, self.logs)?;
+        println!("{}", table.text());
+        write_json(json, &table)?;
         Ok(ExitCode::SUCCESS)
     }
 
