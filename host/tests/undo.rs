@@ -5,8 +5,8 @@
 mod common;
 
 use common::{Random, Vm, file, fill};
-use pagefusion_host::engine::{ReportedRun, audit, file_uses};
-use pagefusion_host::protocol::Undo;
+use pagefusion_host::engine::{ReportedRun, audit, file_uses, tidy};
+use pagefusion_host::protocol::{StoreSpan, Undo};
 use pagefusion_host::store::{Group, LocalStore, PAGE};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -165,4 +165,87 @@ fn an_undo_under_load_loses_no_write() {
         }
     });
     assert_eq!(shared.uses()[1], 0);
+}
+
+fn store_span(page: u32, pages: u32) -> StoreSpan {
+    StoreSpan { page, pages }
+}
+
+/// Where the store has the two files; each is there as a whole, in the order of its pages.
+fn store_of(shared: &Shared, number: u64) -> u32 {
+    let memory = shared.vm.sharing.memory();
+    let mut holdings = memory.holdings().into_iter();
+    let first = holdings.find(|it| it.span.file == file(number) && it.span.page == 0);
+    first.unwrap().store
+}
+
+#[test]
+fn overlays_that_a_guest_has_mostly_broken_become_ordinary_memory() {
+    let shared = Shared::new();
+    let before = audit(&shared.vm.sharing).unwrap();
+    // All but two pages of three runs, and the end of another.
+    for frame in (2..3 * RUN).chain(4 * RUN + 12..5 * RUN) {
+        shared.vm.ram.word(frame, 0).fetch_xor(0, Ordering::Relaxed);
+    }
+    let again = tidy(&shared.vm.sharing, &[]).unwrap();
+    let after = audit(&shared.vm.sharing).unwrap();
+    assert_eq!(after.intact, before.intact - 3 * RUN as u64 - 4);
+    assert_eq!(after.overlay_mappings, before.overlay_mappings - 2);
+    // Between two overlays it would be a mapping of its own.
+    assert_eq!(after.broken, 4);
+    // What was not broken and went along is reported again, and nothing else.
+    assert_eq!(again.len(), 1);
+    assert_eq!(
+        (again[0].file, again[0].page, again[0].pages),
+        (file(1), 0, 2)
+    );
+    shared.check();
+}
+
+#[test]
+fn a_hole_that_a_guest_has_written_into_an_overlay_cuts_nothing() {
+    let shared = Shared::new();
+    let before = audit(&shared.vm.sharing).unwrap();
+    for frame in 3..9 {
+        shared.vm.ram.word(frame, 0).fetch_xor(0, Ordering::Relaxed);
+    }
+    assert_eq!(tidy(&shared.vm.sharing, &[]).unwrap(), []);
+    let after = audit(&shared.vm.sharing).unwrap();
+    assert_eq!((after.intact, after.broken), (before.intact - 6, 6));
+    assert_eq!(after.overlay_mappings, before.overlay_mappings);
+}
+
+#[test]
+fn pages_that_nobody_else_has_become_ordinary_memory_and_are_reported_again() {
+    let shared = Shared::new();
+    let at = store_of(&shared, 2);
+    // Two runs, a half of one between overlays, and the half of one at the end of memory.
+    let alone = [(0, 32), (40, 8), (248, 8)].map(|(page, pages)| store_span(at + page, pages));
+    let again = tidy(&shared.vm.sharing, &alone).unwrap();
+    assert_eq!(shared.uses(), [256, 256 - 40]);
+    let pages: Vec<_> = again.iter().map(|it| (it.page, it.pages)).collect();
+    assert_eq!(pages, [(0, 16), (16, 16), (248, 8)]);
+    shared.check();
+}
+
+#[test]
+fn pages_that_a_guest_has_twice_stay_shared_though_nobody_else_has_them() {
+    let shared = Shared::new();
+    let at = store_of(&shared, 2);
+    // The first run of file 2 once more, where the first run of file 1 was.
+    for page in 0..RUN {
+        shared
+            .vm
+            .ram
+            .write_page(page, &shared.content[1][page * PAGE..][..PAGE]);
+    }
+    let again = ReportedRun {
+        file: file(2),
+        page: 0,
+        gfn: 0,
+        pages: RUN as u32,
+    };
+    assert_eq!(shared.vm.sharing.share(&[again])[0].shared, RUN as u16);
+    assert_eq!(tidy(&shared.vm.sharing, &[store_span(at, 16)]).unwrap(), []);
+    assert_eq!(shared.uses(), [240, 272]);
 }

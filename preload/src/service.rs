@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use pagefusion_host::engine::{
-    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, file_uses, serve_faults,
+    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, file_uses, serve_faults, tidy,
 };
 use pagefusion_host::protocol::{
     ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, MAX_FILES,
@@ -304,6 +304,17 @@ impl Service {
                     Err(e) => ControlReply::Error(format!("undoing an overlay: {e}")),
                 }
             }
+            ControlRequest::Tidy { alone } => match tidy(&self.sharing, &alone) {
+                Ok(spans) => {
+                    let mut guest = lock(&self.guest);
+                    guest.publish_shared(self.sharing.memory().overlays().pages());
+                    if guest.request_report(&spans) {
+                        self.ring_guest();
+                    }
+                    ControlReply::Done
+                }
+                Err(e) => ControlReply::Error(format!("tidying up: {e}")),
+            },
             ControlRequest::Pause => {
                 self.set_paused(true);
                 ControlReply::Done

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Shares equal pages between the VMs of a trust group.
 #[derive(Parser)]
@@ -35,6 +36,10 @@ struct Arguments {
     /// Policy `pressure`: share from when on only this part of the host's memory is available.
     #[arg(long, value_name = "PERCENT", default_value_t = PressureThresholds::default().available)]
     pressure_available: f64,
+    /// Look so often for overlays that save nothing, because the guest has written them or nobody
+    /// else has their pages any more, and make ordinary memory of them; 0 never does.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    tidy_interval: u64,
     /// How the log is written.
     #[arg(long, value_enum, default_value_t)]
     log_format: LogFormat,
@@ -58,6 +63,7 @@ fn run(
         metrics,
         pressure_waiting,
         pressure_available,
+        tidy_interval,
         log_format,
     }: Arguments,
 ) -> anyhow::Result<()> {
@@ -77,6 +83,7 @@ fn run(
             waiting: pressure_waiting,
             available: pressure_available,
         },
+        tidy: Some(Duration::from_secs(tidy_interval)).filter(|it| !it.is_zero()),
     })?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(false, &[NotifyState::Ready]);

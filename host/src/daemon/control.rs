@@ -136,7 +136,10 @@ fn exchange(
     request: &ControlRequest,
 ) -> std::io::Result<ControlReply> {
     connection.set_limit(match request {
-        ControlRequest::Undo(_) | ControlRequest::Pause | ControlRequest::Resume => SLOW,
+        ControlRequest::Undo(_)
+        | ControlRequest::Tidy { .. }
+        | ControlRequest::Pause
+        | ControlRequest::Resume => SLOW,
         ControlRequest::Status | ControlRequest::Files { .. } | ControlRequest::Report { .. } => {
             QUICK * 2
         }

@@ -24,6 +24,7 @@ mod process;
 mod registry;
 mod runtime;
 mod status;
+mod tidy;
 mod vm;
 
 pub use error::DaemonError;
@@ -67,6 +68,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// From when on the policy `pressure` shares.
     pub pressure: PressureThresholds,
+    /// How long between two looks for overlays that save nothing; `None` never looks.
+    pub tidy: Option<Duration>,
 }
 
 /// A daemon that has taken over what was there and can be reached.
@@ -79,6 +82,7 @@ pub struct Daemon {
     metrics_tcp: Option<TcpListener>,
     metrics_clients: Arc<AtomicUsize>,
     pressure: PressureThresholds,
+    tidy: Option<Duration>,
 }
 
 impl Daemon {
@@ -115,6 +119,7 @@ impl Daemon {
             metrics_tcp,
             metrics_clients: Arc::default(),
             pressure: config.pressure,
+            tidy: config.tidy,
         })
     }
 
@@ -122,15 +127,16 @@ impl Daemon {
     pub fn run(&self, stop: impl AsFd) -> Result<(), DaemonError> {
         let failed = DaemonError::system("cannot wait for events");
         self.events.watch(&stop, Source::Stop).map_err(&failed)?;
-        let (_running, until) = mpsc::channel::<()>();
         let (registry, mut pressure) = (self.registry.clone(), Pressure::new(self.pressure));
-        spawn("pressure", move || {
-            while until.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if registry.heeds_pressure() && registry.set_pressure(pressure.look()) {
-                    orders::rescan(&registry);
-                }
+        let _pressure = every(INTERVAL, "pressure", move || {
+            if registry.heeds_pressure() && registry.set_pressure(pressure.look()) {
+                orders::rescan(&registry);
             }
         });
+        let registry = self.registry.clone();
+        let _tidy = self
+            .tidy
+            .map(|interval| every(interval, "tidy", move || tidy::tidy(&registry)));
         let mut buffer = Vec::with_capacity(64);
         'serve: loop {
             for source in self.events.wait(&mut buffer).map_err(&failed)? {
@@ -359,6 +365,21 @@ fn accept_from(listener: &UnixListener, vm: &Vm) -> Option<UnixStream> {
             None
         }
     }
+}
+
+/// Works again and again, until the answer is dropped.
+fn every(
+    interval: Duration,
+    name: &str,
+    mut work: impl FnMut() + Send + 'static,
+) -> mpsc::Sender<()> {
+    let (running, until) = mpsc::channel();
+    spawn(name, move || {
+        while until.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+            work();
+        }
+    });
+    running
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {

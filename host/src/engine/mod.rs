@@ -20,6 +20,7 @@ mod regions;
 mod ring;
 mod shared_memory;
 mod sharing;
+mod tidy;
 mod uffd;
 mod usage;
 
@@ -34,5 +35,6 @@ pub use regions::{Attributes, Piece, Region, Regions, Unsuitable};
 pub use ring::{Attachment, Batch, Claimed, RingConsumer, RingError};
 pub use shared_memory::SharedMemory;
 pub use sharing::{ReportedRun, Sharing};
+pub use tidy::tidy;
 pub use uffd::{Event, Uffd, UffdError};
 pub use usage::file_uses;

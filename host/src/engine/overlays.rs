@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use roaring::RoaringBitmap;
 
-use crate::protocol::{StorePage, StoreSpan};
+use crate::protocol::{StorePage, StoreSpan, spans};
 use crate::store::PAGE;
 
 /// A canonical range mapped over guest memory.
@@ -196,12 +196,17 @@ impl Overlays {
         &self.held
     }
 
+    /// Those of them that more than one of its pages lies on.
+    pub fn held_twice(&self) -> RoaringBitmap {
+        self.more.keys().copied().collect()
+    }
+
     /// Of `granted` and what was dropped since the last call, what is not held, as spans.
     pub fn take_unneeded(&mut self, granted: &RoaringBitmap) -> Vec<StoreSpan> {
         let mut unneeded = std::mem::take(&mut self.dropped);
         unneeded |= granted;
         unneeded -= &self.held;
-        to_spans(&unneeded)
+        spans(&unneeded)
     }
 
     /// Forgets what was dropped; the store it came from is gone.
@@ -212,17 +217,6 @@ impl Overlays {
 
 fn end_of(address: usize, overlay: &Overlay) -> usize {
     address + overlay.pages as usize * PAGE
-}
-
-fn to_spans(pages: &RoaringBitmap) -> Vec<StoreSpan> {
-    let mut spans: Vec<StoreSpan> = Vec::new();
-    for page in pages {
-        match spans.last_mut() {
-            Some(last) if last.page + last.pages == page => last.pages += 1,
-            _ => spans.push(StoreSpan { page, pages: 1 }),
-        }
-    }
-    spans
 }
 
 #[cfg(test)]

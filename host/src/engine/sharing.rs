@@ -174,12 +174,24 @@ impl Sharing {
     /// Turns some overlays back into ordinary memory and gives the store pages back. What the
     /// store grants afterwards is shared again.
     pub fn undo(&self, what: &Undo) -> std::io::Result<()> {
+        self.undo_ranges(|memory| usage::ranges(memory, what))
+    }
+
+    /// As [`Sharing::undo`] for addresses of this process.
+    pub(super) fn undo_ranges(
+        &self,
+        ranges: impl FnOnce(&Memory) -> Vec<std::ops::Range<usize>>,
+    ) -> std::io::Result<()> {
         // While this is held, nobody shares what was granted before.
         let mut store = lock(&self.store);
         let ranges = {
             let mut memory = self.memory();
+            let ranges = ranges(&memory);
+            if ranges.is_empty() {
+                return Ok(());
+            }
             memory.begin_undo()?;
-            usage::ranges(&memory, what)
+            ranges
         };
         let result = ranges.iter().try_for_each(|range| self.restore(range));
         self.memory().end_undo();

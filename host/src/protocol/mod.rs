@@ -30,7 +30,7 @@ use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak the same version.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Largest encoded message, bytes, payload excluded.
 pub const MAX_MESSAGE: usize = 1 << 20;
 /// Most pages in one [`EngineRequest::Publish`].
@@ -97,6 +97,18 @@ pub struct StoreSpan {
     pub page: StorePage,
     /// Number of pages.
     pub pages: u32,
+}
+
+/// A set of store pages as spans.
+pub(crate) fn spans(pages: &roaring::RoaringBitmap) -> Vec<StoreSpan> {
+    let mut spans: Vec<StoreSpan> = Vec::new();
+    for page in pages {
+        match spans.last_mut() {
+            Some(last) if last.page + last.pages == page => last.pages += 1,
+            _ => spans.push(StoreSpan { page, pages: 1 }),
+        }
+    }
+    spans
 }
 
 /// Part of a looked-up span.
@@ -264,6 +276,12 @@ pub enum ControlRequest {
     /// Turn overlays back into ordinary memory. Answered by [`ControlReply::Done`] when it is
     /// done and the store pages are released.
     Undo(Undo),
+    /// Make ordinary memory of overlays that are worth nothing any more: mostly broken by the
+    /// guest, or on store pages that nobody else has. Answered by [`ControlReply::Done`].
+    Tidy {
+        /// Store pages that no other process has been granted.
+        alone: Vec<StoreSpan>,
+    },
     /// Share nothing more until [`ControlRequest::Resume`]; overlays stay. Answered by
     /// [`ControlReply::Done`].
     Pause,

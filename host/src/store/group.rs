@@ -10,7 +10,8 @@ use super::index::{Index, MAX_CANDIDATES};
 use super::sightings::{Reporter, Sightings};
 use super::{PAGE, StoreError, hash_page, whole_pages};
 use crate::protocol::{
-    FileKey, FileSpan, Holding, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, StoreSpan, Verdict,
+    FileKey, FileSpan, Holding, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, StoreSpan,
+    Verdict, spans,
 };
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashSet};
@@ -102,6 +103,8 @@ struct Vm {
     published: u64,
     limited: u64,
     limits: VmLimits,
+    /// Granted to nobody else when that was last asked.
+    alone: RoaringBitmap,
 }
 
 /// The page store of one trust group.
@@ -398,6 +401,21 @@ impl Group {
                 .remove_range(&mut self.files, vm, file, span.page, end);
         }
         Ok(())
+    }
+
+    /// Pages granted to this VM and to no other, now and when this was called before. Pages whose
+    /// second user has only gone for a moment, or is about to come, are not among them.
+    pub fn take_alone(&mut self, vm: u32) -> Vec<StoreSpan> {
+        if self.adoption.is_some() {
+            return Vec::new();
+        }
+        let Some(it) = self.vms.get_mut(&vm) else {
+            return Vec::new();
+        };
+        let references = |store| self.index.page(store).map_or(0, |page| page.references);
+        let alone: RoaringBitmap = it.granted.iter().filter(|&s| references(s) == 1).collect();
+        let before = std::mem::replace(&mut it.alone, alone);
+        spans(&(before & &it.alone))
     }
 
     /// File pages that have become worth sharing, and the VMs whose guests should report

@@ -104,3 +104,25 @@ fn the_policy_pressure_waits_until_the_host_is_short_of_memory() {
     assert_eq!(host.stored_pages(), 20);
     assert_eq!(one.tell("share 1 0 20"), "20");
 }
+
+#[test]
+fn pages_that_only_one_vm_has_are_given_back_to_it() {
+    let host = Host::new();
+    let _daemon = Daemon::start_with(&host, &["--tidy-interval", "1"]);
+    let mut one = connected(&host, "one");
+    let mut two = connected(&host, "two");
+    one.tell("share 1 0 20");
+    two.tell("share 1 0 30");
+    one.tell("share 1 0 30");
+    two.tell("share 1 20 10");
+    for page in 25..30 {
+        two.tell(&format!("release 1 {page}"));
+    }
+    // Asked for twice before anything is done: the other may only have gone for a moment.
+    let orders = [one.tell("await"), one.tell("await"), one.tell("await")].join(", ");
+    let first = orders.find("tidy 0");
+    let then = orders.find("tidy 5");
+    assert!(first.is_some() && first < then, "{orders}");
+    let orders = two.tell("await");
+    assert!(!orders.contains("tidy 5"), "{orders}");
+}

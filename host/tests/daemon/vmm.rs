@@ -289,6 +289,11 @@ impl Vmm {
                         note(format!("undo {}", undo_text(&what)));
                         ControlReply::Done
                     }
+                    ControlRequest::Tidy { alone } => {
+                        let pages: u32 = alone.iter().map(|it| it.pages).sum();
+                        note(format!("tidy {pages}"));
+                        ControlReply::Done
+                    }
                     ControlRequest::Pause => {
                         note("pause".into());
                         ControlReply::Done
