@@ -18,7 +18,7 @@ use rustix::mm::{
     mprotect, mremap_fixed, munmap,
 };
 
-use super::regions::Attributes;
+use super::attributes::Attributes;
 use super::uffd::Uffd;
 use crate::protocol::StorePage;
 use crate::store::PAGE;
@@ -75,7 +75,7 @@ impl StoreView {
         address: usize,
         store: StorePage,
         pages: usize,
-        attributes: Attributes,
+        attributes: &Attributes,
     ) -> io::Result<()> {
         let (at, bytes) = (address as *mut c_void, pages * PAGE);
         // SAFETY: the caller gives this range away; its content is the same afterwards.
@@ -89,18 +89,15 @@ impl StoreView {
                 u64::from(store) * PAGE as u64,
             )
         }?;
-        // SAFETY: the range mapped just now.
-        unsafe {
-            set_attributes(
-                at,
-                bytes,
-                &Attributes {
-                    huge_page: false,
-                    mergeable: false,
-                    ..attributes
-                },
-            )
+        // A policy would be one of the store's file, for every VM of the group.
+        let attributes = Attributes {
+            huge_page: false,
+            mergeable: false,
+            policy: None,
+            ..*attributes
         };
+        // SAFETY: the range mapped just now.
+        unsafe { set_attributes(at, bytes, &attributes) };
         Ok(())
     }
 }
@@ -175,6 +172,9 @@ unsafe fn set_attributes(at: *mut c_void, bytes: usize, attributes: &Attributes)
         // (no KSM, no huge pages) was not in force before either.
         let _ = unsafe { madvise(at, bytes, advice) };
     }
+    if let Some(policy) = &attributes.policy {
+        policy.set(&(at as usize..at as usize + bytes));
+    }
 }
 
 /// Splits huge pages that reach into `range`, so that what an overlay hides is freed.
@@ -198,11 +198,11 @@ pub(super) unsafe fn split_huge_pages(range: &Range<usize>) {
 pub(super) unsafe fn map_back(
     uffd: &Uffd,
     range: &Range<usize>,
-    attributes: Attributes,
+    attributes: &Attributes,
     buffer: &mut [u8],
 ) -> io::Result<()> {
     let buffer = &mut buffer[..range.len()];
-    let mut fresh = Fresh::map(range.len(), &attributes)?;
+    let mut fresh = Fresh::map(range.len(), attributes)?;
     uffd.register_missing(&fresh.range())?;
     uffd.protect(range)?;
     // SAFETY: the overlay is readable, and nobody can write to it now.

@@ -5,29 +5,38 @@
 use std::fs;
 use std::io::{self, BufRead};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// Part of the limit that is left to the VMM itself.
 const HEADROOM_DIVISOR: usize = 8;
 const HEADROOM_LEAST: usize = 1024;
 
+/// How many runs are let in between two looks at the clock.
+const LOOK: u32 = 32;
+/// After which the VMM may have changed its own mappings, and the operator the limit. Counting
+/// costs about a tenth of a microsecond per mapping.
+const OLD: Duration = Duration::from_secs(1);
+
 /// Counts mappings without reading `/proc` for each: adds the most a change can cause, and
-/// counts truly when that sum comes near the limit.
+/// counts truly when that sum comes near the limit, and now and then.
 #[derive(Debug)]
 pub struct MappingBudget {
     limit: usize,
     counted: usize,
+    counted_at: Instant,
     added: usize,
+    asked: u32,
 }
 
 impl MappingBudget {
     /// Reads the kernel's limit and counts what is there.
     pub fn new() -> io::Result<Self> {
-        let limit = fs::read_to_string("/proc/sys/vm/max_map_count")?;
-        let limit = limit.trim().parse().map_err(io::Error::other)?;
         Ok(Self {
-            limit,
+            limit: limit_now()?,
             counted: mappings_now()?,
+            counted_at: Instant::now(),
             added: 0,
+            asked: 0,
         })
     }
 
@@ -45,8 +54,11 @@ impl MappingBudget {
     /// Whether a run of `pages` may cost `mappings` more. As the budget shrinks, only longer
     /// runs are let in, so that what is left saves most.
     pub(super) fn admits(&mut self, pages: usize, mappings: usize) -> bool {
-        // Below that even the worst case has no consequence.
-        if self.counted + self.added + mappings > self.usable() / 4 * 3 {
+        self.asked = (self.asked + 1) % LOOK;
+        // Only when enough was added since for the truth to differ.
+        let is_near = self.counted + self.added + mappings > self.usable() / 4 * 3
+            && self.added > self.limit / 64;
+        if is_near || (self.asked == 0 && self.counted_at.elapsed() > OLD) {
             self.recount();
         }
         let used = self.counted + self.added + mappings;
@@ -66,15 +78,18 @@ impl MappingBudget {
     }
 
     fn recount(&mut self) {
-        // Only when enough was added since for the truth to differ: reading the list costs
-        // about a tenth of a microsecond per mapping.
-        if self.added > self.limit / 64
-            && let Ok(now) = mappings_now()
-        {
+        if let (Ok(limit), Ok(now)) = (limit_now(), mappings_now()) {
+            self.limit = limit;
             self.counted = now;
             self.added = 0;
         }
+        self.counted_at = Instant::now();
     }
+}
+
+fn limit_now() -> io::Result<usize> {
+    let limit = fs::read_to_string("/proc/sys/vm/max_map_count")?;
+    limit.trim().parse().map_err(io::Error::other)
 }
 
 /// Mappings of this process now.

@@ -19,13 +19,16 @@ use std::ops::Range;
 
 use pagefusion_abi::wire::reason;
 use roaring::RoaringBitmap;
+use rustix::io::Errno;
 
+use super::attributes::{AttributeMap, Unsuitable, examine};
+use super::changes::Changes;
 use super::files::Files;
 use super::mapped::{self, StoreView, mask};
 use super::mappings::MappingBudget;
 use super::overlays::{Overlay, Overlays};
 use super::pagemap::Pagemap;
-use super::regions::{Attributes, Piece, Region, Regions, Unsuitable, inspect};
+use super::regions::{Piece, Region, Regions};
 use super::uffd::Uffd;
 use crate::protocol::{FileKey, FileSpan, Holding, StoreSpan};
 use crate::store::PAGE;
@@ -37,20 +40,21 @@ pub const WINDOW_PAGES: usize = 64;
 pub type Refusal = u8;
 
 /// What a region turned out to be.
-#[derive(Clone, Copy, Debug)]
-enum Suitability {
+#[derive(Clone, Debug)]
+pub(super) enum Suitability {
     /// Registered for write protection.
-    Ready(Attributes),
+    Ready(AttributeMap),
     Refused(Unsuitable),
 }
 
 /// Guest memory and everything that lies over it.
 #[derive(Debug)]
 pub struct Memory {
-    uffd: Uffd,
-    regions: Regions,
-    suitability: HashMap<u64, Suitability>,
-    overlays: Overlays,
+    pub(super) uffd: Uffd,
+    pub(super) regions: Regions,
+    pub(super) suitability: HashMap<u64, Suitability>,
+    pub(super) overlays: Overlays,
+    pub(super) changes: Changes,
     files: Files,
     store: Option<StoreView>,
     budget: MappingBudget,
@@ -60,6 +64,7 @@ pub struct Memory {
     /// Undos under way; while there are any, regions are registered for missing pages.
     undoing: u32,
     disabled: Option<String>,
+    strict_overcommit: bool,
     buffer: Vec<u8>,
 }
 
@@ -71,6 +76,7 @@ impl Memory {
             regions: Regions::default(),
             suitability: HashMap::new(),
             overlays: Overlays::default(),
+            changes: Changes::default(),
             files: Files::default(),
             store: None,
             budget: MappingBudget::new()?,
@@ -78,7 +84,8 @@ impl Memory {
             split_huge_pages,
             paused: false,
             undoing: 0,
-            disabled: overcommit_refusal(),
+            disabled: None,
+            strict_overcommit: strict_overcommit(),
             buffer: vec![0; WINDOW_PAGES * PAGE],
         })
     }
@@ -134,7 +141,8 @@ impl Memory {
 
     /// Whether, and why, all of this VM's memory is left alone.
     pub fn disabled(&self) -> Option<String> {
-        self.disabled.clone().or_else(|| {
+        let strict = || self.strict_overcommit.then(|| STRICT_OVERCOMMIT.to_owned());
+        self.disabled.clone().or_else(strict).or_else(|| {
             let refused = |s: &Suitability| match s {
                 Suitability::Refused(why) => Some(why.to_string()),
                 Suitability::Ready(_) => None,
@@ -216,26 +224,33 @@ impl Memory {
         self.overlays.iter().map(holding).collect()
     }
 
-    /// Checks a region once and prepares it.
-    fn prepare(&mut self, address: usize) -> Result<Attributes, Refusal> {
+    /// Checks a region once and prepares it; its key.
+    fn prepare(&mut self, address: usize) -> Result<u64, Refusal> {
         let region = self.regions.find(address).ok_or(reason::OUTSIDE_MEMORY)?;
         let (key, region) = region;
-        if let Some(known) = self.suitability.get(&key) {
-            return match known {
-                Suitability::Ready(attributes) => Ok(*attributes),
-                Suitability::Refused(_) => Err(reason::UNSUITABLE_MEMORY),
-            };
+        match self.suitability.get(&key) {
+            Some(Suitability::Ready(_)) => return Ok(key),
+            Some(Suitability::Refused(_)) => return Err(reason::UNSUITABLE_MEMORY),
+            None => {}
         }
         let range = region.addresses();
-        let smaps = fs::read("/proc/self/smaps").map_err(|e| host_error("reading smaps", &e))?;
-        let smaps = String::from_utf8_lossy(&smaps);
-        match inspect(&smaps, &range, |address| self.overlays.contains(address)) {
+        // The operator may change it at any time.
+        self.strict_overcommit = strict_overcommit();
+        if self.strict_overcommit || self.changes.touch(&range) {
+            return Err(reason::UNSUITABLE_MEMORY);
+        }
+        let examined = examine(&range, |address| self.overlays.contains(address))
+            .map_err(|e| host_error("looking at guest memory", &e))?;
+        let prepared = examined.and_then(|attributes| match self.uffd.register(&range) {
+            Ok(()) => Ok(Ok(attributes)),
+            Err(Errno::BUSY) => Err(Unsuitable::Userfaultfd),
+            Err(e) => Ok(Err(host_error("registering guest memory", &e.into()))),
+        });
+        match prepared {
             Ok(attributes) => {
-                self.uffd
-                    .register(&range)
-                    .map_err(|e| host_error("registering guest memory", &e.into()))?;
-                self.suitability.insert(key, Suitability::Ready(attributes));
-                Ok(attributes)
+                self.suitability
+                    .insert(key, Suitability::Ready(attributes?));
+                Ok(key)
             }
             Err(why) => {
                 log::warn!("guest memory at gfn {:#x} is left alone: {why}", region.gfn);
@@ -263,12 +278,9 @@ impl Memory {
         if self.paused || self.disabled.is_some() {
             return Err(reason::PAUSED);
         }
-        let attributes = self.prepare(address)?;
-        if self
-            .regions
-            .find(address)
-            .is_none_or(|(_, r)| r.addresses().end < range.end)
-        {
+        let key = self.prepare(address)?;
+        let inside = |region: Region| range.end <= region.addresses().end;
+        if !self.regions.get(key).is_some_and(inside) {
             return Err(reason::OUTSIDE_MEMORY);
         }
         if self.is_shared_already(address, &overlay) {
@@ -281,6 +293,11 @@ impl Memory {
         let Some(store) = self.store.as_ref() else {
             return Err(reason::NO_STORE);
         };
+        // A window over a border between attributes is none of ours.
+        let Some(Suitability::Ready(known)) = self.suitability.get(&key) else {
+            return Err(reason::UNSUITABLE_MEMORY);
+        };
+        let attributes = *known.of(&range).ok_or(reason::UNSUITABLE_MEMORY)?;
         // A granted page does not change, so this need not hold writers up.
         let expected = &mut self.buffer[..pages * PAGE];
         store
@@ -319,7 +336,7 @@ impl Memory {
             let at = address + first * PAGE;
             // SAFETY: writers are stopped and the bytes are equal; guest memory is not seen
             // through references.
-            match unsafe { store.map_over(at, part.store, count, attributes) } {
+            match unsafe { store.map_over(at, part.store, count, &attributes) } {
                 Ok(()) => {
                     self.overlays.insert(at, part);
                     self.budget.add(2);
@@ -466,15 +483,18 @@ impl Memory {
         let Some((address, overlay)) = self.overlays.in_range(range).next() else {
             return Ok(false);
         };
-        let pages = (overlay.pages as usize).min(WINDOW_PAGES);
-        let part = address..address + pages * PAGE;
         let known = self
             .regions
             .find(address)
             .and_then(|(key, _)| self.suitability.get(&key));
-        let Some(Suitability::Ready(attributes)) = known.copied() else {
+        let Some(Suitability::Ready(known)) = known else {
             return Err(io::Error::other("an overlay outside of guest memory"));
         };
+        let Some((attributes, end)) = known.at(address) else {
+            return Err(io::Error::other("an overlay outside of its region"));
+        };
+        let pages = (overlay.pages as usize).min(WINDOW_PAGES);
+        let part = address..end.min(address + pages * PAGE);
         // An overlay made after the undo began is registered for less.
         self.uffd.register_missing(&part)?;
         // SAFETY: an overlay of ours, registered just now, as long as the buffer at most.
@@ -520,15 +540,14 @@ fn ones(bits: u64, pages: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
+const STRICT_OVERCOMMIT: &str = "vm.overcommit_memory is 2, under which every overlay is charged \
+    as if it were a copy; set it to 0 or 1";
+
 /// Under strict overcommit a private writable mapping is charged in full, so that mapping
 /// over guest memory could fail half-way.
-fn overcommit_refusal() -> Option<String> {
-    let mode = fs::read_to_string("/proc/sys/vm/overcommit_memory").ok()?;
-    (mode.trim() == "2").then(|| {
-        "vm.overcommit_memory is 2, under which every overlay is charged as if it were a copy; \
-         set it to 0 or 1"
-            .to_owned()
-    })
+fn strict_overcommit() -> bool {
+    let mode = fs::read_to_string("/proc/sys/vm/overcommit_memory");
+    mode.is_ok_and(|mode| mode.trim() == "2")
 }
 
 fn host_error(what: &str, error: &io::Error) -> Refusal {

@@ -7,13 +7,16 @@
 //! memory. [`Guest`] drives it from the device's ring. Neither starts threads, logs anywhere
 //! but to [`log`], or keeps global state.
 
+mod attributes;
 mod audit;
+mod changes;
 mod faults;
 mod files;
 mod guest;
 mod mapped;
 mod mappings;
 mod memory;
+mod numa;
 mod overlays;
 mod pagemap;
 mod regions;
@@ -24,14 +27,16 @@ mod tidy;
 mod uffd;
 mod usage;
 
+pub use attributes::{Attributes, Unsuitable};
 pub use audit::{Audit, audit};
 pub use faults::serve_faults;
 pub use guest::{Guest, Progressed};
 pub use mapped::StoreView;
 pub use mappings::{MappingBudget, mappings_now};
 pub use memory::{Memory, Refusal, WINDOW_PAGES};
+pub use numa::MemoryPolicy;
 pub use overlays::{Overlay, Overlays};
-pub use regions::{Attributes, Piece, Region, Regions, Unsuitable};
+pub use regions::{Piece, Region, Regions};
 pub use ring::{Attachment, Batch, Claimed, RingConsumer, RingError};
 pub use shared_memory::SharedMemory;
 pub use sharing::{ReportedRun, Sharing};

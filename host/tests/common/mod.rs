@@ -58,15 +58,13 @@ impl GuestRam {
         } else {
             Advice::LinuxNoHugepage
         };
-        // SAFETY: the memory just mapped; the ends that alignment leaves over go.
-        unsafe {
-            madvise(base as *mut _, bytes, advice).unwrap();
-            if base > raw {
-                munmap(raw as *mut _, base - raw).unwrap();
-            }
-            let end = base + bytes;
-            if raw + bytes + HUGE > end {
-                munmap(end as *mut _, raw + bytes + HUGE - end).unwrap();
+        // SAFETY: the memory just mapped.
+        unsafe { madvise(base as *mut _, bytes, advice) }.unwrap();
+        // The ends that alignment leaves over go.
+        for (start, end) in [(raw, base), (base + bytes, raw + bytes + HUGE)] {
+            if start < end {
+                // SAFETY: part of the memory just mapped.
+                unsafe { munmap(start as *mut _, end - start) }.unwrap();
             }
         }
         Self { base, pages }
@@ -113,6 +111,22 @@ impl Drop for GuestRam {
     }
 }
 
+/// Runs the rest of a test in a process of its own, which it may spoil: the answer is whether
+/// this is that process. `test` is its full name.
+pub(crate) fn alone(test: &str) -> bool {
+    const ALONE: &str = "PAGEFUSION_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some_and(|it| it == test) {
+        return true;
+    }
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(ALONE, test)
+        .status()
+        .unwrap();
+    assert!(status.success(), "{test} in a process of its own: {status}");
+    false
+}
+
 /// Memory, sharing and the thread that reads events.
 pub(crate) struct Vm {
     pub(crate) ram: GuestRam,
@@ -124,7 +138,10 @@ pub(crate) struct Vm {
 
 impl Vm {
     pub(crate) fn new(group: &Arc<Mutex<Group>>, vm: u32, pages: usize, huge: bool) -> Self {
-        let ram = GuestRam::new(pages, huge);
+        Self::with_ram(group, vm, GuestRam::new(pages, huge))
+    }
+
+    pub(crate) fn with_ram(group: &Arc<Mutex<Group>>, vm: u32, ram: GuestRam) -> Self {
         let uffd = Uffd::open(None).expect("userfaultfd (root, or vm.unprivileged_userfaultfd)");
         let events = uffd.try_clone().unwrap();
         let mut memory = Memory::new(uffd, true).unwrap();
