@@ -249,3 +249,37 @@ fn pages_that_a_guest_has_twice_stay_shared_though_nobody_else_has_them() {
     assert_eq!(tidy(&shared.vm.sharing, &[store_span(at, 16)]).unwrap(), []);
     assert_eq!(shared.uses(), [240, 272]);
 }
+
+#[test]
+fn memory_that_was_never_touched_is_there_after_an_undo_of_something_else() {
+    let group = Arc::new(Mutex::new(Group::anonymous().unwrap()));
+    let bytes = Random(5).bytes(2 * RUN * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, 4 * RUN, false);
+    for (frame, page) in bytes.chunks(PAGE).enumerate() {
+        vm.ram.write_page(frame, page);
+    }
+    let run = |page: usize| ReportedRun {
+        file: file(1),
+        page: page as u64,
+        gfn: page as u64,
+        pages: RUN as u32,
+    };
+    vm.sharing.share(&[run(0), run(RUN)]);
+    let some = Undo::Pages { gfn: 0, pages: 1 };
+    vm.sharing.undo(&some).unwrap();
+    let (done, waits) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let ram = &vm.ram;
+        scope.spawn(move || {
+            let _ = done.send(ram.word(3 * RUN, 0).load(Ordering::Relaxed));
+        });
+        let touched = waits.recv_timeout(std::time::Duration::from_secs(10));
+        if touched.is_err() {
+            // Lets it go, so that the test can end.
+            vm.sharing.undo_all().unwrap();
+        }
+        assert_eq!(touched, Ok(0));
+    });
+    assert!(!vm.ram.waits_for_missing_pages());
+}

@@ -393,8 +393,7 @@ impl Memory {
         let start = address & !(PAGE - 1);
         let page = start..start + PAGE;
         let _ = self.uffd.unprotect(&page);
-        if self.undoing > 0 && self.regions.find(start).is_some() && !self.overlays.contains(start)
-        {
+        if self.regions.find(start).is_some() && !self.overlays.contains(start) {
             let _ = self.uffd.zero(&page);
         }
         let _ = self.uffd.wake(&page);
@@ -444,7 +443,11 @@ impl Memory {
     pub fn begin_undo(&mut self) -> io::Result<()> {
         if self.undoing == 0 {
             for range in self.ready_ranges() {
-                self.uffd.register_missing(&range)?;
+                if let Err(e) = self.uffd.register_missing(&range) {
+                    // Whoever touches a missing page would take a detour for ever.
+                    self.register_again();
+                    return Err(e.into());
+                }
             }
         }
         self.undoing += 1;
@@ -454,15 +457,20 @@ impl Memory {
     /// Ends what [`Memory::begin_undo`] began.
     pub fn end_undo(&mut self) {
         self.undoing -= 1;
-        if self.undoing > 0 {
-            return;
+        if self.undoing == 0 {
+            self.register_again();
         }
+    }
+
+    fn register_again(&self) {
         for range in self.ready_ranges() {
+            // To register for less changes nothing: the kernel passes over what has all that is
+            // asked for. No window is open, so nothing is protected meanwhile, and whoever
+            // waits is woken.
+            let _ = self.uffd.unregister(&range);
             if let Err(e) = self.uffd.register(&range) {
                 log::error!("cannot register guest memory again: {e}");
             }
-            // Who faulted on a missing page just now would not be looked after any more.
-            let _ = self.uffd.wake(&range);
         }
     }
 

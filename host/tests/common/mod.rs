@@ -90,6 +90,20 @@ impl GuestRam {
         unsafe { &*((self.at(page) + word * 8) as *const AtomicU64) }
     }
 
+    /// Whether any of it is registered for missing pages, as it is during an undo only.
+    pub(crate) fn waits_for_missing_pages(&self) -> bool {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        smaps.lines().any(|line| {
+            let start = line.split_once('-').map(|(start, _)| start);
+            if let Some(Ok(start)) = start.map(|start| usize::from_str_radix(start, 16)) {
+                inside = (self.at(0)..self.at(self.pages)).contains(&start);
+            }
+            let flags = line.strip_prefix("VmFlags:").unwrap_or_default();
+            inside && flags.split(' ').any(|flag| flag == "um")
+        })
+    }
+
     pub(crate) fn write_page(&self, page: usize, bytes: &[u8]) {
         for (i, word) in bytes.chunks_exact(8).enumerate() {
             let value = u64::from_ne_bytes(word.try_into().unwrap());
