@@ -64,6 +64,7 @@
 //!             device.ring_guest()?;
 //!         }
 //!         if !done.busy {
+//!             // After `done.retry` for a tenth of a second at most.
 //!             wait_for(device.doorbell());
 //!             device.take_doorbell()?;
 //!         }

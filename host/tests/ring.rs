@@ -2,97 +2,16 @@
 
 //! The ring consumer against guests that behave, and against guests that lie.
 
+mod common;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use common::guest_side::Shared;
 use pagefusion_abi::wire::{
-    EMPTY_RECORD, FileIdentity, Layout, Outcome, Record, Request, Run, guest_area, guest_state,
-    host_area, policy,
+    FileIdentity, Outcome, Record, Request, Run, guest_area, host_area, policy,
 };
 use pagefusion_host::engine::{Attachment, RingConsumer, RingError};
 use proptest::prelude::*;
-
-/// Shared memory, and the guest's side of it.
-struct Shared {
-    words: Vec<AtomicU64>,
-    layout: Layout,
-}
-
-impl Shared {
-    fn new() -> Self {
-        let layout = Layout::for_size(Layout::MIN_BYTES).unwrap();
-        let words = (0..layout.total_bytes / 8)
-            .map(|_| AtomicU64::new(0))
-            .collect();
-        Self { words, layout }
-    }
-
-    fn host(&self) -> RingConsumer<&[AtomicU64]> {
-        RingConsumer::new(&self.words, self.layout, 77, 1024)
-    }
-
-    fn at(&self, offset: u64) -> &AtomicU64 {
-        &self.words[(offset / 8) as usize]
-    }
-
-    fn guest(&self, field: usize) -> &AtomicU64 {
-        self.at(self.layout.guest_area + field as u64)
-    }
-
-    fn host_word(&self, field: usize) -> u64 {
-        self.at(self.layout.host_area + field as u64)
-            .load(Ordering::SeqCst)
-    }
-
-    fn attach(&self, epoch: u64) {
-        self.guest(guest_area::STATE)
-            .store(guest_state::ABSENT, Ordering::SeqCst);
-        for field in [
-            guest_area::HEAD,
-            guest_area::REVOKED,
-            guest_area::REQUEST_TAIL,
-        ] {
-            self.guest(field).store(0, Ordering::SeqCst);
-        }
-        self.guest(guest_area::INSTANCE)
-            .store(self.host_word(host_area::INSTANCE), Ordering::SeqCst);
-        self.guest(guest_area::EPOCH).store(epoch, Ordering::SeqCst);
-        self.guest(guest_area::STATE)
-            .store(guest_state::ATTACHED, Ordering::SeqCst);
-    }
-
-    fn head(&self) -> u64 {
-        self.guest(guest_area::HEAD).load(Ordering::SeqCst)
-    }
-
-    fn set_head(&self, head: u64) {
-        self.guest(guest_area::HEAD).store(head, Ordering::SeqCst);
-    }
-
-    fn put_slot(&self, position: u64, slot: [u64; 4]) {
-        for (i, word) in (0..).zip(slot) {
-            self.at(self.layout.ring_slot(position) + i * 8)
-                .store(word, Ordering::SeqCst);
-        }
-    }
-
-    fn produce(&self, record: &Record<'_>) -> u64 {
-        let mut buffer = EMPTY_RECORD;
-        let slots = record.encode(&mut buffer);
-        let head = self.head();
-        for (i, slot) in (0..).zip(&buffer[..slots]) {
-            self.put_slot(head + i, *slot);
-        }
-        self.set_head(head + slots as u64);
-        head
-    }
-
-    fn outcome(&self, position: u64) -> Option<Outcome> {
-        Outcome::from_word(
-            self.at(self.layout.outcome(position))
-                .load(Ordering::SeqCst),
-        )
-    }
-}
 
 const RUN: Record<'static> = Record::Run(Run {
     file: 3,

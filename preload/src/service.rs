@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Lock order: `Service::guest`, then the locks of [`Sharing`].
+//! Lock order: `Service::guest`, then the locks of [`Sharing`]; `Service::guest_status` last.
 //!
 //! The engine's three threads: one serves the guest's ring, one the daemon's requests and
 //! the connection to it, one the events of `userfaultfd`.
@@ -16,14 +16,15 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use pagefusion_host::engine::{
-    Guest, Memory, SharedMemory, Sharing, StoreView, Uffd, audit, file_uses, serve_faults, tidy,
+    Guest, Memory, Progressed, SharedMemory, Sharing, StoreView, Uffd, audit, file_uses,
+    serve_faults, tidy,
 };
 use pagefusion_host::protocol::{
     ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, MAX_FILES,
     StoreClient, Undo, WelcomeWithFds,
 };
 use rustix::io::Errno;
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, Timespec, clock_gettime};
 
 use crate::qmp;
 use crate::runtime::{Config, Runtime};
@@ -32,6 +33,11 @@ use crate::runtime::{Config, Runtime};
 const MAX_INFLIGHT_PAGES: u64 = 16384;
 /// Between tries to reach a daemon that is gone.
 const RECONNECT: Duration = Duration::from_millis(100);
+/// Until what could not be done for the guest is tried again.
+const RETRY: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 /// Threads whose CPU time is the engine's.
 #[derive(Clone, Copy)]
@@ -53,6 +59,9 @@ struct Service {
     source: OnceLock<&'static str>,
     /// Shut down by whoever finds the daemon gone, to have the connection renewed.
     control: Mutex<Option<UnixStream>>,
+    /// What the guest's part of the status was after its last batch: whoever asks does not wait
+    /// for a batch, which may wait for the daemon.
+    guest_status: Mutex<EngineStatus>,
     /// Nanoseconds by [`Thread`].
     cpu: [AtomicU64; 3],
 }
@@ -112,6 +121,7 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
         to_guest,
         source: OnceLock::new(),
         control: Mutex::new(None),
+        guest_status: Mutex::default(),
         cpu: Default::default(),
     });
     // Events first: undoing an overlay waits for them.
@@ -166,6 +176,7 @@ impl Service {
 
     fn serve_ring(&self) {
         let mut counter = [0_u8; 8];
+        let mut retry = false;
         loop {
             match rustix::io::read(&self.from_guest, &mut counter) {
                 Ok(_) => {}
@@ -174,8 +185,10 @@ impl Service {
                         &self.from_guest,
                         rustix::event::PollFlags::IN,
                     )];
-                    let _ = rustix::event::poll(&mut fd, None);
-                    continue;
+                    let limit = retry.then_some(&RETRY);
+                    if rustix::event::poll(&mut fd, limit) != Ok(0) {
+                        continue;
+                    }
                 }
                 Err(Errno::INTR) => continue,
                 Err(e) => {
@@ -185,11 +198,12 @@ impl Service {
             }
             self.find_memory();
             loop {
-                let done = lock(&self.guest).progress(&self.sharing);
+                let done = self.progress();
                 if done.ring {
                     self.ring_guest();
                 }
                 self.note_cpu(Thread::Ring);
+                retry = done.retry;
                 if !done.busy {
                     break;
                 }
@@ -198,6 +212,13 @@ impl Service {
                 self.reconnect();
             }
         }
+    }
+
+    fn progress(&self) -> Progressed {
+        let mut guest = lock(&self.guest);
+        let done = guest.progress(&self.sharing);
+        guest.fill_status(&mut lock(&self.guest_status));
+        done
     }
 
     /// Without KVM, guest memory is asked of QEMU as soon as the guest is there to ring.
@@ -341,7 +362,7 @@ impl Service {
             overlays: audit.overlays,
             overlay_mappings: audit.overlay_mappings,
             mappings: audit.mappings,
-            ..EngineStatus::default()
+            ..lock(&self.guest_status).clone()
         };
         {
             let memory = self.sharing.memory();
@@ -351,7 +372,6 @@ impl Service {
         }
         let nanoseconds: u64 = self.cpu.iter().map(|t| t.load(Ordering::Relaxed)).sum();
         status.cpu_seconds = nanoseconds as f64 / 1e9;
-        lock(&self.guest).fill_status(&mut status);
         Ok(status)
     }
 }

@@ -9,13 +9,15 @@ use std::sync::atomic::AtomicU64;
 
 use pagefusion_abi::wire::{Layout, Outcome, Record, Request, reason};
 
-use super::ring::{Attachment, RingConsumer};
+use super::ring::{Attachment, Batch, RingConsumer};
 use super::sharing::{Progress, ReportedRun, Sharing};
 use crate::protocol::{EngineStatus, FileKey, FileSpan};
 
 /// Records in one batch: bounds how long a guest that wants its pages back waits, and how
 /// often the store is asked.
 const BATCH_RECORDS: usize = 256;
+/// Windows undone in one call once the guest has left: milliseconds, for which others wait.
+const WITHDRAW_WINDOWS: usize = 64;
 /// Files one guest may have announced at a time.
 const MAX_FILES: usize = 1 << 16;
 
@@ -26,6 +28,9 @@ pub struct Progressed {
     pub ring: bool,
     /// There was something to do; there may be more.
     pub busy: bool,
+    /// Something could not be done; it is tried again when this is called again, which should
+    /// be in a moment even if the guest does not ring.
+    pub retry: bool,
 }
 
 /// A guest, its ring and what it has announced.
@@ -37,9 +42,21 @@ pub struct Guest<M> {
     /// Requests that found the ring full; `Rescan` stands for any number of them.
     waiting: Vec<Request>,
     attached: bool,
+    withdrawal: Option<Withdrawal>,
     paused: bool,
     counts: Counts,
     progress: Progress,
+}
+
+/// The guest has said goodbye, or is gone: its memory becomes ordinary, a part in every call,
+/// so that whoever else asks for the guest meanwhile does not wait for all of it.
+#[derive(Debug, Default)]
+struct Withdrawal {
+    /// The batch with the goodbye, acknowledged in the end. None when the guest is gone: it
+    /// waits half a second for that, and for nothing when it could not say goodbye.
+    goodbye: Option<Batch>,
+    /// An undo is under way.
+    undoing: bool,
 }
 
 /// A file as the guest has announced it.
@@ -71,6 +88,7 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             numbers: HashMap::new(),
             waiting: Vec::new(),
             attached: false,
+            withdrawal: None,
             paused: false,
             counts: Counts::default(),
             progress: Progress::start(),
@@ -82,8 +100,13 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         let mut done = Progressed::default();
         match self.ring.attach() {
             Attachment::Absent => {
-                self.attached = false;
-                return done;
+                if std::mem::take(&mut self.attached) {
+                    log::info!("the guest has left");
+                    // It may have gone without a goodbye, or without waiting for the answer.
+                    self.forget_files(sharing);
+                    self.withdrawal.get_or_insert_default().goodbye = None;
+                }
+                return self.withdraw_some(sharing);
             }
             Attachment::New => {
                 log::info!("the guest attached, epoch {}", self.ring.epoch());
@@ -99,6 +122,9 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                 return done;
             }
             Attachment::Same => self.attached = true,
+        }
+        if self.withdrawal.is_some() {
+            return self.withdraw_some(sharing);
         }
         done.ring |= self.post_waiting();
         let mut runs: Vec<(u64, ReportedRun)> = Vec::new();
@@ -204,14 +230,21 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             sharing.forget(span);
         }
         if withdrawn {
-            self.withdraw(sharing);
+            self.forget_files(sharing);
+            self.withdrawal = Some(Withdrawal {
+                goodbye: Some(batch),
+                undoing: false,
+            });
+        } else {
+            done.ring |= self.ring.acknowledge(batch);
         }
-        done.ring |= self.ring.acknowledge(batch);
         done
     }
 
     /// Nothing is known of the guest, and it knows nothing of us.
     fn begin(&mut self, sharing: &Sharing) {
+        // One that comes back has its pages where they were, as far as nobody wrote to them.
+        self.end_withdrawal(sharing);
         self.files.clear();
         self.numbers.clear();
         self.waiting.clear();
@@ -221,8 +254,8 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             .set_pages_shared(sharing.memory().overlays().pages());
     }
 
-    /// The guest wants to share no more: its memory becomes ordinary, and it owns no file.
-    fn withdraw(&mut self, sharing: &Sharing) {
+    /// The guest owns no file any more.
+    fn forget_files(&mut self, sharing: &Sharing) {
         for file in self.files.values() {
             sharing.forget(FileSpan {
                 file: file.key,
@@ -232,11 +265,45 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         }
         self.files.clear();
         self.numbers.clear();
-        if let Err(e) = sharing.undo_all() {
-            log::warn!("the guest withdrew its pages; undoing failed: {e}");
+    }
+
+    /// Takes a step towards a guest that shares nothing.
+    fn withdraw_some(&mut self, sharing: &Sharing) -> Progressed {
+        let mut done = Progressed::default();
+        let Some(withdrawal) = &mut self.withdrawal else {
+            return done;
+        };
+        if !withdrawal.undoing {
+            withdrawal.undoing = sharing.begin_undo().inspect_err(complain).is_ok();
+        }
+        let some = withdrawal.undoing.then(|| {
+            sharing
+                .undo_some(WITHDRAW_WINDOWS)
+                .inspect_err(complain)
+                .ok()
+        });
+        match some.flatten() {
+            Some(true) => done.busy = true,
+            Some(false) => {
+                let goodbye = withdrawal.goodbye;
+                self.end_withdrawal(sharing);
+                sharing.memory().unregister_all();
+                done.busy = goodbye.is_some();
+                done.ring = goodbye.is_some_and(|batch| self.ring.acknowledge(batch));
+            }
+            // The guest has not been told that nothing is shared; sooner or later it leaves.
+            None => done.retry = true,
         }
         self.ring
             .set_pages_shared(sharing.memory().overlays().pages());
+        done
+    }
+
+    /// It is done, or the guest is back.
+    fn end_withdrawal(&mut self, sharing: &Sharing) {
+        if self.withdrawal.take().is_some_and(|it| it.undoing) {
+            sharing.end_undo();
+        }
     }
 
     fn answer(&mut self, sharing: &Sharing, revoked: bool, runs: &[(u64, ReportedRun)]) {
@@ -398,6 +465,10 @@ fn join(a: &Request, b: &Request) -> Option<Request> {
         page: start,
         pages: end - start,
     })
+}
+
+fn complain(error: &std::io::Error) {
+    log::warn!("the guest withdrew its pages, and undoing failed: {error}; trying again");
 }
 
 fn refused(reason: u8) -> Outcome {

@@ -204,12 +204,31 @@ impl Sharing {
 
     /// As [`Sharing::undo_all`] for addresses of this process.
     pub fn undo_range(&self, range: std::ops::Range<usize>) -> std::io::Result<()> {
-        self.memory().begin_undo()?;
+        self.begin_undo()?;
         let result = self.restore(&range);
+        self.end_undo();
+        result
+    }
+
+    /// Prepares for [`Sharing::undo_some`]; [`Sharing::end_undo`] must follow.
+    pub(super) fn begin_undo(&self) -> std::io::Result<()> {
+        self.memory().begin_undo()
+    }
+
+    /// Undoes at most so many windows; whether there may be more.
+    pub(super) fn undo_some(&self, windows: usize) -> std::io::Result<bool> {
+        for _ in 0..windows {
+            if !self.memory().restore_some(&(0..usize::MAX))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Ends an undo, and gives the store pages back.
+    pub(super) fn end_undo(&self) {
         self.memory().end_undo();
-        result?;
         self.with_store(|store| self.give_back(store, &RoaringBitmap::new()));
-        Ok(())
     }
 
     /// Within an undo. The lock is taken anew for every window, so that nobody waits long.

@@ -8,6 +8,8 @@
     reason = "maps memory and reads and writes it like a vCPU"
 )]
 
+pub(crate) mod guest_side;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +19,7 @@ use std::thread::JoinHandle;
 use pagefusion_host::engine::{Memory, Region, Sharing, StoreView, Uffd, serve_faults};
 use pagefusion_host::protocol::{FileKey, FileSpan, Sighting};
 use pagefusion_host::store::{Group, LocalStore, PAGE, PageStore, hash_page};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// A file key that only differs by inode.
 pub(crate) fn file(inode: u64) -> FileKey {
@@ -102,6 +104,27 @@ impl GuestRam {
             let flags = line.strip_prefix("VmFlags:").unwrap_or_default();
             inside && flags.split(' ').any(|flag| flag == "um")
         })
+    }
+
+    /// Puts a page of a file in the place of a page, which a VMM would not do.
+    pub(crate) fn replace_by_a_file(&self, page: usize) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE as u64).unwrap();
+        let at = self.at(page) as *mut _;
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: our memory, which is not seen through references for longer than a word.
+        unsafe { mmap(at, PAGE, ProtFlags::READ, flags, &file, 0).unwrap() };
+    }
+
+    /// Fresh memory in the place of a page.
+    pub(crate) fn replace_by_memory(&self, page: usize) {
+        let at = self.at(page) as *mut _;
+        let (rights, flags) = (
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::FIXED,
+        );
+        // SAFETY: as above.
+        unsafe { mmap_anonymous(at, PAGE, rights, flags).unwrap() };
     }
 
     pub(crate) fn write_page(&self, page: usize, bytes: &[u8]) {
