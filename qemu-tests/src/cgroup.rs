@@ -2,11 +2,12 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::ErrorKind,
+    num::NonZero,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 const V1: &str = "/sys/fs/cgroup/memory";
 const V2: &str = "/sys/fs/cgroup";
@@ -15,6 +16,41 @@ const V2: &str = "/sys/fs/cgroup";
 enum Version {
     V1,
     V2,
+}
+
+/// The kernel adds up each CPU's statistics every two seconds.
+const STATISTICS: Duration = Duration::from_millis(2500);
+/// What may still change when the charge stands still: who looks takes memory, too.
+const STILL: u64 = 64 << 10;
+/// The longest wait for that.
+const STILL_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is charged to a cgroup.
+#[derive(Clone, Copy, Debug)]
+struct Charge {
+    /// All of it, and what CPUs keep in stock.
+    sum: u64,
+    anonymous: u64,
+    files: u64,
+    kernel: u64,
+}
+
+impl Charge {
+    fn parts(&self) -> u64 {
+        self.anonymous + self.files + self.kernel
+    }
+
+    /// Fails when the parts are not the whole.
+    fn check(&self) -> Result<()> {
+        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let stock = cpus as u64 * 64 * 4096;
+        let rest = self.sum.abs_diff(self.parts());
+        ensure!(
+            rest <= stock + (1 << 20),
+            "the charge has parts that are not known: {self:?}"
+        );
+        Ok(())
+    }
 }
 
 /// A memory cgroup of our own, removed when it is dropped.
@@ -62,26 +98,56 @@ impl MemoryCgroup {
             .with_context(|| format!("open {}", path.display()))
     }
 
-    /// The bytes charged now.
+    /// The bytes charged, once that stands still: what processes, files and the kernel have taken.
     ///
-    /// Each CPU keeps up to 64 charged pages in stock for its next allocation. A limit just below the charge makes the
-    /// kernel give the stock back; only if there was none, it reclaims a few clean pages. The limit is lifted at once.
+    /// The kernel's own sum also has what each CPU keeps in stock for its next allocation, up to 64 pages, so the parts
+    /// are added up. To have the stock given back takes a limit below the charge, for which the kernel may also drop
+    /// megabytes of clean files.
     pub fn charge(&self) -> Result<u64> {
-        let (usage, limit, none) = match self.version {
-            Version::V1 => ("memory.usage_in_bytes", "memory.limit_in_bytes", "-1"),
-            Version::V2 => ("memory.current", "memory.high", "max"),
-        };
-        let before = self.number(usage)?;
-        let write = |value: &str| fs::write(self.path.join(limit), value);
-        let drained = write(&before.saturating_sub(4096).to_string());
-        write(none).with_context(|| format!("lift {limit}"))?;
-        match drained {
-            Ok(()) => {}
-            // Nothing could be given back: the charge is exact already.
-            Err(error) if error.kind() == ErrorKind::ResourceBusy => {}
-            Err(error) => return Err(error).with_context(|| format!("set {limit}")),
+        let deadline = Instant::now() + STILL_LIMIT;
+        let mut before = self.look()?;
+        loop {
+            crate::interrupt::check()?;
+            std::thread::sleep(STATISTICS);
+            let now = self.look()?;
+            if now.parts().abs_diff(before.parts()) <= STILL {
+                now.check()?;
+                return Ok(now.parts());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the charge does not stand still: {before:?}, then {now:?}"
+            );
+            before = now;
         }
-        self.number(usage)
+    }
+
+    fn look(&self) -> Result<Charge> {
+        let text = fs::read_to_string(self.path.join("memory.stat")).context("read memory.stat")?;
+        let part = |name: &str| -> Result<u64> {
+            let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+            let value = lines
+                .find(|(part, _)| *part == name)
+                .map(|(_, value)| value);
+            let value = value.with_context(|| format!("memory.stat has no {name}"))?;
+            value
+                .parse()
+                .with_context(|| format!("{name} is {value:?}"))
+        };
+        Ok(match self.version {
+            Version::V1 => Charge {
+                sum: self.number("memory.usage_in_bytes")?,
+                anonymous: part("rss")?,
+                files: part("cache")?,
+                kernel: self.number("memory.kmem.usage_in_bytes")?,
+            },
+            Version::V2 => Charge {
+                sum: self.number("memory.current")?,
+                anonymous: part("anon")?,
+                files: part("file")?,
+                kernel: part("kernel")? + part("sock")?,
+            },
+        })
     }
 
     fn number(&self, name: &str) -> Result<u64> {
@@ -121,7 +187,7 @@ fn remove_stale(root: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use crate::process::Process;
-    use std::{io::BufRead, process::Command, time::Duration};
+    use std::{io::BufRead, process::Command};
 
     /// A process in the cgroup is charged for what it touches.
     #[test]

@@ -44,7 +44,7 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
     let resumed = Instant::now();
     let rebuilt = settle(&mut world, resumed)?;
     let seconds_to_rebuild = rebuilt.time_to(0.95).unwrap_or_default().as_secs_f64();
-    let status = world.site.status()?;
+    let status = world.status()?;
     let mut guests = Vec::new();
     for (guest, ready) in world.guests.iter().zip(ready) {
         let vm = status.vm(guest.name())?;

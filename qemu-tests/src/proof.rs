@@ -9,7 +9,7 @@ use crate::{frames, guest::Guest, world::World};
 /// The charge and our own counters may differ by this fraction.
 const AGREEMENT: f64 = 0.02;
 /// The longest the counters may go on moving once the guests stand still.
-const STILL_LIMIT: Duration = Duration::from_secs(30);
+const STILL_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the host uses at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -117,13 +117,12 @@ fn readings(world: &mut World) -> Result<Proof> {
 fn still(world: &World) -> Result<(Reading, crate::daemon::Status)> {
     let deadline = Instant::now() + STILL_LIMIT;
     loop {
-        crate::interrupt::check()?;
-        let before = world.site.status()?;
+        let before = world.status()?;
         let reading = Reading {
             frames: frames::distinct(&world.pids())?,
             charge: world.cgroup.charge()?,
         };
-        let after = world.site.status()?;
+        let after = world.status()?;
         if before.pages_shared == after.pages_shared && before.store_pages == after.store_pages {
             return Ok((reading, after));
         }

@@ -3,7 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -12,15 +12,18 @@ use tempfile::TempDir;
 use crate::{
     artifacts::Artifacts,
     cgroup::MemoryCgroup,
-    daemon::{Daemon, Site},
+    daemon::{Daemon, Site, Status},
     guest::{Accelerator, Config, Guest, Mode},
-    initramfs,
+    initramfs, interrupt,
     manifest::Manifest,
     services, workdir,
 };
 
 /// The trust group the guests are in.
 const GROUP: &str = "tests";
+
+/// How long an engine may take until it answers the daemon.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long things may take on one kind of host.
 #[derive(Clone, Copy, Debug)]
@@ -219,6 +222,26 @@ impl World {
             disks,
             kernel_arguments: String::new(),
             arguments: Vec::new(),
+        }
+    }
+
+    /// The daemon's counters, in which every guest's engine has answered: one that is busy may take too long to be in
+    /// the first answer, and would count for nothing there.
+    pub fn status(&self) -> Result<Status> {
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        loop {
+            interrupt::check()?;
+            let status = self.site.status()?;
+            let answered = |guest: &Guest| status.vm(guest.name()).is_ok_and(|vm| vm.connected);
+            let Some(silent) = self.guests.iter().find(|guest| !answered(guest)) else {
+                return Ok(status);
+            };
+            ensure!(
+                Instant::now() < deadline,
+                "the engine of {} does not answer the daemon",
+                silent.name()
+            );
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 

@@ -303,7 +303,7 @@ impl Stage {
     /// Pages that a guest shares now.
     fn shared_by(&self, guest: usize) -> Result<u64> {
         let guest = self.world.guests.get(guest).context("no such guest")?;
-        Ok(self.world.site.status()?.vm(guest.name())?.pages_shared)
+        Ok(self.world.status()?.vm(guest.name())?.pages_shared)
     }
 
     /// Every mapped file in every guest is what it is in the image.

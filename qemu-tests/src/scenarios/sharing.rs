@@ -18,7 +18,7 @@ pub(super) fn two_guests_share(stage: &mut Stage) -> Result<()> {
             "guest {guest} shares {shared} pages, at least {FEWEST} were expected"
         );
     }
-    let status = stage.world.site.status()?;
+    let status = stage.world.status()?;
     let (pages, store) = (status.pages_shared, status.store_pages);
     ensure!(
         pages > store,
@@ -40,6 +40,14 @@ pub(super) fn two_guests_share(stage: &mut Stage) -> Result<()> {
 
 pub(super) fn the_charge_falls_by_what_we_claim(stage: &mut Stage) -> Result<()> {
     let proof = proof::take(&mut stage.world)?;
+    println!(
+        "{} pages shared on {}: {} bytes claimed, the charge rose by {}: {:+.2}%",
+        proof.pages_shared,
+        proof.store_pages,
+        proof.bytes_saved(),
+        proof.rise(),
+        proof.deviation() * 100.0
+    );
     proof.check()?;
     stage.files_are_right()
 }
@@ -58,7 +66,7 @@ pub(super) fn clean_shares_more_than_readonly(stage: &mut Stage) -> Result<()> {
             guest.set("scope", scope)?;
         }
         settle(world, Instant::now())?;
-        let status = world.site.status()?;
+        let status = world.status()?;
         println!(
             "scope {scope}: {} pages shared on {}, {} bytes saved",
             status.pages_shared, status.store_pages, status.bytes_saved
