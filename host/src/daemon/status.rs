@@ -10,13 +10,18 @@ use crate::protocol::{ControlReply, ControlRequest, EngineStatus, GroupStatus, S
 use crate::store::PAGE;
 use pagefusion_abi::wire::reason;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Kernel memory of one mapping: `struct vm_area_struct`, 184 to 256 bytes by kernel version
-/// and configuration (`vm_area_struct` in /proc/slabinfo), and its share of a maple tree
-/// node (256 bytes for up to 16). Measured per overlay: about 230 bytes.
-const MAPPING_BYTES: u64 = 256;
+/// Kernel memory of one mapping besides its `struct vm_area_struct`: whom that is charged to (8
+/// bytes), and a share of a maple tree node (256 bytes for up to 16; measured 21).
+const MAPPING_EXTRA: u64 = 8 + 21;
+/// A `struct vm_area_struct` where the kernel does not tell: 184 to 256 bytes by version and
+/// configuration.
+const MAPPING_USUAL: u64 = 224;
+/// Kernel memory per canonical page besides the page: its place in the page cache of the store,
+/// in nodes of 592 bytes for 64 pages.
+const CANONICAL_EXTRA: u64 = 592 / 64;
 
 /// Most characters of a text that an engine says.
 const LONGEST_TEXT: usize = 256;
@@ -108,6 +113,23 @@ pub(super) fn group_name(vm: &Vm) -> String {
     vm.group.clone().unwrap_or_else(|| vm.name.clone())
 }
 
+/// Kernel memory of one mapping.
+fn mapping_bytes() -> u64 {
+    static BYTES: OnceLock<u64> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        let figure = |name: &str| -> Option<u64> {
+            let path = format!("/sys/kernel/slab/vm_area_struct/{name}");
+            std::fs::read_to_string(path).ok()?.trim().parse().ok()
+        };
+        // With what is left over in each slab.
+        let of_slab = || {
+            let bytes = PAGE.checked_shl(figure("order")?.try_into().ok()?)? as u64;
+            bytes.checked_div(figure("objs_per_slab")?)
+        };
+        of_slab().unwrap_or(MAPPING_USUAL) + MAPPING_EXTRA
+    })
+}
+
 fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
     // VMs with the same store, by where it is in memory.
     let mut groups = BTreeMap::<usize, (GroupStatus, u64)>::new();
@@ -130,12 +152,15 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
                 limits: vm.group_store.limits(),
                 ..GroupStatus::default()
             };
-            (group, store.index_bytes)
+            (
+                group,
+                store.index_bytes + store.store_pages * CANONICAL_EXTRA,
+            )
         });
         group.vms += 1;
         group.pages_shared += engine.pages_shared;
         group.pages_granted += vm.store().vm_statistics(vm.number).granted;
-        *metadata += engine.overlay_mappings * MAPPING_BYTES
+        *metadata += engine.overlay_mappings * mapping_bytes()
             + vm.device.as_ref().map_or(0, Device::allocated_bytes);
     }
     for (mut group, metadata) in groups.into_values() {

@@ -107,7 +107,7 @@ impl Files {
             .map(|record| record.aliases.capacity() * 64)
             .sum();
         self.records.capacity() * size_of::<Option<FileRecord>>()
-            + self.by_key.capacity() * (size_of::<(FileKey, FileId)>() + 1)
+            + self.by_key.allocation_size()
             + aliases
     }
 }

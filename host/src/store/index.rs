@@ -295,9 +295,11 @@ impl Index {
 
     /// Estimate of the memory taken, bytes.
     pub(super) fn bytes(&self) -> usize {
-        self.pages.capacity() * (size_of::<(StorePage, Page)>() + 1)
-            + self.contents.capacity() * (size_of::<StorePage>() + 1)
-            + self.names.capacity() * (size_of::<(StorePage, Vec<(FileId, u64)>)>() + 1 + 16)
+        // Not from capacities, which shrink with what is removed and the memory does not.
+        self.pages.allocation_size()
+            + self.contents.allocation_size()
+            + self.names.allocation_size()
+            + self.names.len() * 16
             + self.chunks.len() * size_of::<(StorePage, Chunk)>()
     }
 

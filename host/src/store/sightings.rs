@@ -207,7 +207,7 @@ impl Sightings {
         self.leaves.capacity() * size_of::<Leaf>()
             + self.pages * size_of::<u64>()
             + used * size_of::<(u64, u32)>()
-            + self.by_hash.capacity() * (size_of::<u32>() + 1)
+            + self.by_hash.allocation_size()
     }
 
     fn clear(&mut self, files: &mut Files, index: u32, mut which: impl FnMut(u64) -> bool) {
