@@ -25,19 +25,28 @@ const STILL: u64 = 64 << 10;
 /// The longest wait for that.
 const STILL_LIMIT: Duration = Duration::from_secs(60);
 
+/// Every charged page of a process or a file is on one of these.
+const LISTS: [&str; 5] = [
+    "inactive_anon",
+    "active_anon",
+    "inactive_file",
+    "active_file",
+    "unevictable",
+];
+
 /// What is charged to a cgroup.
 #[derive(Clone, Copy, Debug)]
 struct Charge {
     /// All of it, and what CPUs keep in stock.
     sum: u64,
-    anonymous: u64,
-    files: u64,
+    /// Anonymous memory and files.
+    pages: u64,
     kernel: u64,
 }
 
 impl Charge {
     fn parts(&self) -> u64 {
-        self.anonymous + self.files + self.kernel
+        self.pages + self.kernel
     }
 
     /// Fails when the parts are not the whole.
@@ -98,11 +107,12 @@ impl MemoryCgroup {
             .with_context(|| format!("open {}", path.display()))
     }
 
-    /// The bytes charged, once that stands still: what processes, files and the kernel have taken.
+    /// The bytes charged, once that stands still.
     ///
     /// The kernel's own sum also has what each CPU keeps in stock for its next allocation, up to 64 pages, so the parts
     /// are added up. To have the stock given back takes a limit below the charge, for which the kernel may also drop
-    /// megabytes of clean files.
+    /// megabytes of clean files. Pages are counted by the lists they are on, where a huge page that is mapped in part
+    /// is whole; what is mapped or resident leaves out the rest of it, which takes memory all the same.
     pub fn charge(&self) -> Result<u64> {
         let deadline = Instant::now() + STILL_LIMIT;
         let mut before = self.look()?;
@@ -134,17 +144,16 @@ impl MemoryCgroup {
                 .parse()
                 .with_context(|| format!("{name} is {value:?}"))
         };
+        let pages = LISTS.iter().map(|list| part(list)).sum::<Result<u64>>()?;
         Ok(match self.version {
             Version::V1 => Charge {
                 sum: self.number("memory.usage_in_bytes")?,
-                anonymous: part("rss")?,
-                files: part("cache")?,
+                pages,
                 kernel: self.number("memory.kmem.usage_in_bytes")?,
             },
             Version::V2 => Charge {
                 sum: self.number("memory.current")?,
-                anonymous: part("anon")?,
-                files: part("file")?,
+                pages,
                 kernel: part("kernel")? + part("sock")?,
             },
         })
@@ -187,40 +196,135 @@ fn remove_stale(root: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use crate::process::Process;
-    use std::{io::BufRead, process::Command};
+    use std::{
+        io::{BufRead, Write},
+        process::Command,
+    };
 
-    /// A process in the cgroup is charged for what it touches.
+    /// A Python program in a cgroup of its own, that says a line and waits for one between its steps.
+    struct Program {
+        process: Process,
+        said: std::io::BufReader<std::process::ChildStdout>,
+        cgroup: MemoryCgroup,
+    }
+
+    impl Program {
+        /// `None` where that cannot be tried.
+        fn start(script: &str) -> Option<Self> {
+            let cgroup = MemoryCgroup::create()
+                .inspect_err(|error| eprintln!("skipped: {error:#}"))
+                .ok()?;
+            let mut command = Command::new("python3");
+            command
+                .args(["-c", script])
+                .stdin(std::process::Stdio::piped())
+                .stdout(std::process::Stdio::piped());
+            let process = Process::spawn(&mut command, Some(cgroup.procs().unwrap()), Vec::new());
+            let Ok(mut process) = process else {
+                eprintln!("skipped: no python3");
+                return None;
+            };
+            let said = std::io::BufReader::new(process.child().stdout.take().unwrap());
+            Some(Self {
+                process,
+                said,
+                cgroup,
+            })
+        }
+
+        fn hears(&mut self) -> String {
+            let mut line = String::new();
+            self.said.read_line(&mut line).unwrap();
+            line.trim().to_owned()
+        }
+
+        fn goes_on(&mut self) {
+            let input = self.process.child().stdin.as_mut().unwrap();
+            input.write_all(b"\n").unwrap();
+        }
+    }
+
     #[test]
     fn memory_is_charged_and_given_back() {
-        let cgroup = match MemoryCgroup::create() {
-            Ok(cgroup) => cgroup,
-            Err(error) => {
-                eprintln!("skipped: {error:#}");
-                return;
-            }
-        };
-        let script = "import sys; b = bytearray(b'x') * (64 << 20); print('up', flush=True); sys.stdin.read()";
-        let mut command = Command::new("python3");
-        command
-            .args(["-c", script])
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped());
-        let Ok(mut process) =
-            Process::spawn(&mut command, Some(cgroup.procs().unwrap()), Vec::new())
-        else {
-            eprintln!("skipped: no python3");
+        let script = "import sys; b = bytearray(b'x') * (64 << 20); print('up', flush=True); sys.stdin.readline()";
+        let Some(mut program) = Program::start(script) else {
             return;
         };
-        let mut line = String::new();
-        std::io::BufReader::new(process.child().stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
-        let high = cgroup.charge().unwrap();
+        assert_eq!(program.hears(), "up");
+        let high = program.cgroup.charge().unwrap();
         assert!(high > 64 << 20, "{high}");
-        let frames = crate::frames::distinct(&[process.pid()]).unwrap();
+        let frames = crate::frames::distinct(&[program.process.pid()]).unwrap();
         assert!(frames > (64 << 20) / 4096, "{frames}");
-        drop(process.child().stdin.take());
-        assert!(process.wait(Duration::from_secs(10)).unwrap().is_some());
-        assert!(cgroup.charge().unwrap() < high - (60 << 20));
+        program.goes_on();
+        let ended = program.process.wait(Duration::from_secs(60)).unwrap();
+        assert!(ended.is_some());
+        assert!(program.cgroup.charge().unwrap() < high - (60 << 20));
+    }
+
+    /// To look must not change what is looked at: clean files are the first thing the kernel would drop.
+    #[test]
+    fn a_look_at_the_charge_leaves_files_in_memory() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![7; 32 << 20]).unwrap();
+        rustix::fs::fsync(file.as_file()).unwrap();
+        let drop = rustix::fs::Advice::DontNeed;
+        rustix::fs::fadvise(file.as_file(), 0, None, drop).unwrap();
+        let script = format!(
+            "import sys; open({:?}, 'rb').read(); print('up', flush=True); sys.stdin.readline()",
+            file.path()
+        );
+        let Some(mut program) = Program::start(&script) else {
+            return;
+        };
+        assert_eq!(program.hears(), "up");
+        let before = program.cgroup.charge().unwrap();
+        if before < 32 << 20 {
+            eprintln!("skipped: this file system has no page cache that can be dropped");
+            return;
+        }
+        let after = program.cgroup.charge().unwrap();
+        assert!(before.abs_diff(after) <= STILL, "{before}, then {after}");
+    }
+
+    /// Half of each huge page is unmapped, and nothing is freed before it is split.
+    #[test]
+    fn what_is_left_of_huge_pages_is_charged() {
+        let script = "import mmap, sys
+size, huge = 64 << 20, 2 << 20
+m = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+m.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, size, 4096): m[at] = 1
+def huge_kib():
+    return sum(int(l.split()[1]) for l in open('/proc/self/smaps') if l.startswith('AnonHugePages'))
+print(huge_kib(), flush=True)
+sys.stdin.readline()
+base = [int(l.split('-')[0], 16) for l in open('/proc/self/maps') if int(l.split()[0].split('-')[1], 16) - int(l.split('-')[0], 16) >= size][-1]
+for at in range(-base % huge, size - huge, huge): m.madvise(mmap.MADV_DONTNEED, at, huge // 2)
+print('half', flush=True)
+sys.stdin.readline()
+";
+        let Some(mut program) = Program::start(script) else {
+            return;
+        };
+        let huge: u64 = program.hears().parse().unwrap();
+        if huge < 32 << 10 {
+            eprintln!("skipped: {huge} KiB in huge pages");
+            return;
+        }
+        let (before, frames) = (
+            program.cgroup.charge().unwrap(),
+            crate::frames::distinct(&[program.process.pid()]).unwrap(),
+        );
+        program.goes_on();
+        assert_eq!(program.hears(), "half");
+        let (after, mapped) = (
+            program.cgroup.charge().unwrap(),
+            crate::frames::distinct(&[program.process.pid()]).unwrap(),
+        );
+        assert!(
+            mapped < frames - (16 << 20) / 4096,
+            "{frames}, then {mapped}"
+        );
+        assert!(after > before - (4 << 20), "{before}, then {after}");
     }
 }
