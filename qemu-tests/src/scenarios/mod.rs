@@ -276,8 +276,20 @@ impl Stage {
         kernel_arguments: &str,
         play: impl FnOnce(&mut World) -> Result<()>,
     ) -> Result<()> {
+        let others = std::mem::take(&mut self.world.guests);
+        let played = self.play_with_small_pair(disks, kernel_arguments, play);
+        // However it went: the next scenario must not take the small ones for these.
+        self.world.guests = others;
+        played
+    }
+
+    fn play_with_small_pair(
+        &mut self,
+        disks: &[PathBuf],
+        kernel_arguments: &str,
+        play: impl FnOnce(&mut World) -> Result<()>,
+    ) -> Result<()> {
         let world = &mut self.world;
-        let others = std::mem::take(&mut world.guests);
         for _ in 0..2 {
             world.start_small_sharer(disks, kernel_arguments)?;
         }
@@ -290,7 +302,6 @@ impl Stage {
             guest.healthy()?;
             guest.kill()?;
         }
-        world.guests = others;
         Ok(())
     }
 
