@@ -28,8 +28,11 @@ pub struct Artifacts {
     pub filesystems: Option<PathBuf>,
     /// The root of the lab host, ext4 on a raw disk.
     pub lab_image: Option<PathBuf>,
-    /// The lab host's kernel; its modules are in `modules_dir` too.
+    /// The lab host's kernel.
     pub lab_kernel: Option<PathBuf>,
+    /// `lib/modules/<release>` of that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lab_modules_dir: Option<PathBuf>,
     /// The QEMU to run.
     pub qemu: PathBuf,
     /// Our own programs; without it, where this program is.

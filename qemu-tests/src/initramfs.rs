@@ -27,7 +27,7 @@ pub fn build_guest(artifacts: &Artifacts, more: &[&str], target: &Path) -> Resul
     let mut archive = Archive::create(target)?;
     archive.init(artifacts)?;
     let modules: Vec<_> = GUEST_MODULES.iter().chain(more).copied().collect();
-    archive.modules(artifacts, &modules)?;
+    archive.modules(&artifacts.modules_dir, &modules)?;
     archive.directory("run")?;
     archive.directory("run/pagefusion")?;
     // The same program is the agent when it is not the first process.
@@ -47,7 +47,8 @@ pub fn build_lab(artifacts: &Artifacts, target: &Path) -> Result<()> {
     let mut archive = Archive::create(target)?;
     archive.init(artifacts)?;
     let modules: Vec<_> = GUEST_MODULES.into_iter().chain(LAB_MODULES).collect();
-    archive.modules(artifacts, &modules)?;
+    let directory = artifacts.lab_modules_dir.as_ref();
+    archive.modules(directory.unwrap_or(&artifacts.modules_dir), &modules)?;
     archive.finish()
 }
 
@@ -81,8 +82,8 @@ impl Archive {
         self.file("init", 0o755, &image)
     }
 
-    fn modules(&mut self, artifacts: &Artifacts, names: &[&str]) -> Result<()> {
-        let tree = ModuleTree::scan(&artifacts.modules_dir)?;
+    fn modules(&mut self, directory: &Path, names: &[&str]) -> Result<()> {
+        let tree = ModuleTree::scan(directory)?;
         self.directory("modules")?;
         let mut order = String::new();
         for module in tree.in_load_order(names)? {

@@ -133,6 +133,7 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
         filesystems: None,
         lab_image: None,
         lab_kernel: None,
+        lab_modules_dir: None,
         ..artifacts.clone()
     };
     fs::write(

@@ -12,7 +12,7 @@ use serde::Serialize;
 #[derive(Debug, Serialize)]
 pub(crate) struct Artifacts {
     pub(crate) kernel_release: String,
-    /// The stock kernel's image.
+    /// The kernel's image.
     pub(crate) kernel: PathBuf,
     /// Its modules: `lib/modules/RELEASE`.
     pub(crate) modules_dir: PathBuf,
@@ -24,6 +24,7 @@ pub(crate) struct Artifacts {
     pub(crate) filesystems: PathBuf,
     pub(crate) lab_image: PathBuf,
     pub(crate) lab_kernel: PathBuf,
+    pub(crate) lab_modules_dir: PathBuf,
     pub(crate) qemu: PathBuf,
     /// Where the workspace's release build puts its programs.
     pub(crate) bin_dir: PathBuf,
@@ -31,11 +32,11 @@ pub(crate) struct Artifacts {
 }
 
 impl Artifacts {
-    /// Writes `artifacts.json` into `dir`; readers see the old file or the new one.
-    pub(crate) fn write(&self, dir: &Path) -> Result<PathBuf> {
+    /// Writes itself as `name` into `dir`; readers see the old file or the new one.
+    pub(crate) fn write(&self, dir: &Path, name: &str) -> Result<PathBuf> {
         fs::create_dir_all(dir)?;
-        let path = dir.join("artifacts.json");
-        let partial = dir.join(format!("artifacts.json.{}", std::process::id()));
+        let path = dir.join(name);
+        let partial = dir.join(format!("{name}.{}", std::process::id()));
         fs::write(&partial, serde_json::to_string_pretty(self)? + "\n")
             .and_then(|()| fs::rename(&partial, &path))
             .with_context(|| format!("cannot write {}", path.display()))?;

@@ -34,6 +34,8 @@ pub(crate) struct BuildRoot {
     /// Debian's headers with what they lacked.
     pub(crate) headers: PathBuf,
     pub(crate) tools: PathBuf,
+    /// The C compiler.
+    pub(crate) cc: &'static str,
 }
 
 impl BuildRoot {
@@ -93,6 +95,7 @@ pub(crate) fn provision(cache: &Cache, kernel: &Kernel) -> Result<BuildRoot> {
         release,
         headers: entry.join("tree"),
         tools,
+        cc: kernel.cc,
     })
 }
 

@@ -10,7 +10,7 @@ use crate::{
     key::KeyBuilder,
     pins::Pin,
     process::{self, bound_command},
-    sets::{KERNEL_7_3, PackageSet, TRIXIE_TOOLS, kernel_release},
+    sets::{FORKY_TOOLS, KERNEL_7_2, KERNEL_7_3, PackageSet, TRIXIE_TOOLS, kernel_release},
     space,
     ui::{Measure, Step},
 };
@@ -27,12 +27,25 @@ pub(crate) struct Kernel {
     pub(crate) cc: &'static str,
 }
 
-pub(crate) const KERNELS: &[Kernel] = &[Kernel {
-    series: "7.3",
-    packages: &KERNEL_7_3,
-    tools: &TRIXIE_TOOLS,
-    cc: "x86_64-linux-gnu-gcc-14",
-}];
+/// The kernel that everything is run on.
+pub(crate) const USUAL: &str = "7.3";
+/// The second version that distributions have.
+pub(crate) const SECOND: &str = "7.2";
+
+pub(crate) const KERNELS: &[Kernel] = &[
+    Kernel {
+        series: USUAL,
+        packages: &KERNEL_7_3,
+        tools: &TRIXIE_TOOLS,
+        cc: "x86_64-linux-gnu-gcc-14",
+    },
+    Kernel {
+        series: SECOND,
+        packages: &KERNEL_7_2,
+        tools: &FORKY_TOOLS,
+        cc: "x86_64-linux-gnu-gcc-16",
+    },
+];
 
 pub(crate) fn find(series: &str) -> Result<&'static Kernel> {
     KERNELS

@@ -41,7 +41,7 @@ struct Arguments {
     #[command(subcommand)]
     task: Task,
     /// The stock kernel to build for and to boot
-    #[arg(long, global = true, default_value = "7.3", value_name = "SERIES")]
+    #[arg(long, global = true, default_value = kernel::USUAL, value_name = "7.3|7.2")]
     kernel: String,
 }
 

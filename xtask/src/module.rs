@@ -20,13 +20,13 @@ use crate::{
 const SOURCES: &[&str] = &["Kbuild", "Makefile", "module", "abi/src"];
 
 const MAKE: &str = r#"
-    make -C "/usr/src/linux-headers-$1" M=/source -j"$(nproc)" modules
+    make -C "/usr/src/linux-headers-$1" M=/source -j"$(nproc)" CC="$2" modules
     cp /source/pagefusion.ko /out/pagefusion.debug.ko
     strip -g -o /out/pagefusion.ko /source/pagefusion.ko
 "#;
 
 const LINT: &str = r#"
-    make -C "/usr/src/linux-headers-$1" M=/source -j"$(nproc)" CLIPPY=1 KRUSTFLAGS=-Dwarnings KCFLAGS=-Werror modules
+    make -C "/usr/src/linux-headers-$1" M=/source -j"$(nproc)" CC="$2" CLIPPY=1 KRUSTFLAGS=-Dwarnings KCFLAGS=-Werror modules
 "#;
 
 /// Builds `pagefusion.ko`; the same sources give the same file.
@@ -41,13 +41,16 @@ pub(crate) fn build(cache: &Cache, checkout: &Path, root: &BuildRoot) -> Result<
         fs::remove_dir_all(build.dir.join("source"))?;
         Ok(())
     })?;
-    let ko = entry.join("pagefusion.ko");
-    let copy = checkout.join("target/pagefusion");
-    fs::create_dir_all(&copy)?;
-    let partial = copy.join(format!("pagefusion.ko.{}", std::process::id()));
-    fs::copy(&ko, &partial)?;
-    fs::rename(&partial, copy.join("pagefusion.ko"))?;
-    Ok(ko)
+    Ok(entry.join("pagefusion.ko"))
+}
+
+/// Copies the module into `dir`; readers see the old file or the new one.
+pub(crate) fn copy(ko: &Path, dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    let partial = dir.join(format!("pagefusion.ko.{}", std::process::id()));
+    fs::copy(ko, &partial)?;
+    fs::rename(&partial, dir.join("pagefusion.ko"))?;
+    Ok(())
 }
 
 /// Runs the kernel's clippy over the module; any warning is an error.
@@ -71,7 +74,7 @@ fn make(build: &mut Build<'_>, checkout: &Path, root: &BuildRoot, script: &str) 
     let mut lines = Vec::new();
     let built = process::run_watched(
         "the module's build",
-        &mut sandbox.command(script, &[&root.release]),
+        &mut sandbox.command(script, &[&root.release, root.cc]),
         &mut build.log,
         |line| {
             if let Some(line) = line {

@@ -13,7 +13,7 @@ use crate::{
     cache::Cache,
     headers::{self, BuildRoot},
     host_packages, images,
-    kernel::{self, Kernel},
+    kernel::{self, Kernel, USUAL},
     module, pins, sets,
 };
 
@@ -22,9 +22,9 @@ use crate::{
 pub(crate) enum Part {
     /// Debian packages on this machine
     Host,
-    /// The stock kernel
+    /// The kernel
     Kernel,
-    /// The root with the compilers Debian built the kernel with
+    /// The root with the compilers the kernel is built with
     Tools,
     /// The kernel's headers, made fit for Rust modules
     Headers,
@@ -53,6 +53,15 @@ impl Project {
         })
     }
 
+    /// The same project with another kernel.
+    pub(crate) fn with_kernel(&self, series: &str) -> Result<Self> {
+        Ok(Self {
+            cache: self.cache.clone(),
+            checkout: self.checkout.clone(),
+            kernel: kernel::find(series)?,
+        })
+    }
+
     /// Where cargo puts what it builds.
     pub(crate) fn target_dir(&self) -> PathBuf {
         match env::var_os("CARGO_TARGET_DIR") {
@@ -75,7 +84,7 @@ impl Project {
             Part::GuestImage => drop(images::guest(&self.cache)?),
             Part::Filesystems => drop(images::filesystems(&self.cache)?),
             Part::LabImage => {
-                let kernel = self.kernel.provision(&self.cache)?;
+                let kernel = kernel::find(USUAL)?.provision(&self.cache)?;
                 images::lab(&self.cache, &kernel)?;
             }
         }
@@ -88,7 +97,16 @@ impl Project {
 
     pub(crate) fn module(&self) -> Result<PathBuf> {
         host_packages::provision(&self.cache)?;
-        module::build(&self.cache, &self.checkout, &self.build_root()?)
+        let ko = module::build(&self.cache, &self.checkout, &self.build_root()?)?;
+        let target = self.checkout.join("target/pagefusion");
+        module::copy(
+            &ko,
+            &match self.kernel.series {
+                USUAL => target,
+                series => target.join(series),
+            },
+        )?;
+        Ok(ko)
     }
 
     /// Writes new pins, of what the mirror has now, into the checkout.
@@ -118,11 +136,17 @@ impl Project {
         let kernel = self.kernel.provision(&self.cache)?;
         let guest = images::guest(&self.cache)?;
         let filesystems = images::filesystems(&self.cache)?;
-        let lab = images::lab(&self.cache, &kernel)?;
-        let module = module::build(&self.cache, &self.checkout, &self.build_root()?)?;
+        let lab_kernel = kernel::find(USUAL)?.provision(&self.cache)?;
+        let lab = images::lab(&self.cache, &lab_kernel)?;
+        let module = self.module()?;
+        let name = match self.kernel.series {
+            USUAL => "artifacts.json".to_owned(),
+            series => format!("artifacts-{series}.json"),
+        };
         Artifacts {
             kernel_release: kernel.release,
-            lab_kernel: kernel.image.clone(),
+            lab_kernel: lab_kernel.image,
+            lab_modules_dir: lab_kernel.modules,
             kernel: kernel.image,
             modules_dir: kernel.modules,
             module_ko: module,
@@ -134,7 +158,7 @@ impl Project {
             bin_dir: self.bin_dir(),
             cache: self.cache.root().to_owned(),
         }
-        .write(&self.checkout.join("target/pagefusion"))
+        .write(&self.checkout.join("target/pagefusion"), &name)
     }
 }
 

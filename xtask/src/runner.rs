@@ -6,12 +6,14 @@ use std::{
     io::{BufRead, BufReader},
     path::Path,
     process::{Command, ExitCode, ExitStatus, Stdio},
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
 
 use crate::{
     counts::Counts,
+    kernel::{SECOND, USUAL},
     module,
     process::{bound_in_group, stop_if_interrupted},
     provision::Project,
@@ -38,7 +40,7 @@ pub(crate) struct TestArguments {
     /// Leave out the slow hosts
     #[arg(long)]
     quick: bool,
-    /// Try harder and longer
+    /// Try harder and longer, and on a second kernel
     #[arg(long, conflicts_with = "quick")]
     deep: bool,
     /// Run the QEMU tests of this kind of host only
@@ -88,8 +90,57 @@ pub(crate) fn bench_guest(project: &Project, arguments: &GuestBenchArguments) ->
     Ok(exit_code(status))
 }
 
+/// One run of the QEMU harness.
+#[derive(Debug, PartialEq, Eq)]
+struct Run<'a> {
+    kernel: &'static str,
+    tier: &'static str,
+    quick: bool,
+    host: Option<&'a str>,
+}
+
+impl<'a> Run<'a> {
+    /// Those that `arguments` ask for, when `kernel` is the one chosen.
+    fn plan(kernel: &'static str, arguments: &'a TestArguments) -> Vec<Self> {
+        let host = arguments.host.as_deref();
+        let mut runs = vec![Self {
+            kernel,
+            tier: if arguments.deep { "deep" } else { "usual" },
+            quick: arguments.quick,
+            host,
+        }];
+        // Other kernels say nothing new about a host.
+        if kernel == USUAL && arguments.deep && host.is_none() {
+            runs.push(Self {
+                kernel: SECOND,
+                tier: "smoke",
+                quick: true,
+                host: Some("tcg"),
+            });
+        }
+        runs
+    }
+
+    fn command(&self, project: &Project, artifacts: &Path) -> Command {
+        let mut command = harness(project, "test", artifacts);
+        command.args(["--tier", self.tier]);
+        if let Some(host) = self.host {
+            command.args(["--host", host]);
+        } else if self.quick {
+            command.arg("--quick");
+        }
+        command
+    }
+}
+
 pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitCode> {
-    let artifacts = project.everything()?;
+    let plan = Run::plan(project.kernel.series, arguments);
+    let began = Instant::now();
+    let mut artifacts = Vec::new();
+    for run in &plan {
+        artifacts.push(project.with_kernel(run.kernel)?.everything()?);
+    }
+    let mut times = vec![("making what is needed".to_owned(), began.elapsed())];
     let mut total = Counts::default();
 
     let mut unit = cargo(project);
@@ -97,22 +148,21 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
     if arguments.deep {
         unit.env(DEEP, "1");
     }
+    let start = Instant::now();
     total += counted("cargo test", &mut unit, Tally::Sum)?;
+    times.push(("unit tests".to_owned(), start.elapsed()));
 
     // Also when unit tests failed: one run should show all there is to see.
     match build_release(project) {
         Ok(()) => {
-            let mut qemu = harness(project, "test", &artifacts);
-            if arguments.quick {
-                qemu.arg("--quick");
+            for (run, artifacts) in plan.iter().zip(&artifacts) {
+                let what = format!("{} scenarios on kernel {}", run.tier, run.kernel);
+                println!("{what}:");
+                let start = Instant::now();
+                let mut command = run.command(project, artifacts);
+                total += counted("qemu-tests", &mut command, Tally::Last)?;
+                times.push((what, start.elapsed()));
             }
-            if let Some(host) = &arguments.host {
-                qemu.args(["--host", host]);
-            }
-            if arguments.deep {
-                qemu.env(DEEP, "1");
-            }
-            total += counted("qemu-tests", &mut qemu, Tally::Last)?;
         }
         Err(error) => {
             stop_if_interrupted()?;
@@ -121,6 +171,9 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
         }
     }
 
+    for (what, took) in times {
+        println!("{:>8.1} s  {what}", took.as_secs_f64());
+    }
     println!("{total}");
     Ok(if total.failed == 0 {
         ExitCode::SUCCESS
@@ -315,6 +368,23 @@ mod tests {
                 failed: 1,
                 skipped: 0
             }
+        );
+    }
+
+    #[test]
+    fn only_a_deep_test_of_everything_takes_other_kernels() {
+        let kernels = |kernel, quick, deep, host: Option<&str>| -> Vec<_> {
+            let host = host.map(str::to_owned);
+            let arguments = TestArguments { quick, deep, host };
+            let plan = Run::plan(kernel, &arguments);
+            plan.iter().map(|run| (run.kernel, run.tier)).collect()
+        };
+        assert_eq!(kernels(USUAL, true, false, None), [(USUAL, "usual")]);
+        assert_eq!(kernels(SECOND, false, true, None), [(SECOND, "deep")]);
+        assert_eq!(kernels(USUAL, false, true, Some("kvm")), [(USUAL, "deep")]);
+        assert_eq!(
+            kernels(USUAL, false, true, None),
+            [(USUAL, "deep"), (SECOND, "smoke")]
         );
     }
 

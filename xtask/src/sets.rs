@@ -127,6 +127,33 @@ pub(crate) const TRIXIE_TOOLS: PackageSet = PackageSet {
     pins: include_str!("../pins/tools-trixie.pins"),
 };
 
+/// What Debian builds the kernels of its next release with.
+pub(crate) const FORKY_TOOLS: PackageSet = PackageSet {
+    name: "tools-forky",
+    suites: &["forky"],
+    contents: Contents::Root(&[
+        "bc",
+        "bindgen",
+        "bison",
+        "flex",
+        "gcc-16",
+        "kmod",
+        "libc6-dev",
+        "libelf-dev",
+        "libssl-dev",
+        "make",
+        "pahole",
+        "perl-base",
+        "python3-minimal",
+        "rust-clippy",
+        "rust-src",
+        "rustc",
+        "rustfmt",
+        "xz-utils",
+    ]),
+    pins: include_str!("../pins/tools-forky.pins"),
+};
+
 pub(crate) const KERNEL_7_3: PackageSet = PackageSet {
     name: "kernel-7.3",
     suites: &["trixie-backports", "trixie"],
@@ -135,6 +162,17 @@ pub(crate) const KERNEL_7_3: PackageSet = PackageSet {
         packages: KERNEL_PACKAGES,
     },
     pins: include_str!("../pins/kernel-7.3.pins"),
+};
+
+/// Of Debian's next release, which is at an older kernel than the backports.
+pub(crate) const KERNEL_7_2: PackageSet = PackageSet {
+    name: "kernel-7.2",
+    suites: &["forky"],
+    contents: Contents::Kernel {
+        release: ("7.2.", "+deb14-cloud-amd64"),
+        packages: KERNEL_PACKAGES,
+    },
+    pins: include_str!("../pins/kernel-7.2.pins"),
 };
 
 const KERNEL_PACKAGES: &[&str] = &[
@@ -146,7 +184,15 @@ const KERNEL_PACKAGES: &[&str] = &[
     "linux-source-{series}",
 ];
 
-pub(crate) const ALL: [&PackageSet; 5] = [&KERNEL_7_3, &TRIXIE_TOOLS, &GUEST, &LAB, &FILESYSTEMS];
+pub(crate) const ALL: [&PackageSet; 7] = [
+    &KERNEL_7_3,
+    &KERNEL_7_2,
+    &TRIXIE_TOOLS,
+    &FORKY_TOOLS,
+    &GUEST,
+    &LAB,
+    &FILESYSTEMS,
+];
 
 impl PackageSet {
     /// The packages asked for by name.
