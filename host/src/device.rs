@@ -7,7 +7,9 @@ use crate::engine::{Guest, SharedMemory};
 use pagefusion_abi::wire::{self, Layout, header};
 use rustix::event::EventfdFlags;
 use rustix::fs::{MemfdFlags, SealFlags};
-use std::io;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
@@ -19,9 +21,13 @@ pub const REGISTER_BYTES: u64 = 256;
 /// PCI vendor and device of `ivshmem`.
 pub const PCI_ID: (u16, u16) = (0x1af4, 0x1110);
 /// Peer id of the VM. Each VM has a memory of its own, so all have the same.
-pub(crate) const VM_PEER: i64 = 0;
+const VM_PEER: i64 = 0;
 /// Peer id of the engine.
-pub(crate) const HOST_PEER: i64 = 1;
+const HOST_PEER: i64 = 1;
+/// Version of the ivshmem client-server protocol.
+const PROTOCOL: i64 = 0;
+/// What announces the shared memory in place of a peer.
+const MEMORY: i64 = -1;
 
 /// Offsets of the registers that do something, each 32 bits wide.
 mod register {
@@ -30,7 +36,7 @@ mod register {
 }
 
 /// Shared memory with a header and nothing else in it, whose size cannot change.
-pub(crate) fn new_memory() -> io::Result<OwnedFd> {
+fn new_memory() -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memory = rustix::fs::memfd_create("pagefusion-device", flags)?;
     rustix::fs::ftruncate(&memory, MEMORY_BYTES)?;
@@ -58,7 +64,7 @@ pub(crate) fn new_memory() -> io::Result<OwnedFd> {
 }
 
 /// An eventfd that never blocks.
-pub(crate) fn new_event() -> io::Result<OwnedFd> {
+fn new_event() -> io::Result<OwnedFd> {
     let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
     Ok(rustix::event::eventfd(0, flags)?)
 }
@@ -72,6 +78,9 @@ pub(crate) fn new_event() -> io::Result<OwnedFd> {
 /// * BAR2 is a memory slot over a shared mapping of [`Self::memory`]. It is not guest memory
 ///   in the sense of [`crate::engine::Memory`].
 /// * [`Self::interrupt`] is the irqfd of MSI-X vector 0. A guest without interrupts polls.
+///
+/// A VMM in another process that has QEMU's `ivshmem-doorbell` gets all of it by
+/// [`Self::introduce`].
 ///
 /// ```
 /// use pagefusion_host::device::PagefusionDevice;
@@ -135,6 +144,21 @@ impl PagefusionDevice {
         }
     }
 
+    /// The server's part of the ivshmem handshake, which is all of it, with a VMM at the other
+    /// end of a stream socket. It fits into an empty socket buffer and never waits.
+    pub fn introduce(&self, to: BorrowedFd<'_>) -> io::Result<()> {
+        say(to, PROTOCOL, None)?;
+        say(to, VM_PEER, None)?;
+        say(to, MEMORY, Some(self.memory()))?;
+        say(to, HOST_PEER, Some(self.doorbell()))?;
+        say(to, VM_PEER, Some(self.interrupt()))
+    }
+
+    /// Memory that the device takes, bytes.
+    pub fn allocated_bytes(&self) -> u64 {
+        rustix::fs::fstat(&self.memory).map_or(0, |stat| stat.st_blocks as u64 * 512)
+    }
+
     /// The engine's view of the guest behind this device. `instance` is not zero, and another
     /// one each time an engine takes the device over; at most `max_inflight_pages` are
     /// reported and not answered at a time.
@@ -163,6 +187,23 @@ impl DeviceMmio for PagefusionDevice {
             // A full counter: it has been rung and nobody has looked yet.
             let _ = rustix::io::write(&self.doorbell, &1_u64.to_ne_bytes());
         }
+    }
+}
+
+fn say(to: BorrowedFd<'_>, number: i64, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = descriptor.as_slice();
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let bytes = number.to_le_bytes();
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let sent = rustix::net::sendmsg(to, &[IoSlice::new(&bytes)], &mut ancillary, flags)?;
+    if sent == bytes.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
     }
 }
 

@@ -68,6 +68,16 @@ fn serve_requests(registry: &Registry, vm: &Vm, mut connection: Connection) -> i
     // Before it can map anything: the next daemon must wait for what it maps.
     vm.engine_seen(registry.runtime())?;
     welcome(vm, &mut connection)?;
+    answer_all(&mut connection, |request, payload, first| {
+        answer(registry, vm, request, payload, first)
+    })
+}
+
+/// Answers requests until the connection ends. `answer` is told which is the first.
+pub(super) fn answer_all(
+    connection: &mut Connection,
+    mut answer: impl FnMut(&EngineRequest, &[u8], bool) -> Result<EngineReply, StoreError>,
+) -> io::Result<bool> {
     let mut payload = Vec::new();
     let mut first = true;
     loop {
@@ -83,7 +93,7 @@ fn serve_requests(registry: &Registry, vm: &Vm, mut connection: Connection) -> i
             payload.resize(pages * PAGE, 0);
             connection.receive_payload(&mut payload)?;
         }
-        let reply = answer(registry, vm, &request, &payload, first);
+        let reply = answer(&request, &payload, first);
         connection.send(&reply.unwrap_or_else(|error| EngineReply::Error(error.to_string())))?;
         first = false;
     }
@@ -102,47 +112,18 @@ fn answer(
         }
     }
     let mut gate = Gate::of(vm);
-    let store = gate.store();
-    if first && !matches!(request, EngineRequest::Announce { .. }) {
-        // An engine that maps something says so first: this one maps nothing.
-        store.announce(vm.number, &[], true)?;
+    let reply = gate.answer(request, payload, first)?;
+    let reports = match request {
+        EngineRequest::Publish { .. } => gate.store().take_reports(),
+        _ => return Ok(reply),
+    };
+    drop(gate);
+    for (number, spans) in reports {
+        if let Some(first) = registry.vm(number) {
+            first.control.report(spans);
+        }
     }
-    Ok(match request {
-        EngineRequest::Announce { holdings, last } => {
-            store.announce(vm.number, holdings, *last)?;
-            EngineReply::Done
-        }
-        EngineRequest::Lookup { spans } => {
-            let mut segments = Vec::new();
-            gate.lookup(spans, &mut segments)?;
-            EngineReply::Segments(segments)
-        }
-        EngineRequest::Sight { sightings } => {
-            let mut verdicts = Vec::new();
-            gate.sight(sightings, &mut verdicts)?;
-            EngineReply::Verdicts(verdicts)
-        }
-        EngineRequest::Publish { span } => {
-            let mut pages = Vec::new();
-            gate.publish(*span, payload, &mut pages)?;
-            let reports = gate.store().take_reports();
-            drop(gate);
-            for (number, spans) in reports {
-                if let Some(first) = registry.vm(number) {
-                    first.control.report(spans);
-                }
-            }
-            EngineReply::Published(pages)
-        }
-        EngineRequest::Release { spans } => {
-            store.release(vm.number, spans)?;
-            EngineReply::Done
-        }
-        EngineRequest::Forget { span } => {
-            store.forget(vm.number, *span)?;
-            EngineReply::Done
-        }
-    })
+    Ok(reply)
 }
 
 /// Holds a VM to its rate and to its group's, before it gets hold of the store; whether what
@@ -165,8 +146,7 @@ fn welcome(vm: &Vm, connection: &mut Connection) -> io::Result<()> {
     let uffd = open_uffd();
     let mut descriptors = vec![store.as_fd()];
     if let Some(device) = &vm.device {
-        let device = [&device.memory, &device.from_guest, &device.to_guest];
-        descriptors.extend(device.map(AsFd::as_fd));
+        descriptors.extend([device.memory(), device.doorbell(), device.interrupt()]);
     }
     descriptors.extend(uffd.as_ref().map(AsFd::as_fd));
     let welcome = Welcome {

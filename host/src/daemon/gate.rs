@@ -4,7 +4,9 @@
 //! whatever the engine does.
 
 use super::vm::Vm;
-use crate::protocol::{FileKey, FileSpan, Segment, Sighting, StorePage, Verdict};
+use crate::protocol::{
+    EngineReply, EngineRequest, FileKey, FileSpan, Segment, Sighting, StorePage, Verdict,
+};
 use crate::store::{Group, StoreError};
 use std::collections::HashSet;
 use std::sync::{Arc, MutexGuard};
@@ -20,12 +22,17 @@ pub(super) struct Gate<'a> {
 impl<'a> Gate<'a> {
     pub(super) fn of(vm: &'a Vm) -> Self {
         let store = vm.store();
-        Self {
-            vm: vm.number,
-            // Looked at with the store locked: what the operator noted before holds here.
-            undone: vm.undone_files(),
-            store,
-        }
+        // Looked at with the store locked: what the operator noted before holds here.
+        Self::new(vm.number, vm.undone_files(), store)
+    }
+
+    /// The same for a VM given by its number and the files that it shall not share.
+    pub(super) fn new(
+        vm: u32,
+        undone: Arc<HashSet<FileKey>>,
+        store: MutexGuard<'a, Group>,
+    ) -> Self {
+        Self { vm, undone, store }
     }
 
     /// The store itself, for what needs no permission.
@@ -33,12 +40,51 @@ impl<'a> Gate<'a> {
         &mut self.store
     }
 
-    /// Files that were undone are not found.
-    pub(super) fn lookup(
+    /// Does what an engine asks. `payload` came with it; `first` is the first request of a
+    /// connection.
+    pub(super) fn answer(
         &mut self,
-        spans: &[FileSpan],
-        out: &mut Vec<Segment>,
-    ) -> Result<(), StoreError> {
+        request: &EngineRequest,
+        payload: &[u8],
+        first: bool,
+    ) -> Result<EngineReply, StoreError> {
+        if first && !matches!(request, EngineRequest::Announce { .. }) {
+            // An engine that maps something says so first: this one maps nothing.
+            self.store.announce(self.vm, &[], true)?;
+        }
+        Ok(match request {
+            EngineRequest::Announce { holdings, last } => {
+                self.store.announce(self.vm, holdings, *last)?;
+                EngineReply::Done
+            }
+            EngineRequest::Lookup { spans } => {
+                let mut segments = Vec::new();
+                self.lookup(spans, &mut segments)?;
+                EngineReply::Segments(segments)
+            }
+            EngineRequest::Sight { sightings } => {
+                let mut verdicts = Vec::new();
+                self.sight(sightings, &mut verdicts)?;
+                EngineReply::Verdicts(verdicts)
+            }
+            EngineRequest::Publish { span } => {
+                let mut pages = Vec::new();
+                self.publish(*span, payload, &mut pages)?;
+                EngineReply::Published(pages)
+            }
+            EngineRequest::Release { spans } => {
+                self.store.release(self.vm, spans)?;
+                EngineReply::Done
+            }
+            EngineRequest::Forget { span } => {
+                self.store.forget(self.vm, *span)?;
+                EngineReply::Done
+            }
+        })
+    }
+
+    /// Files that were undone are not found.
+    fn lookup(&mut self, spans: &[FileSpan], out: &mut Vec<Segment>) -> Result<(), StoreError> {
         let Self { vm, undone, store } = self;
         for spans in spans.chunk_by(|a, b| undone.contains(&a.file) == undone.contains(&b.file)) {
             if spans.first().is_some_and(|it| undone.contains(&it.file)) {
@@ -54,11 +100,7 @@ impl<'a> Gate<'a> {
     }
 
     /// Files that were undone are not noted, for this VM or for others.
-    pub(super) fn sight(
-        &mut self,
-        sightings: &[Sighting],
-        out: &mut Vec<Verdict>,
-    ) -> Result<(), StoreError> {
+    fn sight(&mut self, sightings: &[Sighting], out: &mut Vec<Verdict>) -> Result<(), StoreError> {
         let Self { vm, undone, store } = self;
         for sightings in
             sightings.chunk_by(|a, b| undone.contains(&a.file) == undone.contains(&b.file))
@@ -77,7 +119,7 @@ impl<'a> Gate<'a> {
     }
 
     /// Files that were undone are not taken.
-    pub(super) fn publish(
+    fn publish(
         &mut self,
         span: FileSpan,
         bytes: &[u8],

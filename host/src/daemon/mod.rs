@@ -9,7 +9,6 @@
 
 mod admin;
 mod control;
-mod device;
 mod engine;
 mod error;
 mod files;
@@ -31,19 +30,21 @@ pub use error::DaemonError;
 pub use pressure::PressureThresholds;
 pub(crate) use runtime::TMPFS_MAGIC;
 
-use crate::protocol::peer;
+use crate::protocol::{Connection, Encoding, FileKey, peer};
+use crate::store::Group;
 use pressure::{INTERVAL, Pressure};
 use registry::Registry;
 use runtime::Runtime;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use std::collections::HashSet;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use vm::Vm;
 
@@ -218,6 +219,24 @@ impl Daemon {
             }
         }
     }
+}
+
+/// Serves the requests of one engine from a store, without a daemon around it, until the
+/// connection ends. For fuzzing: the code is the daemon's.
+#[doc(hidden)]
+pub fn serve_requests_alone(
+    stream: UnixStream,
+    limit: Duration,
+    vm: u32,
+    undone: &Arc<HashSet<FileKey>>,
+    store: &Mutex<Group>,
+) -> io::Result<()> {
+    let mut connection = Connection::new(stream, Encoding::Postcard, limit)?;
+    let answered = engine::answer_all(&mut connection, |request, payload, first| {
+        let store = store.lock().unwrap_or_else(PoisonError::into_inner);
+        gate::Gate::new(vm, undone.clone(), store).answer(request, payload, first)
+    });
+    answered.map(drop)
 }
 
 /// What an event is about.

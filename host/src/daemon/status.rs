@@ -3,9 +3,9 @@
 //! Figures for the operator.
 
 use super::control::{self, QUICK};
-use super::device::Device;
 use super::registry::Registry;
 use super::vm::Vm;
+use crate::device::PagefusionDevice;
 use crate::protocol::{ControlReply, ControlRequest, EngineStatus, GroupStatus, Status, VmStatus};
 use crate::store::PAGE;
 use pagefusion_abi::wire::reason;
@@ -161,7 +161,9 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
         group.pages_shared += engine.pages_shared;
         group.pages_granted += vm.store().vm_statistics(vm.number).granted;
         *metadata += engine.overlay_mappings * mapping_bytes()
-            + vm.device.as_ref().map_or(0, Device::allocated_bytes);
+            + vm.device
+                .as_ref()
+                .map_or(0, PagefusionDevice::allocated_bytes);
     }
     for (mut group, metadata) in groups.into_values() {
         let pages = group.pages_shared as i64 - group.store_pages as i64;

@@ -3,11 +3,11 @@
 //! One VM as the daemon sees it: a process, its sockets, its device, its store.
 
 use super::control::Control;
-use super::device::Device;
 use super::pace::Pace;
 use super::process::Process;
 use super::registry::{Pause, SharedGroup};
 use super::runtime::{Runtime, UndoneFile, VmRecord};
+use crate::device::PagefusionDevice;
 use crate::protocol::{FileKey, LimitChanges, Limits};
 use crate::store::{Group, PAGE, VmLimits};
 use std::collections::{BTreeMap, HashSet};
@@ -32,7 +32,7 @@ pub(super) struct Vm {
     pub(super) ivshmem: UnixListener,
     pub(super) engine: UnixListener,
     /// `None` when the VM is older than this daemon.
-    pub(super) device: Option<Device>,
+    pub(super) device: Option<PagefusionDevice>,
     pub(super) group_store: SharedGroup,
     /// What it may put into the store.
     pub(super) pace: Pace,
@@ -57,7 +57,11 @@ impl Vm {
         let directory = runtime.vm_directory(record.number, record.uid)?;
         let ivshmem = runtime.listen(&directory.join("ivshmem.sock"), record.uid)?;
         let engine = runtime.listen(&directory.join("engine.sock"), record.uid)?;
-        let device = if new { Some(Device::new()?) } else { None };
+        let device = if new {
+            Some(PagefusionDevice::new()?)
+        } else {
+            None
+        };
         Ok(Self {
             number: record.number,
             name: record.name.clone(),
