@@ -94,7 +94,7 @@ impl Index {
         while from < pages.end {
             let number = from / CHUNK;
             let until = (number + 1).saturating_mul(CHUNK).min(pages.end);
-            let base = record.chunks.get(&number).copied();
+            let base = record.chunk(number);
             let room = base.map_or(0, |base| self.chunks.get(&base).map_or(0, |c| c.pages));
             for page in from..until {
                 let offset = (page % CHUNK) as u32;
@@ -133,13 +133,13 @@ impl Index {
     pub(super) fn take(&mut self, files: &mut Files, file: FileId, page: u64) -> Option<StorePage> {
         let number = page / CHUNK;
         let record = files.get_mut(file);
-        let base = record.chunks.get(&number).copied().or_else(|| {
+        let base = record.chunk(number).or_else(|| {
             let pages = chunk_pages(record.key.size, page)?;
             if self.space.free_pages() < SCARCE {
                 return None;
             }
             let base = self.space.take(pages)?;
-            record.chunks.insert(number, base);
+            record.set_chunk(number, base);
             self.chunks.insert(
                 base,
                 Chunk {
@@ -198,8 +198,8 @@ impl Index {
     /// Makes `store` found as `page` of `file`, if it is not by its place.
     pub(super) fn name(&mut self, files: &mut Files, file: FileId, page: u64, store: StorePage) {
         let record = files.get_mut(file);
-        let base = record.chunks.get(&(page / CHUNK));
-        if base.and_then(|&base| self.in_chunk(base, page)) == Some(store) {
+        let base = record.chunk(page / CHUNK);
+        if base.and_then(|base| self.in_chunk(base, page)) == Some(store) {
             return;
         }
         let names = self
@@ -240,14 +240,14 @@ impl Index {
         };
         let before = self.chunks.range(..end).next_back();
         let overlaps = before.is_some_and(|(&at, chunk)| at + chunk.pages > base);
-        if record.chunks.contains_key(&number) || overlaps {
+        if record.chunk(number).is_some() || overlaps {
             return;
         }
         let used = (base..end)
             .filter(|store| self.pages.contains_key(store))
             .count() as u32;
         self.space.take_at(base, pages);
-        record.chunks.insert(number, base);
+        record.set_chunk(number, base);
         self.chunks.insert(
             base,
             Chunk {
@@ -318,7 +318,7 @@ impl Index {
             return;
         };
         self.space.give(base, chunk.pages);
-        files.get_mut(chunk.file).chunks.remove(&chunk.number);
+        files.get_mut(chunk.file).remove_chunk(chunk.number);
         files.prune(chunk.file);
     }
 

@@ -21,6 +21,8 @@ mod index;
 mod local;
 #[cfg(test)]
 mod model;
+mod places;
+mod references;
 mod sightings;
 mod space;
 #[cfg(test)]
