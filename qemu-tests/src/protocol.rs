@@ -197,6 +197,8 @@ pub enum Op {
         /// The file.
         path: String,
     },
+    /// Start another kernel, with the arguments of this one. It answers only when that failed.
+    Kexec(NextKernel),
     /// Fragment free memory: hold as much as `bytes` in pages of which every other one is free. 0 lets go of it.
     Fragment {
         /// Bytes of free single pages.
@@ -236,6 +238,19 @@ pub struct MountSpec {
     pub target: String,
     /// Options of the file system.
     pub data: String,
+}
+
+/// A kernel to start.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct NextKernel {
+    /// The disk that holds it.
+    pub kernel: String,
+    /// Its length.
+    pub kernel_bytes: u64,
+    /// The disk that holds its initramfs.
+    pub initramfs: String,
+    /// Its length.
+    pub initramfs_bytes: u64,
 }
 
 /// How unmounting went.

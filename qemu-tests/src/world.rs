@@ -83,6 +83,17 @@ impl Host {
     }
 }
 
+/// A guest with nothing but the agent in it, and what this adds.
+#[derive(Clone, Debug, Default)]
+pub struct Small {
+    /// Disks, each written to only in a copy that goes with the machine.
+    pub disks: Vec<PathBuf>,
+    /// Whether it has the drivers of every file system.
+    pub every_file_system: bool,
+    /// Further arguments of the kernel.
+    pub kernel_arguments: String,
+}
+
 /// The whole set-up. Fields are dropped in this order: nothing goes before what uses it.
 #[derive(Debug)]
 pub struct World {
@@ -186,15 +197,17 @@ impl World {
         Ok(guest)
     }
 
-    /// A guest that shares, with nothing but the agent, these disks, and what it needs for any file system.
-    pub fn start_small_sharer(&mut self, disks: &[PathBuf], kernel_arguments: &str) -> Result<()> {
-        let initramfs = self.initramfs.with_file_name("filesystems.cpio");
-        if !initramfs.exists() {
-            initramfs::build_guest(&self.artifacts, &initramfs::FILESYSTEM_MODULES, &initramfs)?;
+    /// A guest that shares, with nothing but the agent and what `small` adds.
+    pub fn start_small_sharer(&mut self, small: &Small) -> Result<()> {
+        let mut config = self.config(Mode::Agent, 384, small.disks.clone());
+        if small.every_file_system {
+            config.initramfs = self.initramfs.with_file_name("filesystems.cpio");
+            if !config.initramfs.exists() {
+                let modules = &initramfs::FILESYSTEM_MODULES;
+                initramfs::build_guest(&self.artifacts, modules, &config.initramfs)?;
+            }
         }
-        let mut config = self.config(Mode::Agent, 384, disks.to_vec());
-        config.initramfs = initramfs;
-        config.kernel_arguments = kernel_arguments.to_owned();
+        config.kernel_arguments = small.kernel_arguments.clone();
         let launcher = self
             .site
             .launcher(GROUP, &config.name, &self.artifacts.qemu);
@@ -202,6 +215,11 @@ impl World {
         self.guests.push(guest);
         let guest = self.guests.last_mut().context("no guest")?;
         guest.wait_agent(self.limits.boot).map(drop)
+    }
+
+    /// The initramfs that guests boot from.
+    pub fn initramfs(&self) -> &Path {
+        &self.initramfs
     }
 
     fn config(&mut self, mode: Mode, memory_mib: u32, disks: Vec<PathBuf>) -> Config {

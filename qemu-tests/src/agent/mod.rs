@@ -7,6 +7,7 @@ mod held;
 mod herd;
 mod kernel;
 mod mounts;
+mod power;
 mod serve;
 
 pub use mounts::{TOUCH, touch};

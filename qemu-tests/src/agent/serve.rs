@@ -16,7 +16,7 @@ use super::{
     command, files,
     held::Held,
     herd::Herd,
-    kernel, mounts,
+    kernel, mounts, power,
 };
 use crate::protocol::{Message, Op, Request};
 
@@ -203,6 +203,7 @@ impl Agent {
                 }
                 Ok(Value::Null)
             }
+            Op::Kexec(next) => power::kexec(&next).map(unit),
             Op::Herd {
                 paths,
                 processes,

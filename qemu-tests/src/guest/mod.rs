@@ -2,6 +2,7 @@
 
 mod config;
 mod lines;
+mod monitor;
 mod qmp;
 
 use std::{
@@ -19,7 +20,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 pub use self::config::{Accelerator, Config, Mode};
 use self::{
@@ -43,6 +44,13 @@ const MODULE: &str = "pagefusion";
 const MODULE_PATH: &str = "/run/pagefusion/pagefusion.ko";
 /// The module's directory in sysfs.
 pub const SYSFS: &str = "/sys/kernel/pagefusion";
+
+/// A request that the agent has not answered yet.
+#[derive(Debug)]
+pub struct Pending {
+    id: u64,
+    what: String,
+}
 
 /// A running machine.
 #[derive(Debug)]
@@ -160,6 +168,12 @@ impl Guest {
         limit: Duration,
         mut output: impl FnMut(&str),
     ) -> Result<T> {
+        let pending = self.begin(op)?;
+        self.finish(pending, limit, &mut output)
+    }
+
+    /// Asks the agent for something whose answer is waited for later.
+    pub fn begin(&mut self, op: Op) -> Result<Pending> {
         self.healthy()?;
         let id = self.next_id;
         self.next_id += 1;
@@ -169,6 +183,16 @@ impl Guest {
         self.agent
             .write_all(&line)
             .with_context(|| format!("{}: send {what}", self.name))?;
+        Ok(Pending { id, what })
+    }
+
+    /// Waits for an answer.
+    pub fn finish<T: DeserializeOwned>(
+        &mut self,
+        Pending { id, what }: Pending,
+        limit: Duration,
+        output: &mut dyn FnMut(&str),
+    ) -> Result<T> {
         let deadline = Instant::now() + limit;
         let answer = self.wait(deadline, &what, |message| match message {
             Message::Reply {
@@ -284,63 +308,6 @@ impl Guest {
             timeout_ms: limit.as_millis() as u64,
         };
         self.request_for(op, limit + REQUEST_LIMIT, |_| {})
-    }
-
-    /// Stops its CPUs.
-    pub fn pause(&mut self) -> Result<()> {
-        self.monitor("stop").map(drop)
-    }
-
-    /// Lets them run again.
-    pub fn resume(&mut self) -> Result<()> {
-        self.monitor("cont").map(drop)
-    }
-
-    /// The host's frame behind every page of a file the guest holds mapped; 0 where the host has
-    /// not looked yet.
-    pub fn host_frames(&mut self, path: &str) -> Result<Vec<u64>> {
-        let frames: Vec<u64> = self.request(Op::HeldFrames { path: path.into() })?;
-        let memory = self.memory_base()?;
-        let pid = self.pid();
-        let host = |frame: u64| {
-            let found = crate::frames::of_range(pid, memory + frame * 4096, 1)?;
-            Ok(found.first().copied().unwrap_or_default())
-        };
-        frames.into_iter().map(host).collect()
-    }
-
-    /// The host's frame behind each of `pages` frames of the guest from `first` on, all of which QEMU has read just
-    /// now: memory that was shared is in its page tables only then.
-    pub fn host_frames_of(&mut self, first: u64, pages: usize) -> Result<Vec<u64>> {
-        let bytes = pages * 4096;
-        let all = json!({ "val": first * 4096, "size": bytes, "filename": "/dev/null" });
-        self.qmp
-            .execute("pmemsave", all)
-            .with_context(|| self.name.clone())?;
-        let address = self.memory_base()? + first * 4096;
-        crate::frames::of_range(self.pid(), address, pages)
-    }
-
-    /// Where the guest's memory begins in QEMU; below 3 GiB it is all in one piece.
-    fn memory_base(&mut self) -> Result<u64> {
-        const PROBE: u64 = 1 << 20;
-        let line = json!({ "command-line": format!("gpa2hva {PROBE:#x}") });
-        let answer = self
-            .qmp
-            .execute("human-monitor-command", line)
-            .with_context(|| self.name.clone())?;
-        let address = answer
-            .as_str()
-            .and_then(|text| text.trim().rsplit_once("is 0x"))
-            .and_then(|(_, address)| u64::from_str_radix(address, 16).ok())
-            .with_context(|| format!("{}: gpa2hva answered {answer}", self.name))?;
-        Ok(address - PROBE)
-    }
-
-    fn monitor(&mut self, command: &str) -> Result<Value> {
-        self.qmp
-            .execute(command, json!({}))
-            .with_context(|| self.name.clone())
     }
 
     /// Fails when its console has shown something it must not, or when QEMU has ended.

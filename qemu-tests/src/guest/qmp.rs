@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +17,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(super) struct Qmp {
     reader: BufReader<UnixStream>,
     negotiated: bool,
+    /// Those nobody has waited for yet, oldest first.
+    events: Vec<Value>,
 }
 
 impl Qmp {
@@ -31,17 +33,44 @@ impl Qmp {
         Ok(Self {
             reader: BufReader::new(stream),
             negotiated: false,
+            events: Vec::new(),
         })
     }
 
     /// Runs one command to its answer.
     pub(super) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.negotiate()?;
+        self.send(command, arguments)
+    }
+
+    /// Waits for an event of this name; those that came before it are forgotten.
+    pub(super) fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Value> {
+        self.negotiate()?;
+        let deadline = Instant::now() + limit;
+        loop {
+            let found = self.events.iter().position(|event| event["event"] == name);
+            if let Some(index) = found {
+                return Ok(self.events.drain(..=index).next_back().unwrap_or_default());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("QEMU told of no {name} within {limit:?}");
+            }
+            let stream = self.reader.get_ref();
+            stream.set_read_timeout(Some(left))?;
+            let message = self.message().with_context(|| format!("wait for {name}"));
+            self.reader.get_ref().set_read_timeout(Some(LIMIT))?;
+            self.events.push(message?);
+        }
+    }
+
+    fn negotiate(&mut self) -> Result<()> {
         if !self.negotiated {
             self.message().context("read QEMU's greeting")?;
             self.negotiated = true;
             self.send("qmp_capabilities", json!({}))?;
         }
-        self.send(command, arguments)
+        Ok(())
     }
 
     fn send(&mut self, command: &str, arguments: Value) -> Result<Value> {
@@ -58,6 +87,7 @@ impl Qmp {
             if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
             }
+            self.events.push(message);
         }
     }
 

@@ -5,21 +5,22 @@
 use std::{
     collections::BTreeMap,
     fs,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Context, Result, ensure};
 
-use super::Stage;
+use super::{
+    Stage,
+    steps::{all_same, each, hold, release, same, spec, unit, unmount, write},
+};
 use crate::{
-    guest::Guest,
     integrity::Integrity,
-    interrupt,
     pattern::Expected,
     protocol::{MountSpec, Op, Unmounts},
     settle::settle,
-    world::World,
+    world::{Small, World},
 };
 
 /// Kinds of file systems on disks, in the order of the disks, and whether they can be written.
@@ -38,7 +39,7 @@ const PAGE: u64 = 4096;
 const SHM: &str = "memory";
 
 /// What is in the files, as SHA-256.
-type Sums = BTreeMap<String, String>;
+pub(super) type Sums = BTreeMap<String, String>;
 
 pub(super) fn disk_file_systems_share(stage: &mut Stage) -> Result<()> {
     with_two(stage, |world, sums, seed| {
@@ -398,22 +399,30 @@ fn with_two(
     play: impl FnOnce(&mut World, &Sums, u64) -> Result<()>,
 ) -> Result<()> {
     let seed = stage.seed();
-    let directory = stage.world.artifacts.filesystems.clone();
+    let sums = sums(&stage.world)?;
+    let images = DISKS.map(|(kind, _)| image(&stage.world, kind));
+    let small = Small {
+        disks: images.into_iter().collect::<Result<_>>()?,
+        every_file_system: true,
+        ..Small::default()
+    };
+    stage.with_small_pair(&small, |world| play(world, &sums, seed))
+}
+
+/// The disk with a file system of this kind.
+pub(super) fn image(world: &World, kind: &str) -> Result<PathBuf> {
+    let directory = world.artifacts.filesystems.as_ref();
+    let directory = directory.context("there are no images of file systems")?;
+    Ok(directory.join("images").join(kind))
+}
+
+/// What is in the files of each of them.
+pub(super) fn sums(world: &World) -> Result<Sums> {
+    let directory = world.artifacts.filesystems.as_ref();
     let directory = directory.context("there are no images of file systems")?;
     let text = fs::read_to_string(directory.join("files.sha256"))?;
     let lines = text.lines().filter_map(|line| line.split_once("  "));
-    let sums: Sums = lines.map(|(sum, name)| (name.into(), sum.into())).collect();
-    let images = DISKS.map(|(kind, _)| directory.join("images").join(kind));
-    stage.with_small_pair(&images, "", |world| play(world, &sums, seed))
-}
-
-fn spec(kind: &str, source: &str, target: &str, data: &str) -> MountSpec {
-    MountSpec {
-        kind: kind.into(),
-        source: source.into(),
-        target: target.into(),
-        data: data.into(),
-    }
+    Ok(lines.map(|(sum, name)| (name.into(), sum.into())).collect())
 }
 
 fn disk(kind: &str) -> Result<MountSpec> {
@@ -443,64 +452,4 @@ fn contents(
         }
         Ok(())
     })
-}
-
-/// How many pages of what both guests hold mapped are the same memory of the host, and of how many.
-fn same(world: &mut World, name: &str) -> Result<(usize, usize)> {
-    let (first, second) = world.pair()?;
-    let (first, second) = (first.host_frames(name)?, second.host_frames(name)?);
-    let pairs = first.iter().zip(&second);
-    let same = pairs.filter(|(one, other)| one == other && **one != 0);
-    Ok((same.count(), first.len()))
-}
-
-/// Waits until nearly all of it is the same memory.
-fn all_same(world: &mut World, name: &str) -> Result<()> {
-    let deadline = Instant::now() + world.limits.settle;
-    loop {
-        interrupt::check()?;
-        world.healthy()?;
-        let (same, all) = same(world, name)?;
-        if same * 20 >= all * 19 {
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            bail!("{name}: {same} of {all} pages are the same memory in two guests");
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
-fn each(world: &mut World, mut act: impl FnMut(&mut Guest) -> Result<()>) -> Result<()> {
-    world.guests.iter_mut().try_for_each(&mut act)
-}
-
-fn write(guest: &mut Guest, path: &str, seed: u64, offset: u64, bytes: u64) -> Result<()> {
-    let path = path.into();
-    unit(
-        guest,
-        Op::WritePattern {
-            path,
-            seed,
-            offset,
-            bytes,
-        },
-    )
-}
-
-fn hold(guest: &mut Guest, path: &str) -> Result<()> {
-    unit(guest, Op::Hold { path: path.into() })
-}
-
-fn release(guest: &mut Guest, path: &str) -> Result<()> {
-    unit(guest, Op::Release { path: path.into() })
-}
-
-fn unmount(guest: &mut Guest, target: &str) -> Result<()> {
-    let target = target.into();
-    unit(guest, Op::Unmount { target })
-}
-
-fn unit(guest: &mut Guest, op: Op) -> Result<()> {
-    guest.request::<Value>(op).map(drop)
 }

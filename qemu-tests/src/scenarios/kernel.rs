@@ -5,13 +5,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::Stage;
-use crate::{guest::Guest, interrupt, protocol::Op, settle::settle, world::World};
+use crate::{
+    guest::Guest,
+    interrupt,
+    protocol::Op,
+    settle::settle,
+    world::{Small, World},
+};
 
 const PAGE: u64 = 4096;
 
 /// Two guests with one kernel that is not moved about share its read-only data and most of its text.
 pub(super) fn kernels_at_one_address_share(stage: &mut Stage) -> Result<()> {
-    stage.with_small_pair(&[], "nokaslr", |world| {
+    let small = Small {
+        kernel_arguments: "nokaslr".into(),
+        ..Small::default()
+    };
+    stage.with_small_pair(&small, |world| {
         let deadline = Instant::now() + world.limits.settle;
         loop {
             interrupt::check()?;
@@ -37,7 +47,7 @@ pub(super) fn kernels_at_one_address_share(stage: &mut Stage) -> Result<()> {
 
 /// Prints what is left to share of kernels that were moved to addresses of their own.
 pub(super) fn kernels_at_two_addresses_share_less(stage: &mut Stage) -> Result<()> {
-    stage.with_small_pair(&[], "", |world| {
+    stage.with_small_pair(&Small::default(), |world| {
         settle(world, Instant::now())?;
         for part in ["Kernel code", "Kernel rodata"] {
             let (same, all) = same(world, part)?;

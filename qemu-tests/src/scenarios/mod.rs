@@ -9,13 +9,13 @@ mod isolation;
 mod kernel;
 mod knobs;
 mod lifecycle;
+mod power;
 mod quiet;
+mod shared_files;
 mod sharing;
+mod steps;
 
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{path::Path, time::Instant};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -25,7 +25,7 @@ use crate::{
     integrity::Integrity,
     protocol::Op,
     settle::settle,
-    world::{Host, World},
+    world::{Host, Small, World},
 };
 
 /// How much is run.
@@ -107,6 +107,18 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: kernel::kernels_at_two_addresses_share_less,
+    },
+    Scenario {
+        name: "suspended_to_memory",
+        tier: Tier::Usual,
+        guests: 0,
+        run: power::suspended_to_memory,
+    },
+    Scenario {
+        name: "another_kernel_by_kexec",
+        tier: Tier::Deep,
+        guests: 0,
+        run: power::another_kernel_by_kexec,
     },
     Scenario {
         name: "two_guests_share",
@@ -272,12 +284,11 @@ impl Stage {
     /// Plays with two small guests that share; those of other scenarios wait.
     fn with_small_pair(
         &mut self,
-        disks: &[PathBuf],
-        kernel_arguments: &str,
+        small: &Small,
         play: impl FnOnce(&mut World) -> Result<()>,
     ) -> Result<()> {
         let others = std::mem::take(&mut self.world.guests);
-        let played = self.play_with_small_pair(disks, kernel_arguments, play);
+        let played = self.play_with_small_pair(small, play);
         // However it went: the next scenario must not take the small ones for these.
         self.world.guests = others;
         played
@@ -285,13 +296,12 @@ impl Stage {
 
     fn play_with_small_pair(
         &mut self,
-        disks: &[PathBuf],
-        kernel_arguments: &str,
+        small: &Small,
         play: impl FnOnce(&mut World) -> Result<()>,
     ) -> Result<()> {
         let world = &mut self.world;
         for _ in 0..2 {
-            world.start_small_sharer(disks, kernel_arguments)?;
+            world.start_small_sharer(small)?;
         }
         for guest in &mut world.guests {
             guest.load_hurried_module()?;

@@ -1,0 +1,78 @@
+//! What QEMU's monitor does and knows of a machine.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::Guest;
+use crate::protocol::Op;
+
+/// A frame of guest memory, which below 3 GiB is all in one piece.
+const LOW: u64 = 0x100;
+
+impl Guest {
+    /// Runs a QMP command to its answer.
+    pub fn monitor(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.qmp
+            .execute(command, arguments)
+            .with_context(|| self.name.clone())
+    }
+
+    /// Runs a command of the human monitor, which has what QMP has not, and returns what it printed.
+    pub fn human_monitor(&mut self, line: &str) -> Result<String> {
+        let arguments = json!({ "command-line": line });
+        let answer = self.monitor("human-monitor-command", arguments)?;
+        let text = answer.as_str().context("the monitor printed no text")?;
+        Ok(text.trim().to_owned())
+    }
+
+    /// Waits for an event that has come since the last wait for one of its name, or is to come.
+    pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Value> {
+        self.qmp
+            .wait_event(name, limit)
+            .with_context(|| self.name.clone())
+    }
+
+    /// Stops its CPUs.
+    pub fn pause(&mut self) -> Result<()> {
+        self.monitor("stop", json!({})).map(drop)
+    }
+
+    /// Lets them run again.
+    pub fn resume(&mut self) -> Result<()> {
+        self.monitor("cont", json!({})).map(drop)
+    }
+
+    /// The host's frame behind every page of a file the guest holds mapped; 0 where the host has
+    /// not looked yet.
+    pub fn host_frames(&mut self, path: &str) -> Result<Vec<u64>> {
+        let frames: Vec<u64> = self.request(Op::HeldFrames { path: path.into() })?;
+        let memory = self.address_of(LOW)? - LOW * 4096;
+        let pid = self.pid();
+        let host = |frame: u64| {
+            let found = crate::frames::of_range(pid, memory + frame * 4096, 1)?;
+            Ok(found.first().copied().unwrap_or_default())
+        };
+        frames.into_iter().map(host).collect()
+    }
+
+    /// The host's frame behind each of `pages` frames of the guest from `first` on, all of which QEMU has read just
+    /// now: memory that was shared is in its page tables only then.
+    pub fn host_frames_of(&mut self, first: u64, pages: usize) -> Result<Vec<u64>> {
+        let bytes = pages * 4096;
+        let all = json!({ "val": first * 4096, "size": bytes, "filename": "/dev/null" });
+        self.monitor("pmemsave", all)?;
+        let address = self.address_of(LOW)? - LOW * 4096 + first * 4096;
+        crate::frames::of_range(self.pid(), address, pages)
+    }
+
+    /// Where QEMU has a frame of the guest.
+    fn address_of(&mut self, frame: u64) -> Result<u64> {
+        let answer = self.human_monitor(&format!("gpa2hva {:#x}", frame * 4096))?;
+        answer
+            .rsplit_once("is 0x")
+            .and_then(|(_, address)| u64::from_str_radix(address, 16).ok())
+            .with_context(|| format!("{}: gpa2hva answered {answer}", self.name))
+    }
+}

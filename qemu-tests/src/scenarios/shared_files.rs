@@ -1,0 +1,102 @@
+//! Files that two small guests share, through whatever happens to one of them.
+
+use anyhow::{Result, ensure};
+
+use super::{
+    filesystems::sums,
+    steps::{all_same, each, hold, spec, unit, write},
+};
+use crate::{guest::Guest, integrity::Integrity, pattern::Expected, protocol::Op, world::World};
+
+/// Size of a file of our own; the last page of it has a tail.
+const BYTES: u64 = (2 << 20) + 777;
+/// Where the disk is mounted.
+pub(super) const DISK: &str = "/fs/disk";
+/// Files of the image.
+const IMAGE: [&str; 2] = ["library", "program"];
+
+/// What both guests hold mapped.
+#[derive(Debug)]
+pub(super) struct SharedFiles {
+    files: Vec<File>,
+    seed: u64,
+}
+
+#[derive(Debug)]
+struct File {
+    path: String,
+    sum: String,
+    /// Of a file of our own, in memory.
+    seed: Option<u64>,
+}
+
+impl SharedFiles {
+    /// Files of the guests' first disk, which holds ext4 and is not written, and one in memory.
+    pub(super) fn hold(world: &mut World, seed: u64) -> Result<Self> {
+        let of_image = sums(world)?;
+        let mut this = Self {
+            files: Vec::new(),
+            seed,
+        };
+        for (name, sum) in of_image {
+            if IMAGE.contains(&&*name) {
+                let path = format!("{DISK}/{name}");
+                let seed = None;
+                this.files.push(File { path, sum, seed });
+            }
+        }
+        ensure!(this.files.len() == IMAGE.len(), "files of the image");
+        each(world, |guest| this.hold_in(guest))?;
+        this.add(world)?;
+        this.are_shared(world)?;
+        Ok(this)
+    }
+
+    /// Has them all in a guest that has none.
+    pub(super) fn hold_in(&self, guest: &mut Guest) -> Result<()> {
+        unit(guest, Op::Mount(spec("ext4", "/dev/vda", DISK, "ro")))?;
+        self.files.iter().try_for_each(|file| file.hold_in(guest))
+    }
+
+    /// One more file, in memory. That it is shared shows that everything works.
+    pub(super) fn add(&mut self, world: &mut World) -> Result<()> {
+        self.seed += 1;
+        let file = File {
+            path: format!("/tmp/pf-{}", self.seed),
+            sum: Expected::new(self.seed, BYTES).sha256(),
+            seed: Some(self.seed),
+        };
+        each(world, |guest| file.hold_in(guest))?;
+        all_same(world, &file.path)?;
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Every file is the same memory in both guests.
+    pub(super) fn are_shared(&self, world: &mut World) -> Result<()> {
+        self.files
+            .iter()
+            .try_for_each(|file| all_same(world, &file.path))
+    }
+
+    /// Every file is what it was, read, mapped anew and mapped since before.
+    pub(super) fn are_right(&self, world: &mut World) -> Result<()> {
+        let mut integrity = Integrity::default();
+        for File { path, sum, .. } in &self.files {
+            each(world, |guest| {
+                integrity.file(guest, path, sum)?;
+                integrity.held(guest, path, sum)
+            })?;
+        }
+        integrity.verdict()
+    }
+}
+
+impl File {
+    fn hold_in(&self, guest: &mut Guest) -> Result<()> {
+        if let Some(seed) = self.seed {
+            write(guest, &self.path, seed, 0, BYTES)?;
+        }
+        hold(guest, &self.path)
+    }
+}

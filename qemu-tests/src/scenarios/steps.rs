@@ -1,0 +1,88 @@
+//! What most scenarios do with guests and files.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use serde_json::Value;
+
+use crate::{
+    guest::Guest,
+    interrupt,
+    protocol::{MountSpec, Op},
+    world::World,
+};
+
+pub(super) fn spec(kind: &str, source: &str, target: &str, data: &str) -> MountSpec {
+    MountSpec {
+        kind: kind.into(),
+        source: source.into(),
+        target: target.into(),
+        data: data.into(),
+    }
+}
+
+/// How many pages of what both guests hold mapped are the same memory of the host, and of how many.
+pub(super) fn same(world: &mut World, name: &str) -> Result<(usize, usize)> {
+    let (first, second) = world.pair()?;
+    let (first, second) = (first.host_frames(name)?, second.host_frames(name)?);
+    let pairs = first.iter().zip(&second);
+    let same = pairs.filter(|(one, other)| one == other && **one != 0);
+    Ok((same.count(), first.len()))
+}
+
+/// Waits until nearly all of it is the same memory.
+pub(super) fn all_same(world: &mut World, name: &str) -> Result<()> {
+    let deadline = Instant::now() + world.limits.settle;
+    loop {
+        interrupt::check()?;
+        world.healthy()?;
+        let (same, all) = same(world, name)?;
+        if same * 20 >= all * 19 {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            bail!("{name}: {same} of {all} pages are the same memory in two guests");
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+pub(super) fn each(world: &mut World, mut act: impl FnMut(&mut Guest) -> Result<()>) -> Result<()> {
+    world.guests.iter_mut().try_for_each(&mut act)
+}
+
+pub(super) fn write(
+    guest: &mut Guest,
+    path: &str,
+    seed: u64,
+    offset: u64,
+    bytes: u64,
+) -> Result<()> {
+    let path = path.into();
+    unit(
+        guest,
+        Op::WritePattern {
+            path,
+            seed,
+            offset,
+            bytes,
+        },
+    )
+}
+
+pub(super) fn hold(guest: &mut Guest, path: &str) -> Result<()> {
+    unit(guest, Op::Hold { path: path.into() })
+}
+
+pub(super) fn release(guest: &mut Guest, path: &str) -> Result<()> {
+    unit(guest, Op::Release { path: path.into() })
+}
+
+pub(super) fn unmount(guest: &mut Guest, target: &str) -> Result<()> {
+    let target = target.into();
+    unit(guest, Op::Unmount { target })
+}
+
+pub(super) fn unit(guest: &mut Guest, op: Op) -> Result<()> {
+    guest.request::<Value>(op).map(drop)
+}
