@@ -58,7 +58,8 @@ pub(crate) enum Event {
     None,
     /// The host has answered; an epoch begins.
     Attached,
-    /// The host has gone or another has taken its place; it works on nothing of ours any more.
+    /// The host has gone or another has taken its place, or it has met another guest here; it
+    /// works on nothing of ours any more.
     HostChanged,
     /// All that was claimed before a revocation has been acknowledged.
     Settled,
@@ -152,22 +153,26 @@ impl<M: Memory> Ring<M> {
         self.host(host_area::PAGES_SHARED)
     }
 
-    /// Whether the host attached to has gone.
+    /// Whether the host attached to has gone, or another kernel has attached to it since, as one
+    /// that woke this one from its disk.
     pub(crate) fn is_orphaned(&self) -> bool {
         self.host(host_area::INSTANCE) != self.instance
+            || self.guest(guest_area::EPOCH) != self.epoch
     }
 
     /// Looks at the host and takes the next step of attaching or of settling a revocation.
     pub(crate) fn poll(&mut self) -> Event {
-        let instance = self.host(host_area::INSTANCE);
-        if self.state != State::Detached && instance != self.instance {
+        if self.state != State::Detached && self.is_orphaned() {
             self.state = State::Detached;
             self.instance = 0;
             return Event::HostChanged;
         }
         match self.state {
-            State::Detached if instance != 0 => {
-                self.attach(instance);
+            State::Detached => {
+                let instance = self.host(host_area::INSTANCE);
+                if instance != 0 {
+                    self.attach(instance);
+                }
                 Event::None
             }
             State::Attaching if self.host(host_area::EPOCH) == self.epoch => {

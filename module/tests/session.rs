@@ -608,6 +608,32 @@ fn a_host_that_stalls_loses_what_it_has_not_claimed() {
     assert_eq!(held.total(), 0);
 }
 
+/// As after a kernel that has attached, too, has woken this one from the disk of the same machine.
+#[test]
+fn a_memory_that_another_kernel_has_used_is_attached_to_anew() {
+    let (shared, held) = (Shared::new(), Held::default());
+    let (mut host, mut session) = (Host::new(&shared), session(&shared));
+    session.service(0);
+    host.attach();
+    session.service(0);
+    let range = Range { start: 0, end: 10 };
+    report(&mut session, &held, 64, range, 500);
+    session.publish();
+    assert!(!session.is_settled());
+
+    let mut other = self::session(&shared);
+    other.service(0);
+    host.attach();
+    other.service(0);
+
+    assert!(session.is_settled());
+    assert!(session.service(1).restarted);
+    assert_eq!((held.total(), session.tracker.files()), (0, 0));
+    host.attach();
+    assert!(session.service(2).wants_pass);
+    assert!(session.is_open());
+}
+
 #[test]
 fn withdrawing_ends_when_the_host_has_undone_everything() {
     let (shared, held) = (Shared::new(), Held::default());
