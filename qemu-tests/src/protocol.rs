@@ -197,6 +197,11 @@ pub enum Op {
         /// The file.
         path: String,
     },
+    /// Make a disk swap space, and swap to it.
+    SwapOn {
+        /// The disk.
+        device: String,
+    },
     /// Start another kernel, with the arguments of this one. It answers only when that failed.
     Kexec(NextKernel),
     /// Fragment free memory: hold as much as `bytes` in pages of which every other one is free. 0 lets go of it.

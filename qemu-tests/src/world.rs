@@ -92,6 +92,8 @@ pub struct Small {
     pub every_file_system: bool,
     /// Further arguments of the kernel.
     pub kernel_arguments: String,
+    /// Further QEMU arguments.
+    pub arguments: Vec<String>,
 }
 
 /// The whole set-up. Fields are dropped in this order: nothing goes before what uses it.
@@ -116,7 +118,7 @@ pub struct World {
     logs: PathBuf,
     started: u32,
     _store: TempDir,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl World {
@@ -147,7 +149,7 @@ impl World {
             logs,
             started: 0,
             _store: store,
-            _directory: directory,
+            directory,
         })
     }
 
@@ -199,6 +201,15 @@ impl World {
 
     /// A guest that shares, with nothing but the agent and what `small` adds.
     pub fn start_small_sharer(&mut self, small: &Small) -> Result<()> {
+        let limit = self.limits.boot;
+        let mut guest = self.launch_small_sharer(small)?;
+        guest.wait_agent(limit)?;
+        self.guests.push(guest);
+        Ok(())
+    }
+
+    /// The same, which is not waited for and none of the guests yet.
+    pub fn launch_small_sharer(&mut self, small: &Small) -> Result<Guest> {
         let mut config = self.config(Mode::Agent, 384, small.disks.clone());
         if small.every_file_system {
             config.initramfs = self.initramfs.with_file_name("filesystems.cpio");
@@ -208,13 +219,16 @@ impl World {
             }
         }
         config.kernel_arguments = small.kernel_arguments.clone();
+        config.arguments = small.arguments.iter().map(Into::into).collect();
         let launcher = self
             .site
             .launcher(GROUP, &config.name, &self.artifacts.qemu);
-        let guest = Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)?;
-        self.guests.push(guest);
-        let guest = self.guests.last_mut().context("no guest")?;
-        guest.wait_agent(self.limits.boot).map(drop)
+        Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)
+    }
+
+    /// A directory for files of this run.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// The initramfs that guests boot from.

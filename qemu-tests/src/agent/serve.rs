@@ -203,6 +203,7 @@ impl Agent {
                 }
                 Ok(Value::Null)
             }
+            Op::SwapOn { device } => power::swap_on(&device).map(unit),
             Op::Kexec(next) => power::kexec(&next).map(unit),
             Op::Herd {
                 paths,

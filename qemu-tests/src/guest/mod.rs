@@ -172,7 +172,7 @@ impl Guest {
         self.finish(pending, limit, &mut output)
     }
 
-    /// Asks the agent for something whose answer is waited for later.
+    /// Asks the agent for something whose answer is waited for later, or in another QEMU.
     pub fn begin(&mut self, op: Op) -> Result<Pending> {
         self.healthy()?;
         let id = self.next_id;
@@ -211,6 +211,11 @@ impl Guest {
             (ok, None) => serde_json::from_value(ok.unwrap_or(Value::Null))
                 .with_context(|| format!("answer to {what}")),
         }
+    }
+
+    /// Goes on with the agent that was in `before`, whose machine this QEMU has taken over.
+    pub fn take_over(&mut self, before: &Self) {
+        self.next_id = before.next_id;
     }
 
     /// Runs a program to its end.

@@ -115,6 +115,12 @@ pub const ALL: &[Scenario] = &[
         run: power::suspended_to_memory,
     },
     Scenario {
+        name: "hibernated_and_woken_elsewhere",
+        tier: Tier::Deep,
+        guests: 0,
+        run: power::hibernated_and_woken_elsewhere,
+    },
+    Scenario {
         name: "another_kernel_by_kexec",
         tier: Tier::Deep,
         guests: 0,

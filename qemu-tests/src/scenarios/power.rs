@@ -1,18 +1,26 @@
-//! A guest sleeps, or becomes another kernel.
+//! A guest sleeps, in its memory or on its disk, or becomes another kernel.
 
 use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Stage, filesystems::image, shared_files::SharedFiles};
+use super::{
+    Stage,
+    filesystems::image,
+    shared_files::SharedFiles,
+    steps::{has_another_host, unit},
+};
 use crate::{
     guest::{Guest, Pending},
     protocol::{NextKernel, Op},
-    world::Small,
+    world::{Small, World},
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
+/// Room for a hibernated guest.
+const SWAP_BYTES: u64 = 256 << 20;
+const SWAP: &str = "vdb";
 
 pub(super) fn suspended_to_memory(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
@@ -46,6 +54,75 @@ fn sleep_in(guest: &mut Guest, state: &str) -> Result<Pending> {
 fn woken(guest: &mut Guest, asleep: Pending) -> Result<()> {
     let woken: Value = guest.finish(asleep, LIMIT, &mut |_| {})?;
     ensure!(woken.is_null(), "it woke with {woken}");
+    Ok(())
+}
+
+pub(super) fn hibernated_and_woken_elsewhere(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let swap = stage.world.directory().join("swap");
+    fs::File::create(&swap)?.set_len(SWAP_BYTES)?;
+    let drive = format!("if=virtio,format=raw,file={}", swap.display());
+    let small = Small {
+        disks: vec![image(&stage.world, "ext4")?],
+        ..Small::default()
+    };
+    let sleeper = Small {
+        arguments: vec!["-drive".into(), drive],
+        ..small.clone()
+    };
+    stage.with_small_pair(&small, |world| {
+        // Only one of them has a disk to sleep on.
+        world.guests.remove(0).kill()?;
+        world.start_small_sharer(&sleeper)?;
+        world.guests.swap(0, 1);
+        world.guests[0].load_hurried_module()?;
+        let device = format!("/dev/{SWAP}");
+        unit(&mut world.guests[0], Op::SwapOn { device })?;
+        let mut files = SharedFiles::hold(world, seed)?;
+        hibernate(world, &sleeper, false)?;
+        files.are_right(world)?;
+        files.are_shared(world)?;
+        files.add(world)?;
+        // The kernel that wakes it may have the module, too.
+        hibernate(world, &sleeper, true)?;
+        files.are_right(world)?;
+        files.are_shared(world)?;
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
+
+fn hibernate(world: &mut World, small: &Small, with_module: bool) -> Result<()> {
+    let mut sleeper = world.guests.remove(0);
+    unit(
+        &mut sleeper,
+        Op::Write {
+            path: "/sys/power/disk".into(),
+            data: "shutdown".into(),
+        },
+    )?;
+    let instance = sleeper.counter("host_instance")?;
+    let asleep = sleep_in(&mut sleeper, "disk")?;
+    sleeper.wait_end(LIMIT).context("hibernate")?;
+
+    let mut guest = world.launch_small_sharer(small)?;
+    guest.wait_agent(world.limits.boot)?;
+    if with_module {
+        guest.load_hurried_module()?;
+        guest.wait_passes(1, LIMIT)?;
+    }
+    guest.take_over(&sleeper);
+    let device: String = guest.request(Op::Read {
+        path: format!("/sys/class/block/{SWAP}/dev"),
+    })?;
+    // It answers only when there is nothing to wake.
+    let _never = guest.begin(Op::Write {
+        path: "/sys/power/resume".into(),
+        data: device.trim().into(),
+    })?;
+    woken(&mut guest, asleep).context("wake from disk")?;
+    has_another_host(&mut guest, instance)?;
+    world.guests.insert(0, guest);
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
 use crate::{
@@ -11,6 +11,9 @@ use crate::{
     protocol::{MountSpec, Op},
     world::World,
 };
+
+/// How long a guest may believe in a host that has ended.
+const NOTICED: Duration = Duration::from_secs(30);
 
 pub(super) fn spec(kind: &str, source: &str, target: &str, data: &str) -> MountSpec {
     MountSpec {
@@ -85,4 +88,21 @@ pub(super) fn unmount(guest: &mut Guest, target: &str) -> Result<()> {
 
 pub(super) fn unit(guest: &mut Guest, op: Op) -> Result<()> {
     guest.request::<Value>(op).map(drop)
+}
+
+/// The guest has noticed that its host is another one now.
+pub(super) fn has_another_host(guest: &mut Guest, before: u64) -> Result<()> {
+    let deadline = Instant::now() + NOTICED;
+    loop {
+        interrupt::check()?;
+        let now = guest.counter("host_instance")?;
+        if now != 0 && now != before {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "after {NOTICED:?} the guest still believes in host {now}"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
