@@ -101,6 +101,17 @@ const fn words(bits: u32) -> usize {
     (if bits == 0 { 1 } else { bits.div_ceil(64) }) as usize + 1
 }
 
+/// The bits of `words` from `bit` on, if there is a further word.
+#[inline(always)]
+fn load(words: &[u64], bit: u32) -> Option<u64> {
+    let (word, shift) = ((bit / 64) as usize, bit % 64);
+    let &[first, second] = words.get(word..word + 2)? else {
+        return None;
+    };
+    // In two steps, as a shift by 64 does nothing.
+    Some(first >> shift | second << 1 << (63 - shift))
+}
+
 /// Up to [`MOST_ENTRIES`] entries in ascending order, at least one.
 pub(crate) struct Leaf {
     words: List<u64>,
@@ -193,13 +204,7 @@ impl Leaf {
     /// The bits from `bit` on; those beyond the entry there are of no meaning.
     #[inline(always)]
     fn load(&self, bit: u32) -> Option<u64> {
-        let (word, shift) = ((bit / 64) as usize, bit % 64);
-        // There is one word behind the last entry's first.
-        let &[first, second] = self.words.get(word..word + 2)? else {
-            return None;
-        };
-        // In two steps, as a shift by 64 does nothing.
-        Some(first >> shift | second << 1 << (63 - shift))
+        load(&self.words, bit)
     }
 
     fn store(&mut self, bit: u32, value: u64) {
@@ -233,6 +238,61 @@ impl Leaf {
             frame: field(fields.frame_shift, fields.frame_mask).wrapping_add(fields.base),
             refused: field(fields.refused_shift, fields.refused_mask) != 0,
         })
+    }
+
+    /// Goes through entries, from `spot` on, and `things`, side by side, for as long as one is like
+    /// the other, and takes out what it has passed by. Returns how many pages that was.
+    #[inline(always)]
+    pub(crate) fn pass_alike<T>(
+        &self,
+        spot: &mut Spot,
+        things: &mut &[T],
+        are_alike: &impl Fn(&T, &Entry) -> bool,
+    ) -> u64 {
+        let (all, begin) = (*things, *spot);
+        if !self.is_plain() {
+            let mut pages = 0_u64;
+            while let ([thing, rest @ ..], Some(entry)) = (*things, self.get(spot)) {
+                if !are_alike(thing, &entry) {
+                    break;
+                }
+                *things = rest;
+                spot.pass(&entry);
+                pages = pages.wrapping_add(entry.count);
+            }
+            return pages;
+        }
+        // The same, of single pages, with all that stays the same in a register.
+        let left = self.end().saturating_sub(begin.after) as usize;
+        let compared = all.get(..left).unwrap_or(all);
+        let (words, fields) = (&self.words[..], &begin.fields);
+        let (mut bit, mut page) = (begin.bit, begin.after);
+        for thing in compared {
+            let Some(value) = load(words, bit) else {
+                break;
+            };
+            let entry = Entry {
+                page,
+                count: 1,
+                frame: (value & fields.frame_mask).wrapping_add(fields.base),
+                refused: false,
+            };
+            if !are_alike(thing, &entry) {
+                break;
+            }
+            bit = bit.wrapping_add(fields.width);
+            page = page.wrapping_add(1);
+        }
+        (spot.bit, spot.after) = (bit, page);
+        let passed = page.wrapping_sub(begin.after);
+        *things = all.get(passed as usize..).unwrap_or_default();
+        passed
+    }
+
+    /// Whether there are but single pages, each behind the other, of which none was refused: where
+    /// memory is in pieces most leaves are like that, and can be gone through with less work.
+    const fn is_plain(&self) -> bool {
+        self.shape.gap == 0 && self.shape.count == 0 && self.shape.refused == 0
     }
 
     /// All entries.

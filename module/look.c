@@ -29,54 +29,88 @@ struct look {
 	unsigned int entries;
 };
 
+static __always_inline u64 extent(unsigned long page, unsigned long pages)
+{
+	return page | (u64)pages << PAGEFUSION_SIGHT_PAGES_SHIFT;
+}
+
 /* Adds pages that were seen; false when there is no room for them. */
 static __always_inline bool add(struct look *look, unsigned long page, unsigned long pages,
-				unsigned long pfn, unsigned long unsettled)
+				unsigned long pfn, bool unsettled)
 {
 	struct pagefusion_sight *sight = look->sights + look->seen;
+	const u64 mark = unsettled ? PAGEFUSION_SIGHT_UNSETTLED : 0;
 
 	if (look->entries == MOST_ENTRIES)
 		return false;
-	if (look->seen && page == sight[-1].page + sight[-1].pages &&
-	    pfn == sight[-1].pfn + sight[-1].pages && unsettled == sight[-1].unsettled) {
-		sight[-1].pages += pages;
-	} else {
-		if (look->seen == look->most)
-			return false;
-		*sight = (struct pagefusion_sight){ page, pages, pfn, unsettled };
-		look->seen++;
+	if (look->seen) {
+		const u64 before = (sight[-1].extent & ~PAGEFUSION_SIGHT_UNSETTLED) >>
+				   PAGEFUSION_SIGHT_PAGES_SHIFT;
+
+		if (page == (u32)sight[-1].extent + before && pfn == sight[-1].pfn + before &&
+		    mark == (sight[-1].extent & PAGEFUSION_SIGHT_UNSETTLED)) {
+			sight[-1].extent += extent(0, pages);
+			look->entries++;
+			return true;
+		}
 	}
+	if (look->seen == look->most)
+		return false;
+	*sight = (struct pagefusion_sight){ pfn, extent(page, pages) | mark };
+	look->seen++;
 	look->entries++;
 	return true;
 }
 
 /*
- * Goes on through single pages that lie in the same node of the array as the entry at hand, as
- * far as there is nothing but such pages. What xas_for_each() would do, in a third of the time.
+ * Goes on through single pages in the node of the array that has the entry at hand, a single page
+ * as well, as far as there is nothing but such pages. What xas_for_each() would do, in a quarter
+ * of the time.
  */
 static __always_inline void add_singles(struct look *look, struct xa_state *xas,
 					unsigned long last)
 {
-	unsigned int offset = xas->xa_offset;
-	void __rcu *const *slot = &xas->xa_node->slots[offset];
-	unsigned long page = xas->xa_index;
-	void *next = offset < XA_CHUNK_MASK ? rcu_dereference_raw(slot[1]) : NULL;
+	void __rcu *const *slots = xas->xa_node->slots;
+	struct pagefusion_sight *sight = look->sights + look->seen - 1;
+	const unsigned int first = xas->xa_offset + 1;
+	const unsigned long room = min3((unsigned long)(look->most - look->seen),
+					(unsigned long)(MOST_ENTRIES - look->entries),
+					last - xas->xa_index);
+	const unsigned int end = min_t(unsigned long, XA_CHUNK_SIZE, first + room);
+	u64 single = extent(xas->xa_index, 1);
+	unsigned long follows = sight->pfn + (sight->extent >> PAGEFUSION_SIGHT_PAGES_SHIFT);
+	unsigned int offset;
 
-	while (page < last && next && !((unsigned long)next & 3)) {
-		void *after = offset + 1 < XA_CHUNK_MASK ? rcu_dereference_raw(slot[2]) : NULL;
+	for (offset = first; offset < end; offset++) {
+		void *entry = rcu_dereference_raw(slots[offset]);
+		unsigned long pfn;
 
-		/* A sibling, perhaps: then there is more than one page to it. */
-		if (xa_is_internal(after))
+		/* Nothing, a value, or what belongs to the array. */
+		if (!entry || (unsigned long)entry & 3) {
+			if (!xa_is_sibling(entry))
+				break;
+			/* So there was more than one page to the entry before. */
+			if (offset > first) {
+				offset--;
+				if (sight->extent == single)
+					sight--;
+				else
+					sight->extent -= extent(0, 1);
+			}
 			break;
-		if (!add(look, page + 1, 1, folio_pfn(next), 0))
-			break;
-		offset++;
-		slot++;
-		page++;
-		next = after;
+		}
+		pfn = folio_pfn(entry);
+		single++;
+		if (pfn == follows)
+			sight->extent += extent(0, 1);
+		else
+			*++sight = (struct pagefusion_sight){ pfn, single };
+		follows = pfn + 1;
 	}
-	xas->xa_offset = offset;
-	xas->xa_index = page;
+	look->seen = sight - look->sights + 1;
+	look->entries += offset - first;
+	xas->xa_index += offset - first;
+	xas->xa_offset = offset - 1;
 }
 
 /*
@@ -115,7 +149,7 @@ unsigned int pagefusion_look(struct address_space *mapping, unsigned long *next,
 		}
 		if (order)
 			xas_advance(&xas, page + (1UL << order) - 1);
-		else if (xas.xa_node && !xas.xa_node->shift && !tagged)
+		else if (!xa_is_value(entry) && xas.xa_node && !xas.xa_node->shift && !tagged)
 			add_singles(&look, &xas, last);
 	}
 	rcu_read_unlock();

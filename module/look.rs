@@ -6,12 +6,13 @@
 
 use crate::bindings as helpers;
 use crate::file::CachedFile;
+use crate::leaf::MAX_PAGE;
 use crate::sight::Sight;
 use kernel::alloc::KVec;
 use kernel::prelude::*;
 
-/// Most sights of one look. Each is a run of pages, so that a file in few runs takes few looks.
-const MOST_SIGHTS: usize = 256;
+/// Most sights of one look. There are no more entries of a page cache in one.
+const MOST_SIGHTS: usize = 512;
 
 /// Room for what a look sees.
 pub(crate) struct Look {
@@ -26,7 +27,7 @@ impl Look {
 
     /// Looks at the pages of `file` in `*next..end` and moves `next` behind those it has seen
     /// all of; to `end` when there is nothing more. What is cached at `next` or behind it may be
-    /// among the sights, too.
+    /// among the sights, too. `end` is [`MAX_PAGE`] at most.
     pub(crate) fn at(&mut self, file: &CachedFile<'_>, next: &mut u64, end: u64) -> &[Sight] {
         if *next >= end {
             return &[];
@@ -39,7 +40,7 @@ impl Look {
             helpers::pagefusion_look(
                 file.mapping(),
                 &mut index,
-                (end - 1) as usize,
+                (end.min(MAX_PAGE) - 1) as usize,
                 self.sights.as_mut_ptr(),
                 self.sights.len() as u32,
             )

@@ -107,6 +107,32 @@ impl Pages {
         leaf.get(&cursor.spot)
     }
 
+    /// Goes through entries, from what the last call with this cursor returned, and `things`, side
+    /// by side, for as long as one is like the other, and takes out what it has passed by. Returns
+    /// how many pages that was, and the entry that is next.
+    #[inline(always)]
+    pub(crate) fn pass_alike<T>(
+        &self,
+        cursor: &mut Cursor,
+        things: &mut &[T],
+        are_alike: impl Fn(&T, &Entry) -> bool,
+    ) -> (u64, Option<Entry>) {
+        let mut pages = 0_u64;
+        while let Some(leaf) = self.leaves.get(cursor.leaf) {
+            let passed = leaf.pass_alike(&mut cursor.spot, things, &are_alike);
+            pages = pages.wrapping_add(passed);
+            let entry = leaf.get(&cursor.spot);
+            if entry.is_some() {
+                return (pages, entry);
+            }
+            cursor.leaf += 1;
+            if let Some(next) = self.leaves.get(cursor.leaf) {
+                cursor.spot = next.start();
+            }
+        }
+        (pages, None)
+    }
+
     /// Compares pages found at contiguous frames from `frame` with what was reported, and
     /// returns the first piece of one state.
     pub(crate) fn compare(

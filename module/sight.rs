@@ -14,41 +14,57 @@ use crate::ranges::Range;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Sight {
-    page: usize,
-    pages: usize,
-    frame: usize,
-    unsettled: usize,
+    frame: u64,
+    /// As [`extent`] has it, and the highest bit when they were dirty or under writeback.
+    extent: u64,
+}
+
+const UNSETTLED: u64 = 1 << 63;
+
+/// First page and number of pages, neither of which takes more than 31 bits.
+const fn extent(page: u64, pages: u64) -> u64 {
+    page | pages << 32
 }
 
 impl Sight {
     #[cfg(test)]
     pub(crate) const fn new(page: u64, pages: u64, frame: u64, unsettled: bool) -> Self {
+        let mark = if unsettled { UNSETTLED } else { 0 };
         Self {
-            page: page as usize,
-            pages: pages as usize,
-            frame: frame as usize,
-            unsettled: unsettled as usize,
+            frame,
+            extent: extent(page, pages) | mark,
         }
     }
 
     const fn page(&self) -> u64 {
-        self.page as u64
+        self.extent & 0xffff_ffff
     }
 
-    /// Folios end before the last page there can be.
     const fn end(&self) -> u64 {
-        self.page().wrapping_add(self.pages as u64)
+        self.page() + (self.extent >> 32 & 0x7fff_ffff)
+    }
+
+    const fn is_unsettled(&self) -> bool {
+        self.extent & UNSETTLED != 0
+    }
+
+    /// Whether it shows just the pages of `entry`, settled and where they were reported.
+    #[inline(always)]
+    fn is_exactly(&self, entry: &Entry) -> bool {
+        self.frame == entry.frame && self.extent == extent(entry.page, entry.count)
     }
 
     /// How far frames are ahead of pages.
     const fn distance(&self) -> u64 {
-        (self.frame as u64).wrapping_sub(self.page())
+        self.frame.wrapping_sub(self.page())
     }
 }
 
 /// Goes through the sights of a range and what was reported of it, side by side.
 pub(crate) struct Comparison<'a> {
     sights: &'a [Sight],
+    /// How many of them end behind the range.
+    beyond: usize,
     /// What has not been compared.
     rest: Range,
     retry: bool,
@@ -59,9 +75,11 @@ pub(crate) struct Comparison<'a> {
 impl<'a> Comparison<'a> {
     /// `sights` is all there is in `range`, in ascending order. Refused pages are as good as
     /// not reported when they are to be tried again.
-    pub(crate) const fn new(sights: &'a [Sight], range: Range, retry: bool) -> Self {
+    pub(crate) fn new(sights: &'a [Sight], range: Range, retry: bool) -> Self {
+        let inside = sights.partition_point(|sight| sight.end() <= range.end);
         Self {
             sights,
+            beyond: sights.len() - inside,
             rest: range,
             retry,
             same: 0,
@@ -108,46 +126,58 @@ impl<'a> Comparison<'a> {
     }
 
     /// Skips what is where it was reported, from `at` on, where `entry` is the first that does
-    /// not end before. This is all that happens in a guest in which nothing happens, and is kept
-    /// apart so that the loop has all registers.
+    /// not end before and `cursor` is at it. This is all that happens in a guest in which nothing
+    /// happens, and is kept apart so that the loop has all registers.
     #[inline(never)]
     fn skip_same(
         &mut self,
         start: u64,
-        mut entry: Entry,
+        entry: Entry,
         pages: &Pages,
         cursor: &mut Cursor,
     ) -> (u64, Option<Entry>) {
-        let (mut at, end) = (start, self.rest.end);
-        let mut sights = self.sights;
-        let known = loop {
-            let [sight, rest @ ..] = sights else {
-                break Some(entry);
+        let (end, retry) = (self.rest.end, self.retry);
+        let (mut at, mut known) = (start, Some(entry));
+        while at < end {
+            let (Some(entry), [sight, rest @ ..]) = (known, self.sights) else {
+                break;
             };
-            let differs = sight.distance() != entry.distance()
-                || sight.unsettled != 0
-                || self.retry && entry.refused;
+            let due = retry && entry.refused;
+            if sight.is_exactly(&entry) && entry.page >= at && entry.end() <= end && !due {
+                (at, known) = self.skip_exact(pages, cursor);
+                continue;
+            }
+            let differs = sight.distance() != entry.distance() || sight.is_unsettled() || due;
             if differs || sight.page() > at || entry.page > at {
-                break Some(entry);
+                break;
             }
-            at = sight.end().min(entry.end());
-            if at >= end {
-                at = end;
-                break Some(entry);
-            }
+            let until = sight.end().min(entry.end()).min(end);
+            self.same = self.same.wrapping_add(until.wrapping_sub(at));
+            at = until;
             if sight.end() == at {
-                sights = rest;
+                self.sights = rest;
             }
             if entry.end() == at {
-                match pages.next(&entry, cursor) {
-                    Some(next) => entry = next,
-                    None => break None,
-                }
+                known = pages.next(&entry, cursor);
             }
-        };
-        self.sights = sights;
-        self.same = self.same.wrapping_add(at.wrapping_sub(start));
+        }
         (at, known)
+    }
+
+    /// Skips sights that are exactly what was reported, entry for entry, as nearly all are; the
+    /// first must be. Returns where they end, and the entry that is there.
+    #[inline(always)]
+    fn skip_exact(&mut self, pages: &Pages, cursor: &mut Cursor) -> (u64, Option<Entry>) {
+        let (seen, retry) = (self.sights, self.retry);
+        let inside = seen.len().saturating_sub(self.beyond);
+        let mut sights = seen.get(..inside).unwrap_or_default();
+        let (same, known) = pages.pass_alike(cursor, &mut sights, |sight, entry| {
+            sight.is_exactly(entry) && !(retry && entry.refused)
+        });
+        self.same = self.same.wrapping_add(same);
+        let (passed, rest) = seen.split_at(inside - sights.len());
+        self.sights = rest;
+        (passed.last().map_or(0, Sight::end), known)
     }
 
     /// How the pages from `at` on compare, and up to where. Neither the first sight nor `known`
@@ -157,7 +187,7 @@ impl<'a> Comparison<'a> {
         if let (Some(sight), Some(entry)) = (sight, known) {
             if sight.page() <= at && entry.page <= at {
                 let same = sight.distance() == entry.distance()
-                    && sight.unsettled == 0
+                    && !sight.is_unsettled()
                     && !(self.retry && entry.refused);
                 let like = if same { Like::Same } else { Like::Differs };
                 return (sight.end().min(entry.end()).min(self.rest.end), like);
@@ -169,7 +199,7 @@ impl<'a> Comparison<'a> {
         match (sight, known) {
             (Some(sight), _) if seen_from <= at => {
                 // What is being written now could not be reported anyway.
-                let unsettled = sight.unsettled != 0;
+                let unsettled = sight.is_unsettled();
                 let like = if unsettled {
                     Like::Nothing
                 } else {

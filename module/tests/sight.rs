@@ -11,10 +11,11 @@ struct Piece {
     gap: u64,
     pages: u64,
     choice: u64,
-    mark: bool,
+    unsettled: bool,
+    refused: bool,
 }
 
-/// Pieces one behind the other; `mark` is seldom.
+/// Pieces one behind the other; marks are seldom.
 fn pieces() -> impl Strategy<Value = Vec<Piece>> {
     let gap = prop_oneof![3 => Just(0_u64), 1 => 1..9_u64];
     let pages = prop_oneof![1..4_u64, 1..40_u64];
@@ -22,15 +23,34 @@ fn pieces() -> impl Strategy<Value = Vec<Piece>> {
         gap,
         pages,
         prop_oneof![4 => Just(0_u64), 1 => 1..3_u64],
-        0..10_u8,
+        0..20_u8,
     );
     let piece = piece.prop_map(|(gap, pages, choice, mark)| Piece {
         gap,
         pages,
         choice,
-        mark: mark == 0,
+        unsettled: mark == 0,
+        refused: mark == 1,
     });
-    prop::collection::vec(piece, 0..60)
+    prop_oneof![
+        2 => prop::collection::vec(piece, 0..60),
+        1 => single_pages(),
+    ]
+}
+
+/// As where memory is in pieces: many pages one behind the other, hardly two at frames that are.
+fn single_pages() -> impl Strategy<Value = Vec<Piece>> {
+    let gap = prop_oneof![200 => Just(0_u64), 1 => 1..9_u64];
+    let pages = prop_oneof![50 => Just(1_u64), 1 => 2..9_u64];
+    let piece = (gap, pages, 0..1000_u64, 0..200_u8);
+    let piece = piece.prop_map(|(gap, pages, choice, mark)| Piece {
+        gap,
+        pages,
+        choice,
+        unsettled: mark == 0,
+        refused: mark == 1,
+    });
+    prop::collection::vec(piece, 0..700)
 }
 
 fn frame_of(page: u64, choice: u64) -> u64 {
@@ -52,9 +72,9 @@ proptest! {
         let mut page = 0;
         for piece in &seen {
             page += piece.gap;
-            sights.push(Sight::new(page, piece.pages, frame_of(page, piece.choice), piece.mark));
+            sights.push(Sight::new(page, piece.pages, frame_of(page, piece.choice), piece.unsettled));
             for p in page..page + piece.pages {
-                in_cache.insert(p, (frame_of(p, piece.choice), piece.mark));
+                in_cache.insert(p, (frame_of(p, piece.choice), piece.unsettled));
             }
             page += piece.pages;
         }
@@ -78,7 +98,7 @@ proptest! {
         let mut page = 0;
         for piece in &reported {
             page += piece.gap;
-            if piece.mark {
+            if piece.refused {
                 let range = Range { start: page, end: page + piece.pages };
                 pages.refuse(range, frame_of(page, piece.choice));
             }
