@@ -7,6 +7,7 @@ use kernel::driver::Registration;
 use kernel::pci;
 use kernel::prelude::*;
 
+mod address_space;
 mod bindings;
 mod compat;
 mod control;

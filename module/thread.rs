@@ -197,9 +197,13 @@ pub(crate) fn now_ms() -> u64 {
 
 /// Microseconds since boot, without time asleep.
 pub(crate) fn now_us() -> u64 {
+    now_ns() / 1000
+}
+
+/// Nanoseconds since boot, without time asleep.
+pub(crate) fn now_ns() -> u64 {
     // SAFETY: Always callable once timekeeping runs, which is before any module is loaded.
-    let nanoseconds = unsafe { bindings::ktime_get_mono_fast_ns() };
-    nanoseconds / 1000
+    unsafe { bindings::ktime_get_mono_fast_ns() }
 }
 
 /// While this exists the current thread is not put aside for another.
