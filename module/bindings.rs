@@ -36,6 +36,7 @@ extern "C" {
     pub(crate) fn pagefusion_mapping_can_writeback(mapping: *mut address_space) -> bool;
     pub(crate) fn shmem_mapping(mapping: *mut address_space) -> bool;
     pub(crate) fn pagefusion_shmem_seals(inode: *mut inode) -> c_uint;
+    pub(crate) fn pagefusion_inode_is_new(inode: *mut inode) -> bool;
     pub(crate) fn pagefusion_i_size_read(inode: *const inode) -> loff_t;
     pub(crate) fn pagefusion_folio_nr_pages(folio: *const folio) -> c_ulong;
     pub(crate) fn pagefusion_folio_pfn(folio: *mut folio) -> c_ulong;

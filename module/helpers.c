@@ -112,6 +112,11 @@ unsigned int pagefusion_shmem_seals(struct inode *inode)
 	return READ_ONCE(SHMEM_I(inode)->seals);
 }
 
+bool pagefusion_inode_is_new(struct inode *inode)
+{
+	return inode_state_read_once(inode) & I_NEW;
+}
+
 loff_t pagefusion_i_size_read(const struct inode *inode)
 {
 	return i_size_read(inode);

@@ -24,6 +24,7 @@ void pagefusion_task_unlock(struct task_struct *task);
 struct task_struct *pagefusion_next_thread(struct task_struct *task);
 bool pagefusion_mapping_can_writeback(struct address_space *mapping);
 unsigned int pagefusion_shmem_seals(struct inode *inode);
+bool pagefusion_inode_is_new(struct inode *inode);
 loff_t pagefusion_i_size_read(const struct inode *inode);
 unsigned long pagefusion_folio_nr_pages(const struct folio *folio);
 unsigned long pagefusion_folio_pfn(struct folio *folio);

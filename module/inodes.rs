@@ -5,6 +5,7 @@
 //! Locks: `s_inode_list_lock`, then `i_lock` of one inode, while the next one is looked for. The
 //! list is not long locked: see [`MOST_PASSED`].
 
+use crate::bindings as helpers;
 use crate::file::CachedFile;
 use crate::superblock::HeldSuper;
 use crate::thread::give_way;
@@ -69,13 +70,20 @@ impl<'a> Inodes<'a> {
             // SAFETY: All but the head are in inodes, which are not freed while they are in the
             // list.
             let inode = unsafe { container_of!(link, bindings::inode, i_sb_list) };
-            // SAFETY: As above. The counter changes at any time and is read once.
-            let pages = unsafe { addr_of!((*inode).i_data.nrpages).read_volatile() };
-            if pages == 0 && passed < MOST_PASSED {
+            let inode = inode.cast_mut();
+            // SAFETY: As above. The counter changes at any time and is read once; an inode that is
+            // complete stays so.
+            let (pages, is_new) = unsafe {
+                (
+                    addr_of!((*inode).i_data.nrpages).read_volatile(),
+                    helpers::pagefusion_inode_is_new(inode),
+                )
+            };
+            if is_new || pages == 0 && passed < MOST_PASSED {
                 continue;
             }
             // SAFETY: As above. It fails for one that is being freed.
-            let inode = unsafe { bindings::igrab(inode.cast_mut()) };
+            let inode = unsafe { bindings::igrab(inode) };
             if let Some(inode) = NonNull::new(inode) {
                 // SAFETY: The reference was just taken; the inode is in this superblock's list.
                 found = Some(unsafe { CachedFile::from_raw(inode, self.superblock.clone()) });

@@ -209,7 +209,11 @@ impl PinnedFrames {
 
 impl Pin for PinnedFrames {
     fn join(&mut self, next: Self) {
-        if self.pages != 0 && next.pages != 0 {
+        if self.pages == 0 {
+            *self = next;
+            return;
+        }
+        if next.pages != 0 {
             let last = self.frame + self.pages - 1;
             // SAFETY: Both frames belong to folios that are held by the invariants.
             let (last, first) = unsafe {
