@@ -519,7 +519,7 @@ fn an_undo_that_fails_says_so_and_changes_nothing() {
     equal.check();
 }
 
-/// Until it is dropped, this process gets no memory.
+/// Until it is dropped, this process gets no more memory than a little.
 struct Limit(libc::rlimit);
 
 impl Limit {
@@ -530,8 +530,14 @@ impl Limit {
         };
         // SAFETY: reads the limit into this stack.
         assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut old) }, 0);
-        let none = libc::rlimit { rlim_cur: 0, ..old };
-        // SAFETY: makes mmap fail, which everything here can stand.
+        // Enough for what is small, and not for a window.
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+        let none = libc::rlimit {
+            rlim_cur: (pages + 48) * PAGE as u64,
+            ..old
+        };
+        // SAFETY: makes large mappings fail, which everything here can stand.
         assert_eq!(
             unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const none) },
             0

@@ -62,7 +62,15 @@ fn answer(
                  version {VERSION}; use the two that belong together, or restart the daemon"
             ))
         }
-        AdminRequest::CreateVm { name, group, .. } => create(registry, events, caller, name, group),
+        AdminRequest::CreateVm {
+            name, group, user, ..
+        } => {
+            let uid = user.unwrap_or(caller.uid);
+            if uid != caller.uid && caller.uid != 0 {
+                return Err("only root may start a VM for another user".into());
+            }
+            create(registry, events, Caller { uid, ..caller }, name, group)
+        }
         AdminRequest::Status { .. } => Ok(AdminReply::Status(Box::new(status::collect(registry)))),
         AdminRequest::Files { scope, limit, .. } => {
             Ok(AdminReply::Files(files::collect(registry, &scope, limit)?))

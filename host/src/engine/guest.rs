@@ -410,6 +410,12 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         self.ring.set_pages_shared(pages);
     }
 
+    /// Pages reported so far that are not in guest memory as far as it is known.
+    pub fn pages_outside(&self) -> u64 {
+        let name = reason::name(reason::OUTSIDE_MEMORY);
+        self.counts.refusals.get(name).copied().unwrap_or_default()
+    }
+
     /// What the guest calls a file, if it has announced it.
     pub fn name_of(&self, file: &FileKey) -> Option<&str> {
         let number = self.numbers.get(file)?;

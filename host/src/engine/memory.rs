@@ -115,6 +115,22 @@ impl Memory {
         Ok(())
     }
 
+    /// Makes these all of guest memory, each with its first frame as its key; whether there is
+    /// one that was not known.
+    pub fn set_regions(&mut self, regions: &[Region]) -> io::Result<bool> {
+        let gone = |(key, _): &(u64, Region)| regions.iter().all(|it| it.gfn != *key);
+        let gone: Vec<_> = self.regions.with_keys().filter(gone).collect();
+        for (key, _) in gone {
+            self.remove_region(key)?;
+        }
+        let mut new = false;
+        for region in regions {
+            new |= self.regions.get(region.gfn) != Some(*region);
+            self.insert_region(region.gfn, *region)?;
+        }
+        Ok(new)
+    }
+
     /// Removes the region `key`; its overlays become ordinary memory first.
     pub fn remove_region(&mut self, key: u64) -> io::Result<()> {
         let Some(region) = self.regions.get(key) else {

@@ -86,10 +86,21 @@ impl AdminClient {
         name: Option<String>,
         group: Option<String>,
     ) -> Result<CreatedVm, AdminError> {
+        self.create_vm_for(name, group, None)
+    }
+
+    /// As [`AdminClient::create_vm`], of a process that is about to become one of `user`.
+    pub fn create_vm_for(
+        &mut self,
+        name: Option<String>,
+        group: Option<String>,
+        user: Option<u32>,
+    ) -> Result<CreatedVm, AdminError> {
         match self.ask(&AdminRequest::CreateVm {
             version: VERSION,
             name,
             group,
+            user,
         })? {
             AdminReply::Created {
                 vm,

@@ -30,7 +30,7 @@ use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak the same version.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Largest encoded message, bytes, payload excluded.
 pub const MAX_MESSAGE: usize = 1 << 20;
 /// Most pages in one [`EngineRequest::Publish`].

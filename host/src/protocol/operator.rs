@@ -54,6 +54,9 @@ pub enum AdminRequest {
         name: Option<String>,
         /// Trust group.
         group: Option<String>,
+        /// Whose sockets and device it will be, if another user's than the caller's. Only root
+        /// may ask for that.
+        user: Option<u32>,
     },
     /// Everything [`Status`] has.
     Status {
