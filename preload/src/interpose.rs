@@ -11,32 +11,35 @@ use crate::kvm::{self, Watched};
 use crate::runtime;
 
 type Ioctl = unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int;
-type Madvise = unsafe extern "C" fn(*mut c_void, usize, c_int) -> c_int;
 
 /// The next definition of a symbol of this type after ours.
 ///
 /// # Safety
 ///
 /// `F` must be the function pointer type of the symbol `name`.
-unsafe fn next<F: Copy>(name: &CStr) -> F {
+pub(crate) unsafe fn next<F: Copy>(name: &CStr) -> F {
+    // SAFETY: by contract.
+    let next = unsafe { find_next(name) };
+    next.unwrap_or_else(|| panic!("libc has no {name:?}"))
+}
+
+/// As [`next`], for what no library need have.
+///
+/// # Safety
+///
+/// As [`next`].
+pub(crate) unsafe fn find_next<F: Copy>(name: &CStr) -> Option<F> {
     // SAFETY: a lookup by a valid name.
     let symbol = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
-    assert!(!symbol.is_null(), "libc has no {name:?}");
     assert_eq!(size_of::<F>(), size_of_val(&symbol));
     // SAFETY: a function pointer of this type, by contract.
-    unsafe { std::mem::transmute_copy(&symbol) }
+    (!symbol.is_null()).then(|| unsafe { std::mem::transmute_copy(&symbol) })
 }
 
 fn next_ioctl() -> Ioctl {
     static NEXT: OnceLock<Ioctl> = OnceLock::new();
     // SAFETY: `int ioctl(int, unsigned long, ...)` with its one argument in a register.
     *NEXT.get_or_init(|| unsafe { next(c"ioctl") })
-}
-
-fn next_madvise() -> Madvise {
-    static NEXT: OnceLock<Madvise> = OnceLock::new();
-    // SAFETY: `int madvise(void *, size_t, int)`.
-    *NEXT.get_or_init(|| unsafe { next(c"madvise") })
 }
 
 /// Sees KVM's memory slots, and devices that will hold on to guest memory.
@@ -72,45 +75,42 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mu
             // SAFETY: passed on as it came.
             unsafe { next_ioctl()(fd, request, argument) }
         }
+        Watched::RegistersUserfaultfd => {
+            // SAFETY: the caller passes a `uffdio_register`, which begins so.
+            let range = unsafe { argument.cast::<kvm::UffdRange>().read_unaligned() };
+            if let Err(error) = runtime::take_userfaultfd(&range) {
+                return refuse(&error);
+            }
+            // SAFETY: passed on as it came.
+            let result = unsafe { next_ioctl()(fd, request, argument) };
+            if result != 0 {
+                runtime::give_userfaultfd_back(&range);
+            }
+            result
+        }
+        Watched::UnregistersUserfaultfd => {
+            // SAFETY: the caller passes a `uffdio_range`.
+            let range = unsafe { argument.cast::<kvm::UffdRange>().read_unaligned() };
+            // SAFETY: passed on as it came.
+            let result = unsafe { next_ioctl()(fd, request, argument) };
+            if result == 0 {
+                runtime::give_userfaultfd_back(&range);
+            }
+            result
+        }
         // SAFETY: passed on as it came.
         Watched::No => unsafe { next_ioctl()(fd, request, argument) },
     }
 }
 
-/// Sees memory that the VMM gives back for a balloon: on an overlay it would turn into the
-/// canonical bytes instead of zeros. (glibc's `posix_madvise` never discards.)
-///
-/// # Safety
-///
-/// As `madvise(2)`.
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn madvise(
-    address: *mut c_void,
-    length: usize,
-    advice: c_int,
-) -> c_int {
-    const DONTNEED_LOCKED: c_int = 24;
-    let discards = matches!(
-        advice,
-        libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | DONTNEED_LOCKED
-    );
-    // SAFETY: passed on as it came.
-    let pass_on = || unsafe { next_madvise()(address, length, advice) };
-    if !discards || !runtime::is_active() {
-        return pass_on();
-    }
-    match runtime::discard(address as usize, length, pass_on) {
-        Ok(result) => result,
-        Err(error) => refuse(&error),
-    }
-}
-
 /// Fails a call of the VMM: overlays could not be undone, and going on would let a guest read
 /// what is not its own.
-fn refuse(error: &std::io::Error) -> c_int {
+pub(crate) fn refuse(error: &std::io::Error) -> c_int {
     log::error!("a request of the VMM is refused, since overlays cannot be undone: {error}");
-    // SAFETY: the calling thread's own errno.
-    unsafe { *libc::__errno_location() = libc::ENOMEM };
+    // SAFETY: where the calling thread's own errno is.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    unsafe { *errno = libc::ENOMEM };
     -1
 }
 

@@ -3,6 +3,7 @@
 //! What of the VMM's ioctls concerns guest memory.
 
 use std::ffi::c_ulong;
+use std::ops::Range;
 
 /// `struct kvm_userspace_memory_region`, with which `…_region2` begins.
 #[repr(C)]
@@ -33,6 +34,20 @@ impl MemoryRegion {
     }
 }
 
+/// A range of addresses, with which `struct uffdio_register` begins.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct UffdRange {
+    pub(crate) start: u64,
+    pub(crate) length: u64,
+}
+
+impl UffdRange {
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        self.start as usize..self.start.saturating_add(self.length) as usize
+    }
+}
+
 /// Whether an ioctl concerns us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Watched {
@@ -40,6 +55,11 @@ pub(crate) enum Watched {
     No,
     /// `KVM_SET_USER_MEMORY_REGION` or its successor.
     MemoryRegion,
+    /// `UFFDIO_REGISTER`: the VMM wants `userfaultfd` itself (postcopy, background snapshot),
+    /// and a mapping can have only one.
+    RegistersUserfaultfd,
+    /// `UFFDIO_UNREGISTER`
+    UnregistersUserfaultfd,
     /// A device gets hold of guest pages and would go on with the old ones.
     PinsMemory(&'static str),
 }
@@ -48,28 +68,43 @@ const fn iow(group: u8, number: u8, size: u32) -> c_ulong {
     (1 << 30 | (size as c_ulong) << 16) | (group as c_ulong) << 8 | number as c_ulong
 }
 
+const fn ior(group: u8, number: u8, size: u32) -> c_ulong {
+    (2 << 30 | (size as c_ulong) << 16) | (group as c_ulong) << 8 | number as c_ulong
+}
+
+const fn iowr(group: u8, number: u8, size: u32) -> c_ulong {
+    iow(group, number, size) | ior(group, number, size)
+}
+
 const fn io(group: u8, number: u8) -> c_ulong {
     (group as c_ulong) << 8 | number as c_ulong
 }
 
 const SET_USER_MEMORY_REGION: c_ulong = iow(0xae, 0x46, 32);
 const SET_USER_MEMORY_REGION2: c_ulong = iow(0xae, 0x49, 160);
+/// `KVM_MEMORY_ENCRYPT_REG_REGION`: SEV pins what it encrypts.
+const MEMORY_ENCRYPT_REG_REGION: c_ulong = ior(0xae, 0xbb, 16);
 const VFIO_IOMMU_MAP_DMA: c_ulong = io(b';', 113);
 const IOMMU_IOAS_MAP: c_ulong = io(b';', 0x85);
-/// `VHOST_VDPA_GET_DEVICE_ID`, asked of every vDPA device before it maps memory.
-const VHOST_VDPA_GET_DEVICE_ID: c_ulong = 2 << 30 | 4 << 16 | 0xaf << 8 | 0x70;
-/// `UFFDIO_API`: the VMM wants `userfaultfd` itself (postcopy, background snapshot), and a
-/// mapping can have only one.
-const UFFDIO_API: c_ulong = 3 << 30 | 24 << 16 | 0xaa << 8 | 0x3f;
+const IOMMU_IOAS_COPY: c_ulong = io(b';', 0x83);
+const IOMMU_IOAS_MAP_FILE: c_ulong = io(b';', 0x8f);
+/// `RDMA_VERBS_IOCTL`: a migration over RDMA registers all memory with the adapter.
+const RDMA_VERBS_IOCTL: c_ulong = iowr(0x1b, 1, 24);
+const UFFDIO_REGISTER: c_ulong = iowr(0xaa, 0x00, 32);
+const UFFDIO_UNREGISTER: c_ulong = ior(0xaa, 0x01, 16);
 
 const _: () = {
     assert!(size_of::<MemoryRegion>() == 32);
     assert!(SET_USER_MEMORY_REGION == 0x4020_ae46);
     assert!(SET_USER_MEMORY_REGION2 == 0x40a0_ae49);
+    assert!(MEMORY_ENCRYPT_REG_REGION == 0x8010_aebb);
     assert!(VFIO_IOMMU_MAP_DMA == 0x3b71);
     assert!(IOMMU_IOAS_MAP == 0x3b85);
-    assert!(VHOST_VDPA_GET_DEVICE_ID == 0x8004_af70);
-    assert!(UFFDIO_API == 0xc018_aa3f);
+    assert!(IOMMU_IOAS_COPY == 0x3b83);
+    assert!(IOMMU_IOAS_MAP_FILE == 0x3b8f);
+    assert!(RDMA_VERBS_IOCTL == 0xc018_1b01);
+    assert!(UFFDIO_REGISTER == 0xc020_aa00);
+    assert!(UFFDIO_UNREGISTER == 0x8010_aa01);
 };
 
 /// Sorts an ioctl; comparisons of a register, since every ioctl of the VMM comes by here.
@@ -77,15 +112,30 @@ const _: () = {
 pub(crate) fn classify(request: c_ulong) -> Watched {
     match request {
         SET_USER_MEMORY_REGION | SET_USER_MEMORY_REGION2 => Watched::MemoryRegion,
-        VFIO_IOMMU_MAP_DMA | IOMMU_IOAS_MAP => {
+        UFFDIO_REGISTER => Watched::RegistersUserfaultfd,
+        UFFDIO_UNREGISTER => Watched::UnregistersUserfaultfd,
+        VFIO_IOMMU_MAP_DMA | IOMMU_IOAS_MAP | IOMMU_IOAS_COPY | IOMMU_IOAS_MAP_FILE => {
             Watched::PinsMemory("a VFIO device is assigned, which holds guest pages")
         }
-        VHOST_VDPA_GET_DEVICE_ID => {
+        MEMORY_ENCRYPT_REG_REGION => {
+            Watched::PinsMemory("guest memory is encrypted (SEV), which holds guest pages")
+        }
+        RDMA_VERBS_IOCTL => {
+            Watched::PinsMemory("an RDMA adapter is in use, which holds guest pages")
+        }
+        _ if is_vdpa(request) => {
             Watched::PinsMemory("a vDPA device is assigned, which holds guest pages")
         }
-        UFFDIO_API => Watched::PinsMemory("the VMM uses userfaultfd itself"),
         _ => Watched::No,
     }
+}
+
+/// Memory is mapped for vDPA by messages; but every such device is asked for something by
+/// `VHOST_VDPA_…` before, and no other vhost device is.
+#[inline]
+fn is_vdpa(request: c_ulong) -> bool {
+    const FIRST: c_ulong = 0x70;
+    request >> 8 & 0xff == 0xaf && request & 0xff >= FIRST
 }
 
 #[cfg(test)]
@@ -134,5 +184,38 @@ mod tests {
             MemoryRegion { flags: 1, ..slot }.is_ordinary(),
             "dirty logging changes nothing"
         );
+    }
+
+    #[test]
+    fn what_holds_guest_pages_is_known_by_its_ioctls() {
+        // As the kernel's headers have them.
+        for (request, word) in [
+            (0x3b71, "VFIO"),
+            (0x3b83, "VFIO"),
+            (0x3b85, "VFIO"),
+            (0x3b8f, "VFIO"),
+            (0x8004_af70, "vDPA"),
+            (0x4001_af72, "vDPA"),
+            (0x8004_af80, "vDPA"),
+            (0x8010_aebb, "SEV"),
+            (0xc018_1b01, "RDMA"),
+        ] {
+            let Watched::PinsMemory(what) = classify(request) else {
+                panic!("{request:#x} is not known");
+            };
+            assert!(what.contains(word), "{what}");
+        }
+        // KVM_RUN, VHOST_SET_MEM_TABLE, VHOST_VSOCK_SET_RUNNING, VFIO_GROUP_GET_STATUS,
+        // TCGETS, UFFDIO_API.
+        for request in [
+            0xae80,
+            0x4008_af03,
+            0x4004_af61,
+            0x3b67,
+            0x5401,
+            0xc018_aa3f,
+        ] {
+            assert_eq!(classify(request), Watched::No, "{request:#x}");
+        }
     }
 }

@@ -8,8 +8,10 @@
 mod environment;
 mod interpose;
 mod kvm;
+mod memory_calls;
 mod memory_tree;
 mod qmp;
 mod runtime;
+mod search;
 mod service;
 mod signals;

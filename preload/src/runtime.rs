@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Lock order: `Runtime::slots`, then the locks of [`Sharing`].
+//! Lock order: `Runtime::slots`, then the locks of [`Sharing`]; `Runtime::unmapped` last.
 //!
 //! What the interposed functions and the engine's threads have in common.
 
 use std::collections::BTreeMap;
 use std::env;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use pagefusion_host::engine::{Region, Sharing};
+use pagefusion_host::engine::{Memory, Region, Sharing};
 use rustix::process::{Pid, getpid};
 
-use crate::kvm::MemoryRegion;
+use crate::kvm::{MemoryRegion, UffdRange};
 use crate::service;
 
 static ACTIVE: AtomicBool = AtomicBool::new(false);
@@ -32,6 +33,9 @@ pub(crate) struct Config {
 pub(crate) struct Runtime {
     process: Pid,
     slots: Mutex<Slots>,
+    /// What was unmapped since QEMU's monitor was asked where guest memory is; `None` while it
+    /// is not asked.
+    unmapped: Mutex<Option<Vec<Range<usize>>>>,
 }
 
 /// Memory slots as KVM knows them; kept from the first on, before there is an engine.
@@ -40,11 +44,16 @@ struct Slots {
     regions: BTreeMap<u64, Region>,
     disabled: Option<&'static str>,
     sharing: Option<Arc<Sharing>>,
+    /// What the VMM is doing to its memory now.
+    changing: Vec<Range<usize>>,
+    /// What its own `userfaultfd` has got (`true`) and let go since the beginning; kept until
+    /// there is an engine to be told.
+    userfaultfd: Vec<(Range<usize>, bool)>,
 }
 
 impl Runtime {
     fn slots(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slots)
     }
 
     /// Gives the engine what KVM has said so far, and everything after it.
@@ -56,10 +65,31 @@ impl Runtime {
                 "adding guest memory",
             );
         }
+        for range in &slots.changing {
+            report(sharing.memory().begin_change(range), "leaving memory alone");
+        }
+        for (range, taken) in slots.userfaultfd.drain(..) {
+            let mut memory = sharing.memory();
+            if taken {
+                report(memory.take_userfaultfd(&range), "leaving memory alone");
+            } else {
+                memory.give_userfaultfd_back(&range);
+            }
+        }
         if let Some(why) = slots.disabled {
             report(sharing.memory().disable(why), "ending sharing");
         }
         slots.sharing = Some(sharing.clone());
+    }
+
+    /// QEMU's monitor is about to be asked where guest memory is.
+    pub(crate) fn begin_search(&self) {
+        *lock(&self.unmapped) = Some(Vec::new());
+    }
+
+    /// What was unmapped meanwhile. No more can be while `_memory` is locked.
+    pub(crate) fn end_search(&self, _memory: &Memory) -> Vec<Range<usize>> {
+        lock(&self.unmapped).take().unwrap_or_default()
     }
 
     /// Whether KVM has said anything.
@@ -98,6 +128,7 @@ pub(crate) fn start() {
     let runtime = Runtime {
         process: getpid(),
         slots: Mutex::default(),
+        unmapped: Mutex::default(),
     };
     let runtime = RUNTIME.get_or_init(|| runtime);
     if service::spawn(config, runtime) {
@@ -144,7 +175,7 @@ pub(crate) fn after_slot(slot: &MemoryRegion) {
 fn region(slot: &MemoryRegion) -> Option<Region> {
     const PAGE: u64 = 4096;
     let aligned = (slot.guest_phys_addr | slot.memory_size | slot.userspace_addr) % PAGE == 0;
-    (slot.is_ordinary() && aligned).then(|| Region {
+    (slot.is_ordinary() && aligned).then_some(Region {
         gfn: slot.guest_phys_addr / PAGE,
         pages: slot.memory_size / PAGE,
         hva: slot.userspace_addr as usize,
@@ -169,20 +200,101 @@ pub(crate) fn disable(why: &'static str) -> io::Result<()> {
     Ok(())
 }
 
+/// The VMM registers memory with a `userfaultfd` of its own. An error means that overlays are
+/// left, and that it must not.
+pub(crate) fn take_userfaultfd(range: &UffdRange) -> io::Result<()> {
+    let Some(runtime) = current() else {
+        return Ok(());
+    };
+    let range = range.addresses();
+    let mut slots = runtime.slots();
+    match &slots.sharing {
+        Some(sharing) => sharing.memory().take_userfaultfd(&range),
+        None => {
+            slots.userfaultfd.push((range, true));
+            Ok(())
+        }
+    }
+}
+
+/// The VMM's `userfaultfd` has let go of memory.
+pub(crate) fn give_userfaultfd_back(range: &UffdRange) {
+    let Some(runtime) = current() else { return };
+    let range = range.addresses();
+    let mut slots = runtime.slots();
+    match &slots.sharing {
+        Some(sharing) => sharing.memory().give_userfaultfd_back(&range),
+        None => slots.userfaultfd.push((range, false)),
+    }
+}
+
+/// Changes what memory is made of by `change`: nothing is shared there meanwhile.
+pub(crate) fn change<T>(range: &Range<usize>, change: impl FnOnce() -> T) -> io::Result<T> {
+    let Some(runtime) = current() else {
+        return Ok(change());
+    };
+    {
+        let mut slots = runtime.slots();
+        if let Some(sharing) = &slots.sharing {
+            sharing.memory().begin_change(range)?;
+        }
+        slots.changing.push(range.clone());
+    }
+    let result = change();
+    let mut slots = runtime.slots();
+    if let Some(index) = slots.changing.iter().position(|it| it == range) {
+        slots.changing.swap_remove(index);
+    }
+    if let Some(sharing) = &slots.sharing {
+        sharing.memory().end_change(range);
+    }
+    Ok(result)
+}
+
 /// Discards memory with `discard` after it was made ordinary. No overlay can come in between:
 /// discarding one would bring the canonical bytes back.
-pub(crate) fn discard<T>(
-    address: usize,
-    length: usize,
-    discard: impl FnOnce() -> T,
-) -> io::Result<T> {
-    let sharing = current().and_then(|runtime| runtime.slots().sharing.clone());
-    let Some(sharing) = sharing else {
+pub(crate) fn discard<T>(range: &Range<usize>, discard: impl FnOnce() -> T) -> io::Result<T> {
+    let Some(sharing) = sharing() else {
         return Ok(discard());
     };
     let mut memory = sharing.memory();
-    memory.restore(&(address..address.saturating_add(length)))?;
+    memory.restore(range)?;
     Ok(discard())
+}
+
+/// Unmaps memory, or maps over it, with `unmap`; `succeeded` says whether that was done.
+pub(crate) fn unmap<T>(
+    ranges: &[Range<usize>],
+    unmap: impl FnOnce() -> T,
+    succeeded: impl FnOnce(&T) -> bool,
+) -> io::Result<T> {
+    let Some(sharing) = sharing() else {
+        return Ok(unmap());
+    };
+    let mut memory = sharing.memory();
+    for range in ranges {
+        memory.before_unmap(range)?;
+    }
+    let result = unmap();
+    if succeeded(&result) {
+        for range in ranges {
+            memory.unmapped(range);
+        }
+        if let Some(runtime) = current()
+            && let Some(unmapped) = lock(&runtime.unmapped).as_mut()
+        {
+            unmapped.extend_from_slice(ranges);
+        }
+    }
+    Ok(result)
+}
+
+fn sharing() -> Option<Arc<Sharing>> {
+    current().and_then(|runtime| runtime.slots().sharing.clone())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn report(result: io::Result<()>, what: &str) {

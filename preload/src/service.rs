@@ -26,8 +26,8 @@ use pagefusion_host::protocol::{
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::qmp;
 use crate::runtime::{Config, Runtime};
+use crate::search::Search;
 
 /// Pages a guest may have pinned for us at a time: 64 MiB.
 const MAX_INFLIGHT_PAGES: u64 = 16384;
@@ -177,6 +177,7 @@ impl Service {
     fn serve_ring(&self) {
         let mut counter = [0_u8; 8];
         let mut retry = false;
+        let mut search = Search::new();
         loop {
             match rustix::io::read(&self.from_guest, &mut counter) {
                 Ok(_) => {}
@@ -196,7 +197,7 @@ impl Service {
                     return;
                 }
             }
-            self.find_memory();
+            self.find_memory(&mut search);
             loop {
                 let done = self.progress();
                 if done.ring {
@@ -222,8 +223,8 @@ impl Service {
     }
 
     /// Without KVM, guest memory is asked of QEMU as soon as the guest is there to ring.
-    fn find_memory(&self) {
-        if self.source.get().is_some() {
+    fn find_memory(&self, search: &mut Search) {
+        if self.source.get() == Some(&"kvm") {
             return;
         }
         if self.runtime.has_kvm_slots() {
@@ -233,16 +234,13 @@ impl Service {
         let Some(socket) = &self.config.qmp_socket else {
             return;
         };
-        match qmp::guest_memory(socket) {
-            Ok(regions) => {
-                for (key, region) in (0..).zip(regions) {
-                    if let Err(e) = self.sharing.memory().insert_region(key, region) {
-                        log::error!("adding guest memory: {e}");
-                    }
-                }
-                let _ = self.source.set("qmp");
-            }
-            Err(e) => log::warn!("{e}"),
+        let outside = lock(&self.guest).pages_outside();
+        if search.ask(socket, self.runtime, &self.sharing, outside)
+            && self.source.set("qmp").is_err()
+        {
+            // What was reported of it before is no less worth sharing.
+            lock(&self.guest).request_rescan();
+            self.ring_guest();
         }
     }
 
