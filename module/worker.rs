@@ -222,10 +222,11 @@ impl Work for Worker {
                 self.schedule.news(now);
             }
             if let Some(bytes) = shrinker::take_wanted() {
-                CONTROL.shrinks.add(1);
                 self.session.shrink(bytes as usize);
                 self.schedule.rest(now);
                 self.publish_tracker();
+                // Last: who sees it sees what it brought.
+                CONTROL.shrinks.add(1);
             }
             let runs = CONTROL.run.get() == 1 && self.session.is_open();
             if runs && self.schedule.wait_ms(now) == 0 {
