@@ -185,10 +185,8 @@ fn hugetlbfs_is_refused_by_name() {
 fn locked_memory_is_refused_by_name() {
     let ram = GuestRam::new(PAGES, false);
     // SAFETY: memory of this test.
-    assert_eq!(
-        unsafe { libc::mlock(ram.at(0) as *const _, PAGES * PAGE) },
-        0
-    );
+    let locked = unsafe { libc::mlock(ram.at(0) as *const _, PAGES * PAGE) };
+    assert_eq!(locked, 0);
     let equal = Equal::with(ram);
     equal.write_all();
     is_refused(&equal, "mlock");
@@ -302,7 +300,9 @@ fn mappings_are_left_for_the_vmm_and_no_call_fails() {
 }
 
 /// Mappings that no neighbour joins.
-struct Ballast(GuestRam);
+struct Ballast {
+    _ram: GuestRam,
+}
 
 impl Ballast {
     fn up_to(mappings: usize) -> Self {
@@ -323,7 +323,7 @@ impl Ballast {
             let result = unsafe { libc::mprotect(ram.at(page) as *mut _, PAGE, libc::PROT_NONE) };
             assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
         }
-        Self(ram)
+        Self { _ram: ram }
     }
 }
 
@@ -538,10 +538,8 @@ impl Limit {
             ..old
         };
         // SAFETY: makes large mappings fail, which everything here can stand.
-        assert_eq!(
-            unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const none) },
-            0
-        );
+        let set = unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const none) };
+        assert_eq!(set, 0);
         Self(old)
     }
 }

@@ -3,7 +3,8 @@
 //! Starts a VMM with all that it needs added to its command line and environment.
 
 use crate::protocol::{AdminClient, AdminError, CreatedVm};
-use std::ffi::{OsStr, OsString};
+use nix::unistd::{self, Uid, User};
+use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
@@ -39,6 +40,23 @@ pub enum LaunchError {
          background instead (systemd-run, or &)"
     )]
     Daemonize,
+    /// QEMU would become another user's while its engine runs.
+    #[error(
+        "{} is not supported: QEMU would lose its way to the daemon; start it with: \
+         pagefusionctl run --user USER -- …", .0.to_string_lossy()
+    )]
+    DropsPrivileges(OsString),
+    /// No such user.
+    #[error("there is no user {0}")]
+    NoUser(String),
+    /// This process may not become that user.
+    #[error("cannot become user {name} ({source}); run this as root")]
+    Become {
+        /// The user.
+        name: String,
+        /// What went wrong.
+        source: io::Error,
+    },
     /// The VMM is not installed.
     #[error(
         "the command {} was not found; install it (Debian: apt install qemu-system-x86), \
@@ -64,6 +82,8 @@ pub struct Launch {
     pub name: Option<String>,
     /// Trust group; `None` shares with nobody.
     pub group: Option<String>,
+    /// User that the VMM is to run as, by name or number; `None` is whose this process is.
+    pub user: Option<String>,
     /// The library, unless it is where it belongs.
     pub preload: Option<PathBuf>,
     /// The VMM's command line.
@@ -95,9 +115,14 @@ impl Launch {
         {
             return Err(LaunchError::Daemonize);
         }
+        if let Some(option) = drops_privileges(&self.command) {
+            return Err(LaunchError::DropsPrivileges(option));
+        }
+        let user = self.user.as_deref().map(find_user).transpose()?;
         let preload = find_preload(self.preload.as_deref())?;
         let mut daemon = AdminClient::connect(&self.runtime_dir)?;
-        let vm = daemon.create_vm(self.name, self.group)?;
+        let uid = user.as_ref().map(|user| user.uid.as_raw());
+        let vm = daemon.create_vm_for(self.name, self.group, uid)?;
         let mut words = self.command.into_iter();
         let program = words.next().unwrap_or_default();
         let mut command = Command::new(&program);
@@ -105,8 +130,46 @@ impl Launch {
         for (name, value) in environment(&vm, &preload, std::env::var_os("LD_PRELOAD")) {
             command.env(name, value);
         }
+        if let Some(user) = &user {
+            become_user(user).map_err(|error| LaunchError::Become {
+                name: user.name.clone(),
+                source: error.into(),
+            })?;
+        }
         Ok((command, program))
     }
+}
+
+/// The option by which QEMU changes its own user, if one does.
+fn drops_privileges(command: &[OsString]) -> Option<OsString> {
+    let plain = |word: &OsString| ["-runas", "--runas"].iter().any(|it| word == it);
+    let run_with = |pair: &&[OsString]| {
+        let sets = pair[1].as_bytes();
+        ["-run-with", "--run-with"].iter().any(|it| pair[0] == *it)
+            && sets
+                .split(|byte| *byte == b',')
+                .any(|it| it.starts_with(b"user="))
+    };
+    let word = command.iter().find(|word| plain(word));
+    let pair = command.windows(2).find(run_with).map(|pair| &pair[0]);
+    word.or(pair).cloned()
+}
+
+fn find_user(name: &str) -> Result<User, LaunchError> {
+    let found = match name.parse() {
+        Ok(number) => User::from_uid(Uid::from_raw(number)),
+        Err(_) => User::from_name(name),
+    };
+    let none = || LaunchError::NoUser(name.to_owned());
+    found.ok().flatten().ok_or_else(none)
+}
+
+/// Has this process run as `user` for good, with the groups that user is in: `kvm`, say.
+fn become_user(user: &User) -> nix::Result<()> {
+    let name = CString::new(user.name.as_bytes()).map_err(|_| nix::Error::EINVAL)?;
+    unistd::initgroups(&name, user.gid)?;
+    unistd::setgid(user.gid)?;
+    unistd::setuid(user.uid)
 }
 
 fn device_arguments(vm: &CreatedVm) -> Vec<OsString> {
@@ -192,12 +255,42 @@ mod tests {
             runtime_dir: "/nonexistent".into(),
             name: None,
             group: None,
+            user: None,
             preload: None,
-            command: ["qemu-system-x86_64", "-daemonize"]
-                .map(OsString::from)
-                .into(),
+            command: words("qemu-system-x86_64 -daemonize"),
         };
         assert!(matches!(launch.exec(), LaunchError::Daemonize));
+    }
+
+    fn words(line: &str) -> Vec<OsString> {
+        line.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn a_qemu_that_would_change_its_user_is_found() {
+        let option = |line: &str| drops_privileges(&words(line));
+        for line in [
+            "qemu -m 1 -runas nobody",
+            "qemu -run-with chroot=/x,user=nobody",
+            "qemu --run-with user=nobody -m 1",
+        ] {
+            assert!(option(line).is_some(), "{line}");
+        }
+        for line in [
+            "qemu -m 1",
+            "qemu -run-with async-teardown=on",
+            "qemu -run-with",
+        ] {
+            assert_eq!(option(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn users_are_found_by_name_and_by_number() {
+        assert_eq!(find_user("root").unwrap().uid.as_raw(), 0);
+        assert_eq!(find_user("0").unwrap().name, "root");
+        let none = find_user("no-such-user");
+        assert!(matches!(none, Err(LaunchError::NoUser(name)) if name == "no-such-user"));
     }
 
     fn vm() -> CreatedVm {

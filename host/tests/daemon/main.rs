@@ -8,4 +8,5 @@ mod lives;
 mod operator;
 mod policy;
 mod support;
+mod users;
 mod vmm;

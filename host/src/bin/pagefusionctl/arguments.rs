@@ -128,6 +128,9 @@ pub(crate) enum Command {
         /// Name of the VM.
         #[arg(long)]
         name: Option<String>,
+        /// User that QEMU is to run as, by name or number, with the groups it is in.
+        #[arg(long)]
+        user: Option<String>,
         /// The library libpagefusion_preload.so, unless it is in its usual place.
         #[arg(long, value_name = "PATH")]
         preload: Option<PathBuf>,

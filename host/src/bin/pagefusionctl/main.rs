@@ -131,6 +131,7 @@ fn run(
         Command::Run {
             group,
             name,
+            user,
             preload,
             command,
         } => {
@@ -138,6 +139,7 @@ fn run(
                 runtime_dir,
                 name,
                 group,
+                user,
                 preload,
                 command,
             }
