@@ -1,4 +1,4 @@
-//! The threads that read a machine's two serial ports.
+//! The threads that read a machine's console and its agent's port.
 
 use std::{
     collections::VecDeque,
