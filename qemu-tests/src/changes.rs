@@ -138,12 +138,26 @@ fn of_image(world: &mut World) -> Result<Subject> {
     let manifest = world.manifest.clone();
     let guest = world.guests.first_mut().context("no guest")?;
     let mapped: Vec<String> = guest.request(Op::MappedFiles)?;
-    let candidates = manifest
-        .below("/usr/share/")
-        .filter(|path| !mapped.iter().any(|mapped| mapped == path));
-    for chunk in candidates.collect::<Vec<_>>().chunks(500).take(8) {
-        for sum in sums(guest, chunk.iter().map(|&path| path.to_owned()).collect())? {
-            if IMAGE_BYTES.contains(&sum.bytes) && manifest.compare(&sum).is_ok() {
+    let (least, most) = (IMAGE_BYTES.start, IMAGE_BYTES.end);
+    let size = [format!("+{}c", least - 1), format!("-{most}c")];
+    let found = guest.output(&[
+        "find",
+        "/usr/share",
+        "-type",
+        "f",
+        "-size",
+        &size[0],
+        "-size",
+        &size[1],
+    ])?;
+    let mut candidates: Vec<_> = found.lines().filter(|path| manifest.has(path)).collect();
+    candidates.sort_unstable();
+    for path in candidates {
+        if mapped.iter().any(|mapped| mapped == path) {
+            continue;
+        }
+        for sum in sums(guest, vec![path.to_owned()])? {
+            if manifest.compare(&sum).is_ok() {
                 let before = sum.by_read.context("no hash")?;
                 return Ok(Subject {
                     path: sum.path,

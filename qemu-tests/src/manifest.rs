@@ -1,6 +1,6 @@
 //! What the files of the guest image must contain.
 
-use std::{collections::BTreeMap, fs, ops::Bound, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
 
@@ -38,15 +38,6 @@ impl Manifest {
     /// Whether the image has this file.
     pub fn has(&self, path: &str) -> bool {
         self.sums.contains_key(path)
-    }
-
-    /// Its files whose paths begin with `prefix`, sorted.
-    pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
-        let from = self
-            .sums
-            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
-        from.map(|(path, _)| path.as_str())
-            .take_while(move |path| path.starts_with(prefix))
     }
 
     /// What is wrong with a file, if anything. A file the image does not have needs only to read as it maps.
@@ -102,10 +93,6 @@ mod tests {
     fn lines_are_parsed() {
         assert!(manifest().has("/usr/bin/a") && manifest().has("/usr/bin/with  two blanks"));
         assert!(!manifest().has("/usr/bin/c"));
-        assert_eq!(
-            manifest().below("/usr/bin/w").collect::<Vec<_>>(),
-            ["/usr/bin/with  two blanks"]
-        );
         for wrong in [
             "",
             "abc  /x",

@@ -19,8 +19,10 @@ const HOUR: &str = "3600000";
 /// From the first touch of a file to its report, by the guest's clock. The module's own limit is a second; a host that
 /// is busy elsewhere gets the rest.
 const AT_ONCE: Duration = Duration::from_secs(5);
-/// Seconds without a pass that show a long sleep.
-const ASLEEP: Duration = Duration::from_secs(12);
+/// Longer than two passes are apart when the last one has found something new.
+const ASLEEP: Duration = Duration::from_millis(2500);
+/// Passes without news after which the sleep does not double any more.
+const IDLE_PASSES: u64 = 20;
 const LIMIT: Duration = Duration::from_secs(300);
 
 pub(super) fn a_new_file_is_reported_at_once(stage: &mut Stage) -> Result<()> {
@@ -37,10 +39,8 @@ pub(super) fn a_new_file_is_reported_at_once(stage: &mut Stage) -> Result<()> {
     }
     guest.request::<Value>(Op::Evict)?;
     guest.output(&["cat", cached])?;
-    guest.set("sleep_millisecs", "1000")?;
-    guest.set("max_sleep_millisecs", HOUR)?;
     for path in [fresh, cached] {
-        fall_asleep(guest)?;
+        fall_asleep(guest, HOUR)?;
         // What everybody uses already wakes nobody.
         let wakeups = guest.counter("wakeups")?;
         for _ in 0..5 {
@@ -48,7 +48,7 @@ pub(super) fn a_new_file_is_reported_at_once(stage: &mut Stage) -> Result<()> {
         }
         let woken = guest.counter("wakeups")? - wakeups;
         ensure!(woken <= 1, "known programs woke the module {woken} times");
-        fall_asleep(guest)?;
+        fall_asleep(guest, HOUR)?;
 
         let reported = guest.counter("pages_reported")?;
         let touched = uptime(guest)?;
@@ -73,22 +73,26 @@ pub(super) fn a_new_file_is_reported_at_once(stage: &mut Stage) -> Result<()> {
     stage.files_are_right()
 }
 
-/// Waits until the module sleeps so long that nothing but a wake-up ends it soon.
-fn fall_asleep(guest: &mut Guest) -> Result<()> {
+/// Puts the module to sleep for so long that nothing but a wake-up ends it: for `longest` milliseconds.
+fn fall_asleep(guest: &mut Guest, longest: &str) -> Result<()> {
     let deadline = Instant::now() + LIMIT;
-    let mut passes = guest.counter("full_scans")?;
-    let mut since = uptime(guest)?;
     loop {
-        let (now, made) = (uptime(guest)?, guest.counter("full_scans")?);
-        if made != passes {
-            (passes, since) = (made, now);
+        // Every pass that finds nothing doubles the sleep, and the shortest sleep is soon doubled often enough.
+        guest.set("sleep_millisecs", "10")?;
+        guest.set("max_sleep_millisecs", "10")?;
+        guest.wait_passes(IDLE_PASSES, LIMIT)?;
+        guest.set("max_sleep_millisecs", longest)?;
+        guest.set("sleep_millisecs", "1000")?;
+        // One more may end with the old sleep.
+        let (passes, since) = (guest.counter("full_scans")?, uptime(guest)?);
+        while uptime(guest)? - since < ASLEEP {
+            crate::interrupt::check()?;
+            std::thread::sleep(Duration::from_millis(100));
         }
-        if now - since >= ASLEEP {
+        if guest.counter("full_scans")? <= passes + 1 {
             return Ok(());
         }
         ensure!(Instant::now() < deadline, "passes do not become rare");
-        crate::interrupt::check()?;
-        std::thread::sleep(Duration::from_millis(500));
     }
 }
 
@@ -124,9 +128,7 @@ pub(super) fn an_idle_guest_spends_next_to_nothing(stage: &mut Stage) -> Result<
     guest.wait_passes(5, LIMIT)?;
     guest.output(&["kill", spinner.trim()])?;
 
-    guest.set("sleep_millisecs", "1000")?;
-    guest.set("max_sleep_millisecs", "60000")?;
-    fall_asleep(guest)?;
+    fall_asleep(guest, "60000")?;
     let (since, cpu) = (uptime(guest)?, guest.counter("cpu_usecs")?);
     let passes = guest.counter("full_scans")?;
     let deadline = Instant::now() + LIMIT;
@@ -150,8 +152,7 @@ pub(super) fn an_idle_guest_spends_next_to_nothing(stage: &mut Stage) -> Result<
         share * 100.0
     );
 
-    guest.set("max_sleep_millisecs", HOUR)?;
-    fall_asleep(guest)?;
+    fall_asleep(guest, HOUR)?;
     guest.output(&["sh", "-c", SPIN])?;
     let reported = guest.counter("pages_reported")?;
     let touched = uptime(guest)?;
