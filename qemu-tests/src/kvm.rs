@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{
     artifacts::Artifacts,
     guest::{Accelerator, Config, Guest, Mode},
-    initramfs, workdir,
+    initramfs, progress, workdir,
 };
 
 /// A kernel under KVM boots in a second or two.
@@ -15,6 +15,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// Fails with the reason when it cannot. `/dev/kvm` alone proves nothing: on some machines it runs only tiny guests.
 pub fn probe(artifacts: &Artifacts) -> Result<()> {
+    progress::now("boot a guest to see whether KVM works");
     ensure!(Path::new("/dev/kvm").exists(), "there is no /dev/kvm");
     std::fs::File::options()
         .read(true)

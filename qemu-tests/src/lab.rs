@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     artifacts::Artifacts,
     guest::{Accelerator, Config, Guest, Mode},
-    initramfs,
-    protocol::{Op, RunOutcome},
+    initramfs, progress,
+    protocol::Op,
     workdir,
 };
 
@@ -24,7 +24,9 @@ const PAYLOAD: &str = "/run/pagefusion";
 /// The guest image is the lab host's third disk.
 const GUEST_DISK: &str = "/dev/vdc";
 /// The whole run inside.
-const LIMIT: Duration = Duration::from_secs(25 * 60);
+const LIMIT: Duration = Duration::from_secs(15 * 60);
+/// The harness inside says every few seconds that it is alive. A lab host that says nothing for so long stands still.
+const SILENCE: Duration = Duration::from_secs(90);
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// Our programs that run inside.
 const PROGRAMS: [&str; 5] = [
@@ -84,22 +86,22 @@ impl Lab {
     }
 
     /// Runs the harness inside with `arguments`; its lines go to `output`. Returns its exit status.
-    pub fn run(&mut self, arguments: &[&str], output: impl FnMut(&str)) -> Result<i32> {
+    pub fn run(&mut self, arguments: &[&str], mut output: impl FnMut(&str)) -> Result<i32> {
         let program = format!("{PAYLOAD}/bin/qemu-tests");
         let description = format!("{PAYLOAD}/artifacts.json");
-        let mut argv = vec![program, "--artifacts".to_owned(), description];
-        argv.extend(arguments.iter().map(|&word| word.to_owned()));
-        let op = Op::Run {
-            argv,
-            timeout_ms: LIMIT.as_millis() as u64,
-            stream: true,
+        let own = [&*program, "--artifacts", &description, "--nested"];
+        let words = own.iter().chain(arguments);
+        let argv = words.map(|&word| word.to_owned()).collect();
+        let mut at = "its start".to_owned();
+        let relay = |line: &str| match line.strip_prefix(progress::ALIVE) {
+            Some(what) => what.trim().clone_into(&mut at),
+            None => output(line),
         };
-        let outcome: RunOutcome =
-            self.host
-                .request_for(op, LIMIT + Duration::from_secs(60), output)?;
+        let outcome = self.host.stream(argv, LIMIT, SILENCE, relay);
+        let outcome = outcome.with_context(|| format!("the lab, at: {at}"))?;
         ensure!(
             !outcome.timed_out,
-            "the run in the lab took longer than {LIMIT:?}"
+            "the run in the lab took longer than {LIMIT:?}, at last: {at}"
         );
         outcome.status.context("the harness in the lab was killed")
     }

@@ -2,10 +2,37 @@
 
 use std::{
     io::{IsTerminal, stderr},
+    sync::{Mutex, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// How a line begins by which a harness in the lab says that it is alive, and what it does.
+pub const ALIVE: &str = "alive:";
+/// How often it does.
+const BEAT: Duration = Duration::from_secs(5);
+
+/// What is going on now.
+static NOW: Mutex<String> = Mutex::new(String::new());
+
+/// What is going on from now on.
+pub fn now(what: &str) {
+    what.clone_into(&mut NOW.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// Goes on saying what is going on for as long as the program runs. Whoever reads it knows a slow machine from one that
+/// stands still.
+pub fn beat() {
+    thread::spawn(|| {
+        loop {
+            let what = NOW.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            eprintln!("{ALIVE} {what}");
+            thread::sleep(BEAT);
+        }
+    });
+}
 
 /// One step at a time.
 #[derive(Debug)]
@@ -32,6 +59,7 @@ impl Progress {
     pub fn step(&mut self, what: impl Into<String>) {
         self.finish_step();
         let what = what.into();
+        now(&what);
         if let Some(bar) = &self.bar {
             bar.reset_elapsed();
             bar.set_message(what.clone());

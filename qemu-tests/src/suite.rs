@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::{
     artifacts::Artifacts,
-    interrupt,
+    interrupt, progress,
     scenarios::{self, Scenario, Stage, Tier},
     world::Host,
 };
@@ -97,6 +97,7 @@ pub fn run(
     let mut stage: Option<Stage> = None;
     for scenario in scenarios::ALL.iter().filter(wanted) {
         interrupt::check()?;
+        progress::now(scenario.name);
         let start = Instant::now();
         let result = match &mut stage {
             Some(stage) => stage.play(scenario),

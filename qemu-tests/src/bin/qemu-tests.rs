@@ -15,6 +15,7 @@ use qemu_tests::{
     guest::Accelerator,
     interrupt, kvm,
     lab::Lab,
+    progress,
     report::Report,
     scenarios::Tier,
     suite::{self, Choice, Tally, Verdict},
@@ -110,6 +111,9 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<ExitCode> {
     interrupt::install()?;
+    if arguments.nested {
+        progress::beat();
+    }
     let artifacts = Artifacts::read(&arguments.artifacts)?;
     let logs = arguments.logs.as_deref();
     let harness = Harness {
@@ -183,9 +187,7 @@ impl Harness<'_> {
         eprintln!("boot a lab host with emulated virtualisation");
         let mut lab = Lab::start(self.artifacts, self.logs)?;
         let vms = vms.to_string();
-        let arguments = [
-            "--nested", "demo", "--host", "kvm", "--vms", &vms, "--json", REPORT,
-        ];
+        let arguments = ["demo", "--host", "kvm", "--vms", &vms, "--json", REPORT];
         let mut last = String::new();
         let status = lab.run(&arguments, |line| {
             eprintln!("lab: {line}");

@@ -92,8 +92,12 @@ impl Config {
         // A busy host is late with timer interrupts, which the kernel would take for broken wires. In the lab the
         // check stays, as the machine lost its timer without it; and there a second of a CPU's work takes many, so
         // that what is a hang elsewhere is not one.
+        //
+        // QEMU marks interrupts in a word that its emulation of SVM writes without the lock when it enters a guest, so
+        // that now and then one is lost. When the timer is set anew each time, a lost one is the last, and the
+        // machine stands still until another device speaks; a periodic timer comes again 4 ms later.
         let timer = match self.mode {
-            Mode::Lab => "rcupdate.rcu_cpu_stall_timeout=120",
+            Mode::Lab => "nohz=off highres=off rcupdate.rcu_cpu_stall_timeout=120",
             _ => "no_timer_check",
         };
         // Warnings and worse reach the console; the first oops ends the machine. Mitigations of hardware that is not

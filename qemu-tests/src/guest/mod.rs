@@ -54,6 +54,22 @@ pub struct Pending {
     what: String,
 }
 
+/// How long an answer may take, and how long nothing at all may come meanwhile.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    limit: Duration,
+    silence: Duration,
+}
+
+impl Patience {
+    fn of(limit: Duration) -> Self {
+        Self {
+            limit,
+            silence: limit,
+        }
+    }
+}
+
 /// A running machine.
 #[derive(Debug)]
 pub struct Guest {
@@ -151,8 +167,7 @@ impl Guest {
 
     /// Waits for the agent. Returns how long the machine had been up then, by its own clock.
     pub fn wait_agent(&mut self, limit: Duration) -> Result<f64> {
-        let deadline = Instant::now() + limit;
-        self.wait(deadline, "its agent", |message| match message {
+        self.wait(Patience::of(limit), "its agent", |message| match message {
             Message::Ready { uptime, .. } => Some(uptime),
             _ => None,
         })
@@ -168,10 +183,36 @@ impl Guest {
         &mut self,
         op: Op,
         limit: Duration,
+        output: impl FnMut(&str),
+    ) -> Result<T> {
+        self.ask(op, limit, limit, output)
+    }
+
+    /// Runs a program that may say nothing for `silence` at most, and ends within `limit`; `output` gets its lines.
+    pub fn stream(
+        &mut self,
+        argv: Vec<String>,
+        limit: Duration,
+        silence: Duration,
+        output: impl FnMut(&str),
+    ) -> Result<RunOutcome> {
+        let op = Op::Run {
+            argv,
+            timeout_ms: limit.as_millis() as u64,
+            stream: true,
+        };
+        self.ask(op, limit + REQUEST_LIMIT, silence, output)
+    }
+
+    fn ask<T: DeserializeOwned>(
+        &mut self,
+        op: Op,
+        limit: Duration,
+        silence: Duration,
         mut output: impl FnMut(&str),
     ) -> Result<T> {
         let pending = self.begin(op)?;
-        self.finish(pending, limit, &mut output)
+        self.answer(pending, Patience { limit, silence }, &mut output)
     }
 
     /// Asks the agent for something whose answer is waited for later, or in another QEMU.
@@ -191,12 +232,20 @@ impl Guest {
     /// Waits for an answer.
     pub fn finish<T: DeserializeOwned>(
         &mut self,
-        Pending { id, what }: Pending,
+        pending: Pending,
         limit: Duration,
         output: &mut dyn FnMut(&str),
     ) -> Result<T> {
-        let deadline = Instant::now() + limit;
-        let answer = self.wait(deadline, &what, |message| match message {
+        self.answer(pending, Patience::of(limit), output)
+    }
+
+    fn answer<T: DeserializeOwned>(
+        &mut self,
+        Pending { id, what }: Pending,
+        patience: Patience,
+        output: &mut dyn FnMut(&str),
+    ) -> Result<T> {
+        let answer = self.wait(patience, &what, |message| match message {
             Message::Reply {
                 id: replied,
                 ok,
@@ -355,14 +404,17 @@ impl Guest {
 
     fn wait<T>(
         &mut self,
-        deadline: Instant,
+        patience: Patience,
         what: &str,
         mut take: impl FnMut(Message) -> Option<T>,
     ) -> Result<T> {
+        let deadline = Instant::now() + patience.limit;
         loop {
-            let Some(event) = self.next_event(deadline)? else {
+            let silent = Instant::now() + patience.silence;
+            let Some(event) = self.next_event(deadline.min(silent))? else {
+                let waited = patience.silence.min(patience.limit);
                 bail!(
-                    "{}: timed out on {what}; the console's last lines:\n{}",
+                    "{}: nothing for {waited:?}, waiting for {what}; the console's last lines:\n{}",
                     self.name,
                     self.tail.text()
                 );
@@ -427,3 +479,6 @@ fn pair() -> Result<(UnixStream, OwnedFd)> {
     let (mine, theirs) = UnixStream::pair().context("make a socket pair")?;
     Ok((mine, theirs.into()))
 }
+
+#[cfg(test)]
+mod tests;
