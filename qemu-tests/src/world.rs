@@ -167,10 +167,14 @@ impl World {
     /// Starts QEMU for one more guest of the group.
     pub fn start(&mut self, mode: Mode, memory_mib: u32, disks: Vec<PathBuf>) -> Result<()> {
         let config = self.config(mode, memory_mib, disks);
+        self.launch(&config)
+    }
+
+    fn launch(&mut self, config: &Config) -> Result<()> {
         let launcher = self
             .site
             .launcher(GROUP, &config.name, &self.artifacts.qemu);
-        let guest = Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)?;
+        let guest = Guest::start(config, launcher, Some(&self.cgroup), &self.logs)?;
         self.guests.push(guest);
         Ok(())
     }
@@ -199,12 +203,16 @@ impl World {
         Ok(guest)
     }
 
-    /// A guest that shares, with nothing but the agent and what `small` adds.
-    pub fn start_small_sharer(&mut self, small: &Small) -> Result<()> {
-        let limit = self.limits.boot;
-        let mut guest = self.launch_small_sharer(small)?;
-        guest.wait_agent(limit)?;
-        self.guests.push(guest);
+    /// Guests that share, with nothing but the agent and what `small` adds; they boot at the same time.
+    pub fn start_small_sharers(&mut self, small: &Small, count: usize) -> Result<()> {
+        let from = self.guests.len();
+        for _ in 0..count {
+            let guest = self.launch_small_sharer(small)?;
+            self.guests.push(guest);
+        }
+        for guest in &mut self.guests[from..] {
+            guest.wait_agent(self.limits.boot)?;
+        }
         Ok(())
     }
 

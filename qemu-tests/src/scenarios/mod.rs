@@ -306,9 +306,7 @@ impl Stage {
         play: impl FnOnce(&mut World) -> Result<()>,
     ) -> Result<()> {
         let world = &mut self.world;
-        for _ in 0..2 {
-            world.start_small_sharer(small)?;
-        }
+        world.start_small_sharers(small, 2)?;
         for guest in &mut world.guests {
             guest.load_hurried_module()?;
         }

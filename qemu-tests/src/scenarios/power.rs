@@ -73,7 +73,7 @@ pub(super) fn hibernated_and_woken_elsewhere(stage: &mut Stage) -> Result<()> {
     stage.with_small_pair(&small, |world| {
         // Only one of them has a disk to sleep on.
         world.guests.remove(0).kill()?;
-        world.start_small_sharer(&sleeper)?;
+        world.start_small_sharers(&sleeper, 1)?;
         world.guests.swap(0, 1);
         world.guests[0].load_hurried_module()?;
         let device = format!("/dev/{SWAP}");
