@@ -12,17 +12,24 @@ use crate::{
     progress::Progress,
     proof,
     report::{GuestReport, Report},
-    services,
+    services::{self, Load},
     settle::settle,
     world::{Host, World},
 };
 
-/// Runs it with `vms` guests. The report is complete even when something was wrong; ask [`verdict`].
-pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> Result<Report> {
+/// Runs it with `vms` guests that carry this load. The report is complete even when something was wrong; ask [`verdict`].
+pub fn run(
+    artifacts: &Artifacts,
+    host: Host,
+    vms: u32,
+    load: Load,
+    logs: Option<&Path>,
+) -> Result<Report> {
     ensure!(vms >= 2, "sharing takes at least two guests");
     let mut progress = Progress::new();
     progress.step("start the daemon");
     let mut world = World::new(artifacts, host, logs)?;
+    world.load = load;
 
     progress.step(format!("boot {vms} Debian guests and their services"));
     for _ in 0..vms {
@@ -30,11 +37,19 @@ pub fn run(artifacts: &Artifacts, host: Host, vms: u32, logs: Option<&Path>) -> 
     }
     let ready = world.wait_booted(0)?;
 
-    progress.step("wait until the guests' kernels have tidied up after the boot");
-    services::wait_quiet(&mut world.guests)?;
+    if load == Load::Whole {
+        progress.step("wait until the guests' kernels have tidied up after the boot");
+        if !services::wait_quiet(&mut world.guests)? {
+            progress.found("they still do");
+        }
+    }
 
     progress.step("load the module and wait until sharing settles");
-    world.guests.iter_mut().try_for_each(Guest::load_module)?;
+    let loading = match load {
+        Load::Whole => Guest::load_module,
+        Load::Light => Guest::load_hurried_module,
+    };
+    world.guests.iter_mut().try_for_each(loading)?;
     let growth = settle(&mut world, Instant::now())?;
 
     progress.step("pause the guests, undo all sharing, compare");
@@ -129,7 +144,7 @@ pub fn verdict(report: &Report) -> Result<()> {
 fn check_guests(world: &mut World, integrity: &mut Integrity) -> Result<()> {
     for guest in &mut world.guests {
         integrity.mapped_files(guest, &world.manifest)?;
-        integrity.services(guest)?;
+        integrity.services(guest, world.load)?;
     }
     Ok(())
 }

@@ -16,7 +16,8 @@ use crate::{
     guest::{Accelerator, Config, Guest, Mode},
     initramfs, interrupt,
     manifest::Manifest,
-    services, workdir,
+    services::{self, Load},
+    workdir,
 };
 
 /// The trust group the guests are in.
@@ -113,6 +114,8 @@ pub struct World {
     pub limits: Limits,
     /// What provisioning made.
     pub artifacts: Artifacts,
+    /// What runs in Debian guests started from now on.
+    pub load: Load,
     host: Host,
     initramfs: PathBuf,
     logs: PathBuf,
@@ -144,6 +147,7 @@ impl World {
             manifest: Manifest::read(&artifacts.guest_manifest)?,
             limits: Limits::of(host.accelerator, host.nested),
             artifacts: artifacts.clone(),
+            load: Load::Whole,
             host,
             initramfs,
             logs,
@@ -161,7 +165,13 @@ impl World {
     /// Starts QEMU for one more Debian guest; it boots while others do.
     pub fn start_guest(&mut self) -> Result<()> {
         let image = self.artifacts.guest_image.clone();
-        self.start(self.host.mode(), 1024, vec![image])
+        let (memory_mib, kernel_arguments) = match self.load {
+            Load::Whole => (1024, ""),
+            Load::Light => (512, "transparent_hugepage=never"),
+        };
+        let mut config = self.config(self.host.mode(), memory_mib, vec![image]);
+        config.kernel_arguments = kernel_arguments.to_owned();
+        self.launch(&config)
     }
 
     /// Starts QEMU for one more guest of the group.
@@ -187,7 +197,7 @@ impl World {
         }
         for guest in &mut self.guests[from..] {
             match self.host.mode() {
-                Mode::Bare => services::start(guest, self.limits.services)?,
+                Mode::Bare => services::start(guest, self.load, self.limits.services)?,
                 _ => services::wait(guest, self.limits.services)?,
             }
         }

@@ -18,6 +18,7 @@ use qemu_tests::{
     progress,
     report::Report,
     scenarios::Tier,
+    services::Load,
     suite::{self, Choice, Tally, Verdict},
     world::Host,
 };
@@ -52,6 +53,9 @@ enum Task {
         /// Where the guests run.
         #[arg(long, value_enum, default_value_t = HostKind::Tcg)]
         host: HostKind,
+        /// Fewer services in smaller guests.
+        #[arg(long)]
+        light: bool,
         /// Write the result to this file.
         #[arg(long)]
         json: Option<PathBuf>,
@@ -122,7 +126,15 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         nested: arguments.nested,
     };
     match arguments.task {
-        Task::Demo { vms, host, json } => harness.demo(vms, host, json.as_deref()),
+        Task::Demo {
+            vms,
+            host,
+            light,
+            json,
+        } => {
+            let load = if light { Load::Light } else { Load::Whole };
+            harness.demo(vms, host, load, json.as_deref())
+        }
         Task::Test {
             quick,
             host,
@@ -156,8 +168,8 @@ struct Harness<'a> {
 }
 
 impl Harness<'_> {
-    fn demo(self, vms: u32, host: HostKind, json: Option<&Path>) -> Result<ExitCode> {
-        let report = self.report(vms, host)?;
+    fn demo(self, vms: u32, host: HostKind, load: Load, json: Option<&Path>) -> Result<ExitCode> {
+        let report = self.report(vms, host, load)?;
         println!("{}", report.table());
         write_json(json, &report)?;
         demo::verdict(&report)?;
@@ -171,23 +183,30 @@ impl Harness<'_> {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn report(self, vms: u32, host: HostKind) -> Result<Report> {
+    fn report(self, vms: u32, host: HostKind, load: Load) -> Result<Report> {
+        let here = |accelerator| {
+            let host = self.host(accelerator);
+            demo::run(self.artifacts, host, vms, load, self.logs)
+        };
         match host {
-            HostKind::Tcg => demo::run(self.artifacts, self.host(Accelerator::Tcg), vms, self.logs),
+            HostKind::Tcg => here(Accelerator::Tcg),
             HostKind::Kvm => {
                 kvm::probe(self.artifacts)?;
-                demo::run(self.artifacts, self.host(Accelerator::Kvm), vms, self.logs)
+                here(Accelerator::Kvm)
             }
-            HostKind::KvmLab => self.report_from_lab(vms),
+            HostKind::KvmLab => self.report_from_lab(vms, load),
         }
     }
 
-    fn report_from_lab(self, vms: u32) -> Result<Report> {
+    fn report_from_lab(self, vms: u32, load: Load) -> Result<Report> {
         const REPORT: &str = "/tmp/report.json";
         eprintln!("boot a lab host with emulated virtualisation");
         let mut lab = Lab::start(self.artifacts, self.logs)?;
         let vms = vms.to_string();
-        let arguments = ["demo", "--host", "kvm", "--vms", &vms, "--json", REPORT];
+        let mut arguments = vec!["demo", "--host", "kvm", "--vms", &vms, "--json", REPORT];
+        if load == Load::Light {
+            arguments.push("--light");
+        }
         let mut last = String::new();
         let status = lab.run(&arguments, |line| {
             eprintln!("lab: {line}");
@@ -255,7 +274,7 @@ impl Harness<'_> {
         let verdict = if self.artifacts.lab_image.is_none() {
             Verdict::Skipped("there is no image of the lab host".to_owned())
         } else {
-            let report = self.report_from_lab(2);
+            let report = self.report_from_lab(2, Load::Light);
             match report.and_then(|report| demo::verdict(&report)) {
                 Ok(()) => Verdict::Passed,
                 Err(error) => Verdict::Failed(format!("{error:#}")),

@@ -83,7 +83,7 @@ pub(super) fn host_side_gone(stage: &mut Stage) -> Result<()> {
     guest.load_hurried_module()?;
     let mut integrity = Integrity::default();
     integrity.mapped_files(guest, &stage.world.manifest)?;
-    integrity.services(guest)?;
+    integrity.services(guest, stage.world.load)?;
     integrity.verdict()?;
     guest.unload_module()?;
     guest.output(&["systemctl", "poweroff", "--force"])?;
