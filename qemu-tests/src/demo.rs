@@ -120,6 +120,15 @@ pub fn run(
 
 /// Fails unless memory was saved, as much as claimed, and nothing was wrong.
 pub fn verdict(report: &Report) -> Result<()> {
+    judge(report, proof::Proof::check)
+}
+
+/// The same for the nested host; see [`proof::Proof::check_nested`].
+pub fn nested_verdict(report: &Report) -> Result<()> {
+    judge(report, proof::Proof::check_nested)
+}
+
+fn judge(report: &Report, check: fn(&proof::Proof) -> Result<()>) -> Result<()> {
     let proof = proof::Proof {
         shared: proof::Reading {
             charge: report.charge_shared,
@@ -134,7 +143,7 @@ pub fn verdict(report: &Report) -> Result<()> {
         pages_shared: report.pages_shared,
         store_pages: report.store_pages,
     };
-    proof.check()?;
+    check(&proof)?;
     ensure!(report.integrity_checks > 0, "nothing was checked");
     let (wrong, checks) = (report.integrity_errors, report.integrity_checks);
     ensure!(wrong == 0, "{wrong} of {checks} integrity checks failed");

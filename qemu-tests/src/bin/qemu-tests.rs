@@ -275,7 +275,7 @@ impl Harness<'_> {
             Verdict::Skipped("there is no image of the lab host".to_owned())
         } else {
             let report = self.report_from_lab(2, Load::Light);
-            match report.and_then(|report| demo::verdict(&report)) {
+            match report.and_then(|report| demo::nested_verdict(&report)) {
                 Ok(()) => Verdict::Passed,
                 Err(error) => Verdict::Failed(format!("{error:#}")),
             }
