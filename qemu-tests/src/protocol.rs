@@ -1,8 +1,8 @@
 //! The line protocol between the harness and the agent in a guest.
 //!
-//! One JSON object per line on a virtio port. The harness sends [`Request`]s, one at a time; the
+//! One JSON object per line on the guest's second serial port. The harness sends [`Request`]s, one at a time; the
 //! agent answers each with a [`Message::Reply`] of the same id. [`Message::Ready`] and [`Message::Output`] come
-//! unasked. Anything that is not a JSON object is ignored by both sides.
+//! unasked. Anything that is not a JSON object (a stray kernel message, line noise) is ignored by both sides.
 
 use serde::{Deserialize, Serialize};
 

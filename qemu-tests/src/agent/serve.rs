@@ -2,16 +2,13 @@
 
 use std::{
     collections::HashMap,
-    convert::Infallible,
     fs::{self, OpenOptions},
     io::{BufRead, BufReader, Write},
-    path::Path,
     sync::{Arc, Mutex},
-    thread,
-    time::Duration,
 };
 
 use anyhow::{Context, Result};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde_json::Value;
 
 use super::{
@@ -23,23 +20,23 @@ use super::{
 };
 use crate::protocol::{Message, Op, Request};
 
-/// How often an unconnected port is tried again; that it is connected has no event.
-const RECONNECT: Duration = Duration::from_millis(20);
-
 /// The agent's side of the line, shared with the threads that relay a command's output.
 pub(super) type Line = Arc<Mutex<fs::File>>;
 
-/// Serves the harness on a virtio port.
-pub fn serve(path: &Path) -> Result<Infallible> {
+/// Serves the harness on a serial port until it goes away.
+pub fn serve(path: &str) -> Result<()> {
     let port = OpenOptions::new()
         .read(true)
         .write(true)
         .open(path)
-        .with_context(|| format!("open {}", path.display()))?;
+        .with_context(|| format!("open {path}"))?;
+    let mut settings = tcgetattr(&port).with_context(|| format!("{path} is no terminal"))?;
+    settings.make_raw();
+    tcsetattr(&port, OptionalActions::Flush, &settings).context("make the port raw")?;
     requests(port)
 }
 
-fn requests(port: fs::File) -> Result<Infallible> {
+fn requests(port: fs::File) -> Result<()> {
     let line: Line = Arc::new(Mutex::new(port.try_clone().context("duplicate the port")?));
     send(
         &line,
@@ -55,20 +52,9 @@ fn requests(port: fs::File) -> Result<Infallible> {
         spinner: None,
         fragments: None,
     };
-    let mut reader = BufReader::new(port);
-    let mut text = Vec::new();
-    loop {
-        reader
-            .read_until(b'\n', &mut text)
-            .context("read a request")?;
-        if !text.ends_with(b"\n") {
-            // Just after the machine has woken up, the port is not connected yet and reads as if it had ended.
-            thread::sleep(RECONNECT);
-            continue;
-        }
-        let request = serde_json::from_slice::<Request>(&text);
-        text.clear();
-        let Ok(request) = request else {
+    for text in BufReader::new(port).lines() {
+        let text = text.context("read a request")?;
+        let Ok(request) = serde_json::from_str::<Request>(&text) else {
             continue;
         };
         let reply = match agent.perform(request.id, request.op) {
@@ -85,6 +71,7 @@ fn requests(port: fs::File) -> Result<Infallible> {
         };
         send(&line, &reply)?;
     }
+    Ok(())
 }
 
 /// Sends one message as one line.

@@ -17,7 +17,7 @@ use std::{
     io::ErrorKind,
     mem::MaybeUninit,
     os::unix::process::CommandExt,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, ExitCode},
 };
 
@@ -33,14 +33,15 @@ const ROOT: &str = "/newroot";
 /// Where agent and module are, in the initramfs as in the root.
 const RUN: &str = "/run/pagefusion";
 
+/// Where the harness listens.
+const PORT: &str = "/dev/ttyS1";
+
 fn main() -> ExitCode {
     if !rustix::process::getpid().is_init() {
         let arguments: Vec<_> = std::env::args().skip(1).collect();
         let result = match &*arguments {
             [word, path] if word == qemu_tests::agent::TOUCH => qemu_tests::agent::touch(path),
-            _ => wait_for_device("the harness's port (CONFIG_VIRTIO_CONSOLE)", is_port)
-                .and_then(|port| qemu_tests::agent::serve(&port))
-                .map(|never| match never {}),
+            _ => qemu_tests::agent::serve(PORT),
         };
         return match result {
             Ok(()) => ExitCode::SUCCESS,
@@ -197,18 +198,13 @@ fn mount_at(kind: &str, source: &str, target: &str, flags: MountFlags, data: &st
 }
 
 fn mount_disk(disk: &str, target: &str, flags: MountFlags) -> Result<()> {
-    wait_for_device(disk, |name| name == disk)?;
+    wait_for_device(disk)?;
     mount_at("ext4", &format!("/dev/{disk}"), target, flags, "")
 }
 
-/// Whether this is where the harness listens: the only virtio-serial device has one port, and its number is that of the
-/// device among all of virtio.
-fn is_port(name: &str) -> bool {
-    name.starts_with("vport") && name.ends_with("p1")
-}
-
-/// Waits until devtmpfs has a node whose name is right, and returns its path.
-fn wait_for_device(what: &str, is_right: impl Fn(&str) -> bool) -> Result<PathBuf> {
+/// Waits until devtmpfs has the node.
+fn wait_for_device(name: &str) -> Result<()> {
+    let path = Path::new("/dev").join(name);
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC).context("inotify")?;
     inotify::add_watch(&watch, "/dev", inotify::WatchFlags::CREATE).context("watch /dev")?;
     let limit = Timespec {
@@ -216,23 +212,18 @@ fn wait_for_device(what: &str, is_right: impl Fn(&str) -> bool) -> Result<PathBu
         tv_nsec: 0,
     };
     let mut buffer = [MaybeUninit::uninit(); 1024];
-    loop {
-        for entry in fs::read_dir("/dev").context("list /dev")? {
-            let entry = entry?;
-            if entry.file_name().to_str().is_some_and(&is_right) {
-                return Ok(entry.path());
-            }
-        }
+    while !path.exists() {
         if poll(&mut [PollFd::new(&watch, PollFlags::IN)], Some(&limit))
             .context("wait for a device")?
             == 0
         {
-            bail!("{what} did not appear in /dev");
+            bail!("{} did not appear", path.display());
         }
         inotify::Reader::new(&watch, &mut buffer)
             .next()
             .context("read device events")?;
     }
+    Ok(())
 }
 
 fn copy_run(target: &str) -> Result<()> {

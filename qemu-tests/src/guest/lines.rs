@@ -1,4 +1,4 @@
-//! The threads that read a machine's console and its agent's port.
+//! The threads that read a machine's two serial ports.
 
 use std::{
     collections::VecDeque,

@@ -38,8 +38,6 @@ use crate::{
 const REQUEST_LIMIT: Duration = Duration::from_secs(120);
 /// How often a wait looks for Ctrl-C.
 const SLICE: Duration = Duration::from_millis(200);
-/// What the agent's line is called; `pf-init` knows it by its number.
-const AGENT_PORT: &str = "pagefusion.agent";
 /// The kernel module's name.
 const MODULE: &str = "pagefusion";
 /// Where `pf-init` puts the module.
@@ -108,12 +106,12 @@ impl Guest {
                 OsString::from(format!("socket,id=pf-{id},fd={}", end.as_raw_fd())),
             ]);
         }
-        launcher.args(["-serial", "chardev:pf-console"]);
-        // A UART leaves the guest for every byte.
-        launcher.args(["-device", "virtio-serial-pci,max_ports=2", "-device"]);
-        launcher.arg(format!(
-            "virtserialport,chardev=pf-agent,nr=1,name={AGENT_PORT}"
-        ));
+        launcher.args([
+            "-serial",
+            "chardev:pf-console",
+            "-serial",
+            "chardev:pf-agent",
+        ]);
         launcher.args(["-mon", "chardev=pf-monitor,mode=control"]);
         let own_log = logs.join(format!("{}.qemu", config.name));
         let log = std::fs::File::create(&own_log).context("create QEMU's log")?;
