@@ -283,3 +283,34 @@ fn memory_that_was_never_touched_is_there_after_an_undo_of_something_else() {
     });
     assert!(!vm.ram.waits_for_missing_pages());
 }
+
+/// Whoever touches a page that was never there meanwhile waits for the thread that serves events,
+/// and that one for whoever works on guest memory.
+#[test]
+fn untouched_pages_are_shared_while_an_undo_is_under_way() {
+    let group = Arc::new(Mutex::new(Group::anonymous().unwrap()));
+    let _held = fill(&group, file(1), &vec![0; 64 * PAGE]);
+    let vm = Vm::new(&group, 1, 128, false);
+    vm.sharing.memory().check(vm.ram.at(0)).unwrap();
+    vm.sharing.memory().begin_undo().unwrap();
+    let sharing = vm.sharing.clone();
+    let (done, outcome) = std::sync::mpsc::channel();
+    let worker = std::thread::spawn(move || {
+        let run = ReportedRun {
+            file: file(1),
+            page: 0,
+            gfn: 0,
+            pages: 64,
+        };
+        done.send(sharing.share(&[run])[0].shared).unwrap();
+    });
+    let limit = std::time::Duration::from_secs(20);
+    let Ok(shared) = outcome.recv_timeout(limit) else {
+        // Nor would anything else return that takes the lock, the end of this test included.
+        eprintln!("the engine waits for itself");
+        std::process::abort();
+    };
+    assert_eq!(shared, 64);
+    worker.join().unwrap();
+    vm.sharing.memory().end_undo();
+}

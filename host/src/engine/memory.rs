@@ -306,6 +306,7 @@ impl Memory {
         if !self.budget.admits(pages, 2) {
             return Err(reason::MAPPING_LIMIT);
         }
+        self.fill_missing(&range);
         let Some(store) = self.store.as_ref() else {
             return Err(reason::NO_STORE);
         };
@@ -415,12 +416,25 @@ impl Memory {
         let _ = self.uffd.wake(&page);
     }
 
+    /// While an undo is under way, a page that was never there is filled only by whoever serves
+    /// events, who needs our lock: before we look at guest memory, such pages get the zeros that
+    /// they would show.
+    fn fill_missing(&self, range: &Range<usize>) {
+        if self.undoing > 0 {
+            for page in range.clone().step_by(PAGE) {
+                // One that is there already stays as it is.
+                let _ = self.uffd.zero(&(page..page + PAGE));
+            }
+        }
+    }
+
     /// Copies guest memory out, for hashing and publishing.
     pub fn copy_out(&self, address: usize, into: &mut [u8]) -> Result<(), Refusal> {
         let inside = |(_, r): (u64, Region)| address + into.len() <= r.addresses().end;
         if !self.regions.find(address).is_some_and(inside) {
             return Err(reason::OUTSIDE_MEMORY);
         }
+        self.fill_missing(&(address..address + into.len()));
         // SAFETY: part of a region, which stays mapped while this lock is held.
         unsafe { mapped::copy_out(address, into) };
         Ok(())
