@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! What VMMs do to memory, and hosts to VMMs, that an engine could trip over. Each test fails
-//! without the guard that `docs/hazards.md` names beside it.
+//! without its guard.
 
 #![expect(unsafe_code, reason = "does to its own memory what VMMs do to theirs")]
 

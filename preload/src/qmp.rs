@@ -45,8 +45,11 @@ pub(crate) fn guest_memory(socket: &Path) -> Result<Vec<Region>, QmpError> {
     };
     let mut regions = Vec::new();
     for range in ram_ranges(&human("info mtree -f".to_owned())?) {
-        let start = range.start().next_multiple_of(PAGE);
-        let pages = (range.end() + 1).saturating_sub(start) / PAGE;
+        let Some(start) = range.start().checked_next_multiple_of(PAGE) else {
+            continue;
+        };
+        // A range may reach to the end of all addresses; of that the last page is left alone.
+        let pages = range.end().saturating_add(1).saturating_sub(start) / PAGE;
         if pages == 0 {
             continue;
         }

@@ -350,7 +350,7 @@ impl Drop for NoMemory {
     }
 }
 
-/// What `docs/hazards.md` says of devices. No device of these kinds is here: the calls that give
+/// Assigned devices. No device of these kinds is here: the calls that give
 /// them guest memory are answered by the test in the kernel's place.
 mod devices {
     use super::*;
