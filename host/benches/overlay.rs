@@ -53,7 +53,7 @@ fn build_floor() -> Option<PathBuf> {
 /// Time for all pages, as the floor prints it per page.
 fn floor(program: &Path, run: usize, huge: bool) -> Duration {
     let huge = if huge { "1" } else { "0" };
-    let mib = (PAGES * PAGE >> 20).to_string();
+    let mib = ((PAGES * PAGE) >> 20).to_string();
     let output = Command::new(program)
         .args([&mib, &run.to_string(), "0", huge, huge])
         .output()
