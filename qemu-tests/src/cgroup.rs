@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 
 const V1: &str = "/sys/fs/cgroup/memory";
 const V2: &str = "/sys/fs/cgroup";
@@ -60,6 +61,19 @@ impl Charge {
             self.sum
         }
     }
+}
+
+/// Parts of what is charged, in bytes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub struct Parts {
+    /// Anonymous memory and files.
+    pub pages: u64,
+    /// Of these, anonymous memory.
+    pub anonymous: u64,
+    /// Of these, files on tmpfs, as the store is.
+    pub shared: u64,
+    /// The kernel's own.
+    pub kernel: u64,
 }
 
 /// A memory cgroup of our own, removed when it is dropped.
@@ -131,7 +145,31 @@ impl MemoryCgroup {
         }
     }
 
+    /// What reads the charge without waiting, for as long as the cgroup is there.
+    pub fn gauge(&self) -> Gauge {
+        let file = match self.version {
+            Version::V1 => "memory.usage_in_bytes",
+            Version::V2 => "memory.current",
+        };
+        Gauge(self.path.join(file))
+    }
+
     fn look(&self) -> Result<Charge> {
+        let (sum, parts) = self.sums()?;
+        Ok(Charge {
+            sum,
+            pages: parts.pages,
+            kernel: parts.kernel,
+        })
+    }
+
+    /// What the charge consists of, as of a moment up to two seconds ago.
+    pub fn parts(&self) -> Result<Parts> {
+        Ok(self.sums()?.1)
+    }
+
+    /// The kernel's own sum, and its parts.
+    fn sums(&self) -> Result<(u64, Parts)> {
         let text = fs::read_to_string(self.path.join("memory.stat")).context("read memory.stat")?;
         let part = |name: &str| -> Result<u64> {
             let mut lines = text.lines().filter_map(|line| line.split_once(' '));
@@ -143,19 +181,24 @@ impl MemoryCgroup {
                 .parse()
                 .with_context(|| format!("{name} is {value:?}"))
         };
-        let pages = LISTS.iter().map(|list| part(list)).sum::<Result<u64>>()?;
-        Ok(match self.version {
-            Version::V1 => Charge {
-                sum: self.number("memory.usage_in_bytes")?,
-                pages,
-                kernel: self.number("memory.kmem.usage_in_bytes")?,
-            },
-            Version::V2 => Charge {
-                sum: self.number("memory.current")?,
-                pages,
-                kernel: part("kernel")? + part("sock")?,
-            },
-        })
+        let mut parts = Parts {
+            pages: LISTS.iter().map(|list| part(list)).sum::<Result<u64>>()?,
+            shared: part("shmem")?,
+            ..Parts::default()
+        };
+        let sum = match self.version {
+            Version::V1 => {
+                parts.anonymous = part("rss")?;
+                parts.kernel = self.number("memory.kmem.usage_in_bytes")?;
+                self.number("memory.usage_in_bytes")?
+            }
+            Version::V2 => {
+                parts.anonymous = part("anon")?;
+                parts.kernel = part("kernel")? + part("sock")?;
+                self.number("memory.current")?
+            }
+        };
+        Ok((sum, parts))
     }
 
     fn number(&self, name: &str) -> Result<u64> {
@@ -164,6 +207,21 @@ impl MemoryCgroup {
         text.trim()
             .parse()
             .with_context(|| format!("{name} holds {text:?}"))
+    }
+}
+
+/// The kernel's sum of a cgroup's charge, which also has what each CPU keeps in stock: up to 64 pages.
+#[derive(Clone, Debug)]
+pub struct Gauge(PathBuf);
+
+impl Gauge {
+    /// The bytes charged now.
+    pub fn now(&self) -> Result<u64> {
+        let path = self.0.display();
+        let text = fs::read_to_string(&self.0).with_context(|| format!("read {path}"))?;
+        text.trim()
+            .parse()
+            .with_context(|| format!("{path} holds {text:?}"))
     }
 }
 

@@ -223,6 +223,8 @@ pub enum Op {
         /// Whether.
         on: bool,
     },
+    /// What all frames hold. The reply is a list of the number of frames and their [`FrameKind`], from frame 0 on.
+    Census,
     /// CPU time of a kernel thread at a moment when it sleeps. The reply is a [`ThreadTime`].
     ThreadTime {
         /// Its name.
@@ -230,6 +232,26 @@ pub enum Op {
         /// A file with a number, read at the same moment.
         counter: String,
     },
+}
+
+/// What a frame holds.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub enum FrameKind {
+    /// Page cache in the range of a readable mapping that is not writable.
+    #[serde(rename = "m")]
+    Mapped,
+    /// Other page cache of a file on a disk, as it is on the disk.
+    #[serde(rename = "c")]
+    Clean,
+    /// Other page cache.
+    #[serde(rename = "d")]
+    Cache,
+    /// Memory of processes.
+    #[serde(rename = "a")]
+    Anonymous,
+    /// The kernel's own, and what is free.
+    #[serde(rename = "o")]
+    Other,
 }
 
 /// A file system to mount.

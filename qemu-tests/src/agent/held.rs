@@ -3,7 +3,7 @@
 
 use std::{fs::File, ptr, ptr::NonNull};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use sha2::{Digest, Sha256};
 
@@ -48,6 +48,50 @@ impl Held {
             start: NonNull::new(start.cast()).context("mmap returned null")?,
             length,
         })
+    }
+
+    /// The machine's frame behind every page of a part of `file` that is in the page cache; 0 behind the others, none
+    /// of which is read.
+    pub(super) fn cached_frames(file: &File, offset: u64, length: u64) -> Result<Vec<u64>> {
+        let length = usize::try_from(length)?;
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
+        let start = unsafe {
+            mmap(
+                ptr::null_mut(),
+                length,
+                ProtFlags::READ,
+                MapFlags::PRIVATE,
+                file,
+                offset,
+            )
+        }?;
+        let held = Self {
+            start: NonNull::new(start.cast()).context("mmap returned null")?,
+            length,
+        };
+        let mut cached = vec![0_u8; length.div_ceil(4096)];
+        // SAFETY: the kernel writes a byte for each page of this mapping, and so many there are.
+        let result = unsafe { libc::mincore(start, length, cached.as_mut_ptr()) };
+        ensure!(result == 0, "mincore: {}", std::io::Error::last_os_error());
+        for (page, _) in cached
+            .iter()
+            .enumerate()
+            .filter(|(_, cached)| **cached & 1 != 0)
+        {
+            // SAFETY: inside the mapping.
+            let byte = unsafe { held.start.as_ptr().add(page * 4096) };
+            // SAFETY: as above; the page is in the file, or it would not be in its cache.
+            unsafe { byte.read_volatile() };
+        }
+        let mut frames = held.mapped_frames()?;
+        for (frame, _) in frames
+            .iter_mut()
+            .zip(&cached)
+            .filter(|(_, cached)| **cached & 1 == 0)
+        {
+            *frame = 0;
+        }
+        Ok(frames)
     }
 
     /// The machine's frame behind every page, each touched just now.

@@ -1,6 +1,7 @@
 //! The agent: what runs inside a guest and does what the harness asks.
 
 mod cache;
+mod census;
 mod command;
 mod files;
 mod held;

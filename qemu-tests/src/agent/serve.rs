@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::{
     cache::{self, Fragments},
-    command, files,
+    census, command, files,
     held::Held,
     herd::Herd,
     kernel, mounts, power,
@@ -218,6 +218,7 @@ impl Agent {
                 self.spinner = on.then(Herd::spinner).transpose()?;
                 Ok(Value::Null)
             }
+            Op::Census => Ok(serde_json::to_value(census::take()?)?),
             Op::ThreadTime { name, counter } => {
                 Ok(serde_json::to_value(kernel::thread_time(&name, &counter)?)?)
             }

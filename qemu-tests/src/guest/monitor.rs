@@ -10,6 +10,11 @@ use crate::protocol::Op;
 
 /// A frame of guest memory, which below 3 GiB is all in one piece.
 const LOW: u64 = 0x100;
+/// The first frame of memory that has no place below 4 GiB.
+const HIGH: u64 = 1 << 20;
+/// With this much memory and more, QEMU's default machine has only so much of it there.
+const LOW_LIMIT_MIB: u32 = 3584;
+const LOW_MIB: u32 = 3072;
 
 impl Guest {
     /// Runs a QMP command to its answer.
@@ -65,6 +70,19 @@ impl Guest {
         self.monitor("pmemsave", all)?;
         let address = self.address_of(LOW)? - LOW * 4096 + first * 4096;
         crate::frames::of_range(self.pid(), address, pages)
+    }
+
+    /// The guest's memory of so many MiB in pieces that are contiguous in QEMU: first frame, address, frames.
+    pub fn memory(&mut self, mib: u32) -> Result<Vec<(u64, u64, u64)>> {
+        let low = if mib < LOW_LIMIT_MIB { mib } else { LOW_MIB };
+        let frames = |mib: u32| u64::from(mib) * 256;
+        let address = self.address_of(LOW)? - LOW * 4096;
+        let mut pieces = vec![(0, address, frames(low))];
+        if low < mib {
+            let address = self.address_of(HIGH)?;
+            pieces.push((HIGH, address, frames(mib - low)));
+        }
+        Ok(pieces)
     }
 
     /// Where QEMU has a frame of the guest.
