@@ -22,14 +22,14 @@ mod space;
 mod trouble;
 mod ui;
 
-use std::{process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use crate::{
     provision::{Part, Project},
-    runner::{DemoArguments, GuestBenchArguments, TestArguments},
+    runner::{BenchArguments, DemoArguments, GuestBenchArguments, TestArguments},
 };
 
 /// Builds, provisions and runs everything around pagefusion that cargo alone cannot.
@@ -51,9 +51,14 @@ enum Task {
     Demo(DemoArguments),
     /// Run all tests
     Test(TestArguments),
-    /// Measure what pagefusion costs
-    #[command(subcommand)]
-    Bench(Bench),
+    /// Measure pagefusion against KSM, and both against what could be shared
+    #[command(args_conflicts_with_subcommands = true)]
+    Bench {
+        #[command(flatten)]
+        compare: BenchArguments,
+        #[command(subcommand)]
+        other: Option<Bench>,
+    },
     /// Formatting, lints and licences
     Check,
     /// Build the kernel module and print where it is
@@ -80,6 +85,15 @@ enum Task {
 enum Bench {
     /// What the module costs a guest, in instructions
     Guest(GuestBenchArguments),
+    /// Write the tables of results into a document, and the plots beside it
+    Document {
+        /// The results
+        #[arg(default_value = "docs/benchmarks/results.json")]
+        json: PathBuf,
+        /// The document
+        #[arg(default_value = "docs/benchmarks.md")]
+        document: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -106,7 +120,18 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.task {
         Task::Demo(demo) => return runner::demo(&project, demo),
         Task::Test(test) => return runner::test(&project, test),
-        Task::Bench(Bench::Guest(bench)) => return runner::bench_guest(&project, bench),
+        Task::Bench {
+            other: Some(Bench::Guest(bench)),
+            ..
+        } => return runner::bench_guest(&project, bench),
+        Task::Bench {
+            other: Some(Bench::Document { json, document }),
+            ..
+        } => return runner::bench_document(&project, json, document),
+        Task::Bench {
+            compare,
+            other: None,
+        } => return runner::bench(&project, compare),
         Task::Check => return runner::check(&project),
         Task::Module { clippy: true } => runner::lint_module(&project)?,
         Task::Module { clippy: false } => println!("{}", project.module()?.display()),

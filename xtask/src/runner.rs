@@ -49,6 +49,19 @@ pub(crate) struct TestArguments {
 }
 
 #[derive(Debug, clap::Args)]
+pub(crate) struct BenchArguments {
+    /// Less and smaller: under five minutes
+    #[arg(long)]
+    quick: bool,
+    /// Also write the results to this file, after every run
+    #[arg(long, value_name = "FILE")]
+    json: Option<std::path::PathBuf>,
+    /// Further arguments of `qemu-tests bench`, after `--`: what to measure
+    #[arg(last = true)]
+    more: Vec<OsString>,
+}
+
+#[derive(Debug, clap::Args)]
 pub(crate) struct GuestBenchArguments {
     /// Fewer and smaller loads
     #[arg(long)]
@@ -70,6 +83,35 @@ pub(crate) fn demo(project: &Project, arguments: &DemoArguments) -> Result<ExitC
     if let Some(json) = &arguments.json {
         command.arg("--json").arg(std::path::absolute(json)?);
     }
+    let status = command.status().context("cannot start qemu-tests")?;
+    stop_if_interrupted()?;
+    Ok(exit_code(status))
+}
+
+pub(crate) fn bench(project: &Project, arguments: &BenchArguments) -> Result<ExitCode> {
+    let artifacts = project.everything()?;
+    build_release(project)?;
+    let mut command = harness(project, "bench", &artifacts);
+    if arguments.quick {
+        command.arg("--quick");
+    }
+    if let Some(json) = &arguments.json {
+        command.arg("--json").arg(std::path::absolute(json)?);
+    }
+    command.args(&arguments.more);
+    let status = command.status().context("cannot start qemu-tests")?;
+    stop_if_interrupted()?;
+    Ok(exit_code(status))
+}
+
+/// Nothing is measured for it, so nothing need be there but the harness.
+pub(crate) fn bench_document(project: &Project, json: &Path, document: &Path) -> Result<ExitCode> {
+    let mut command = cargo(project);
+    command
+        .args(["run", "--quiet", "--package", "qemu-tests", "--"])
+        .arg("bench-document")
+        .arg(std::path::absolute(json)?)
+        .arg(std::path::absolute(document)?);
     let status = command.status().context("cannot start qemu-tests")?;
     stop_if_interrupted()?;
     Ok(exit_code(status))

@@ -1,4 +1,4 @@
-//! The disk with the files that the bench maps.
+//! The disk with the files that benchmarks map.
 
 use std::{
     fs::{self, File},
@@ -9,15 +9,29 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::plan::FILE_PAGES;
+use crate::pattern;
+
+/// Pages of one file.
+pub(super) const FILE_PAGES: u64 = 16_384;
+/// MiB of one file.
+pub(super) const FILE_MIB: u64 = 64;
+
+/// What is in the files. No two pages are alike, so that a host has nothing to share within the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// A number and zeros, for a benchmark to which the bytes do not matter.
+    Numbered,
+    /// Bytes as of a compressed file, the same in every run.
+    Random,
+}
 
 /// The name of a file in the image.
 pub(super) fn file_name(number: u64) -> String {
     format!("data{number:02}")
 }
 
-/// Makes an ext4 image of `files` files. No two pages are alike, so that a host has nothing to share within the guest.
-pub(super) fn make(directory: &Path, image: &Path, files: u64) -> Result<()> {
+/// Makes an ext4 image of `files` files.
+pub(super) fn make(directory: &Path, image: &Path, files: u64, bytes: Content) -> Result<()> {
     let content = directory.join("content");
     fs::create_dir(&content).context("create a directory")?;
     for number in 0..files {
@@ -25,12 +39,17 @@ pub(super) fn make(directory: &Path, image: &Path, files: u64) -> Result<()> {
         let mut output = BufWriter::with_capacity(1 << 20, file);
         let mut page = [0; 4096];
         for index in 0..FILE_PAGES {
-            page[..8].copy_from_slice(&(number * FILE_PAGES + index + 1).to_le_bytes());
+            match bytes {
+                Content::Numbered => {
+                    page[..8].copy_from_slice(&(number * FILE_PAGES + index + 1).to_le_bytes());
+                }
+                Content::Random => pattern::fill(number + 1, index * 4096, &mut page),
+            }
             output.write_all(&page).context("write a file")?;
         }
         output.flush().context("write a file")?;
     }
-    let mib = files * FILE_PAGES / 256 + 64;
+    let mib = files * FILE_MIB + 64;
     let output = Command::new("mkfs.ext4")
         .env("PATH", "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
         .args(["-q", "-m", "0", "-E", "lazy_itable_init=0", "-d"])

@@ -11,7 +11,11 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use qemu_tests::{
     artifacts::Artifacts,
-    bench, demo,
+    bench::{
+        self,
+        compare::{self, Compare},
+    },
+    demo,
     guest::Accelerator,
     interrupt, kvm,
     lab::Lab,
@@ -74,6 +78,15 @@ enum Task {
         /// Only scenarios whose name contains this, of whatever tier.
         filter: Option<String>,
     },
+    /// Measure pagefusion against KSM, and both against what could be shared.
+    Bench(Compare),
+    /// Write the tables and plots of results into a document.
+    BenchDocument {
+        /// The results.
+        json: PathBuf,
+        /// The document.
+        document: PathBuf,
+    },
     /// Measure what the module costs a guest, in instructions.
     BenchGuest {
         /// Fewer and smaller loads.
@@ -115,6 +128,10 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<ExitCode> {
     interrupt::install()?;
+    if let Task::BenchDocument { json, document } = &arguments.task {
+        compare::document(&compare::read(json)?, document)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if arguments.nested {
         progress::beat();
     }
@@ -144,6 +161,8 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             let filter = filter.as_deref();
             harness.test(quick, host, Choice { tier, filter })
         }
+        Task::Bench(compare) => harness.compare(&compare),
+        Task::BenchDocument { .. } => unreachable!("has been done"),
         Task::BenchGuest { quick, json } => harness.bench_guest(quick, json.as_deref()),
         Task::LabHost { arguments } => {
             let mut lab = Lab::start(&artifacts, logs)?;
@@ -173,6 +192,12 @@ impl Harness<'_> {
         println!("{}", report.table());
         write_json(json, &report)?;
         demo::verdict(&report)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn compare(self, compare: &Compare) -> Result<ExitCode> {
+        let results = compare::run(self.artifacts, compare, self.logs)?;
+        println!("{}", compare::tables(&results));
         Ok(ExitCode::SUCCESS)
     }
 

@@ -5,8 +5,8 @@ use std::{path::Path, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    image,
-    plan::{FILE_PAGES, Load, Plan},
+    image::{self, Content, FILE_PAGES},
+    plan::{Load, Plan},
 };
 use crate::{
     artifacts::Artifacts,
@@ -64,7 +64,7 @@ pub(super) fn run(
     progress.step("make a disk of files");
     let directory = workdir::create()?;
     let image = directory.path().join("files.ext4");
-    image::make(directory.path(), &image, plan.files())?;
+    image::make(directory.path(), &image, plan.files(), Content::Numbered)?;
 
     progress.step("boot a guest that counts its instructions");
     let host = Host {

@@ -1,9 +1,6 @@
 //! Which guests are measured.
 
-/// Pages of one file of the bench.
-pub(super) const FILE_PAGES: u64 = 16_384;
-/// MiB of one file.
-const FILE_MIB: u64 = 64;
+use super::image::FILE_MIB;
 
 /// One line of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

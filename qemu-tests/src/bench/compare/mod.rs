@@ -1,0 +1,90 @@
+//! pagefusion against KSM, and both against what could be shared at most.
+//!
+//! Every run has guests of its own, in a memory cgroup of its own. What is saved is what the cgroup's charge says, CPU
+//! time is what the host's kernel says of threads, and what could be shared is found by hashing all guest memory from
+//! outside.
+
+mod arguments;
+mod ksm;
+mod machine;
+mod oracle;
+mod plan;
+mod plots;
+mod remade;
+mod results;
+mod sample;
+mod systems;
+mod text;
+mod trial;
+mod workloads;
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, ensure};
+
+pub use self::{arguments::Compare, results::Results};
+use self::{ksm::Ksm, workloads::Disks};
+use crate::{artifacts::Artifacts, progress::Progress};
+
+/// Makes all runs that are chosen.
+pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Result<Results> {
+    let machine = machine::describe(artifacts)?;
+    let mut results = match &compare.json {
+        Some(path) if compare.add && path.exists() => read(path)?,
+        _ => Results::default(),
+    };
+    ensure!(
+        results.runs.is_empty() || results.machine.same_host(&machine),
+        "the results to add to are of another machine or other versions: {:?}",
+        results.machine
+    );
+    results.machine = machine;
+    let ksm = Ksm::take()?;
+    let disks = Disks::new()?;
+    let mut progress = Progress::new();
+    for trial in plan::trials(&compare.wanted()) {
+        progress.step(format!("{}: {}", trial.workload, trial.title()));
+        let run = trial::run(trial, artifacts, &ksm, &disks, logs)
+            .with_context(|| format!("{}: {}", trial.workload, trial.title()))?;
+        progress.found(&text::line(&run));
+        results.runs.push(run);
+        results.conclude();
+        if let Some(path) = &compare.json {
+            write(path, &results)?;
+        }
+    }
+    Ok(results)
+}
+
+/// Results that were written before.
+pub fn read(path: &Path) -> Result<Results> {
+    let bytes = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    let mut results: Results =
+        serde_json::from_slice(&bytes).with_context(|| format!("parse {}", path.display()))?;
+    results.conclude();
+    Ok(results)
+}
+
+fn write(path: &Path, results: &Results) -> Result<()> {
+    let text = serde_json::to_string(results)? + "\n";
+    // A second interrupt must not leave half of it.
+    let partial = path.with_extension("json.new");
+    fs::write(&partial, text).with_context(|| format!("write {}", partial.display()))?;
+    fs::rename(&partial, path).with_context(|| format!("write {}", path.display()))
+}
+
+/// The tables, for a terminal.
+pub fn tables(results: &Results) -> String {
+    text::tables(results)
+}
+
+/// Writes the tables into `document`, between its marks, and the plots into a directory beside it of the same name.
+pub fn document(results: &Results, document: &Path) -> Result<()> {
+    let before =
+        fs::read_to_string(document).with_context(|| format!("read {}", document.display()))?;
+    let after = text::insert(&before, results)?;
+    fs::write(document, after).with_context(|| format!("write {}", document.display()))?;
+    let directory = document.with_extension("");
+    fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
+    plots::draw(results, &directory)
+}

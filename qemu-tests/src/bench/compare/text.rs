@@ -1,0 +1,444 @@
+//! Results as tables, for a terminal and for the document.
+
+use anyhow::{Context, Result};
+use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
+
+use super::{
+    oracle::{Class, Oracle},
+    results::{Group, Results, Run, Spread},
+    systems::System,
+};
+use crate::report::grouped;
+
+/// Between these lines a document has what [`insert`] writes.
+const BEGIN: &str = "<!-- results: begin -->";
+const END: &str = "<!-- results: end -->";
+const MIB: f64 = (1 << 20) as f64;
+/// Where there is nothing to say.
+const NONE: &str = "–";
+
+/// One run in one line.
+pub(super) fn line(run: &Run) -> String {
+    let time = run.seconds_to.map_or_else(
+        || "nothing".to_owned(),
+        |to| format!("99% after {:.2} s", to[2]),
+    );
+    let share = run.oracle.map_or_else(String::new, |oracle| {
+        format!(", {:.1}% of mapped files", oracle.mapped.share() * 100.0)
+    });
+    format!(
+        "{:.1} MiB saved, {time}, {:.3} s of the host's CPU, {:.3} s of the guests'{share}",
+        run.bytes() / MIB,
+        run.host_seconds_to_99,
+        run.guest_seconds,
+    )
+}
+
+/// The document with these results in it.
+pub(super) fn insert(document: &str, results: &Results) -> Result<String> {
+    let (before, rest) = document
+        .split_once(BEGIN)
+        .with_context(|| format!("the document has no {BEGIN}"))?;
+    let (_, after) = rest
+        .split_once(END)
+        .with_context(|| format!("the document has no {END}"))?;
+    Ok(format!(
+        "{before}{BEGIN}\n\n{}\n{END}{after}",
+        tables(results)
+    ))
+}
+
+/// All tables.
+pub(super) fn tables(results: &Results) -> String {
+    let mut text = machine(results);
+    text += "\n### Answers\n\n";
+    text += &ratios(results);
+    let groups = results.groups();
+    let mut workloads: Vec<_> = groups.keys().map(|(workload, _)| *workload).collect();
+    workloads.dedup();
+    for workload in &workloads {
+        let systems: Vec<_> = groups
+            .iter()
+            .filter(|((of, _), _)| of == workload)
+            .map(|((_, system), group)| (*system, group))
+            .collect();
+        // One alone is a line of the growth.
+        if systems.len() > 1 {
+            text += &format!("\n### {workload}\n\n");
+            text += &savings(&systems);
+            text += "\n";
+            text += &cpu(&systems);
+            text += "\n";
+            text += &classes(&systems);
+        }
+    }
+    let growth = growth(results);
+    if !growth.is_empty() {
+        text += "\n### Growth\n\n";
+        text += &growth;
+    }
+    text
+}
+
+fn machine(results: &Results) -> String {
+    let machine = &results.machine;
+    format!(
+        "{} CPUs ({}), {} MiB of memory, Linux {} with huge pages set to `{}`; guests under {}, \
+         QEMU {}, kernel {}; pagefusion {}. {} runs.\n",
+        machine.cpus,
+        machine.processor,
+        grouped(machine.memory_mib),
+        machine.kernel,
+        machine.huge_pages,
+        machine.accelerator,
+        machine.qemu,
+        machine.guest_kernel,
+        machine.pagefusion,
+        results.runs.len(),
+    )
+}
+
+fn ratios(results: &Results) -> String {
+    let ratios = &results.ratios;
+    let mut table = table(&["question", "ratio", "found", "target"]);
+    let mut row = |question: &str, name: &str, value: Option<f64>, target: &str| {
+        let value = value.map_or_else(|| NONE.to_owned(), significant);
+        table.add_row([question, &format!("`{name}`"), &value, target]);
+    };
+    row(
+        "(a) time to 99%, times as fast as KSM as shipped",
+        "time_vs_ksm_shipped",
+        ratios.time_vs_ksm_shipped,
+        "≥ 200",
+    );
+    row(
+        "(a) the same, KSM without limits",
+        "time_vs_ksm_unlimited",
+        ratios.time_vs_ksm_unlimited,
+        "≥ 5",
+    );
+    row(
+        "(a) CPU for each GiB saved, part of that of KSM without limits",
+        "cpu_vs_ksm_unlimited_a",
+        ratios.cpu_vs_ksm_unlimited_a,
+        "≤ 0.125",
+    );
+    row(
+        "(b) the same",
+        "cpu_vs_ksm_unlimited_b",
+        ratios.cpu_vs_ksm_unlimited_b,
+        "≤ 0.1",
+    );
+    row(
+        "(a) CPU when settled, part of that of KSM as shipped",
+        "settled_cpu_vs_ksm_shipped",
+        ratios.settled_cpu_vs_ksm_shipped,
+        "≤ 0.02",
+    );
+    row(
+        "(a) shared, of mapped read-only page cache that could be",
+        "oracle_share_a",
+        ratios.oracle_share_a,
+        "≥ 0.99",
+    );
+    row(
+        "(b) the same",
+        "oracle_share_b",
+        ratios.oracle_share_b,
+        "≥ 0.99",
+    );
+    row(
+        "(c) the same",
+        "oracle_share_c",
+        ratios.oracle_share_c,
+        "≥ 0.97",
+    );
+    row(
+        "(b) metadata, part of what is saved",
+        "metadata_share_b",
+        ratios.metadata_share_b,
+        "≤ 0.03",
+    );
+    row(
+        "time for each page, largest size to smallest",
+        "growth_per_page",
+        ratios.growth_per_page,
+        "≤ 1.2",
+    );
+    row(
+        "the host's CPU for each page, likewise",
+        "growth_cpu_per_page",
+        ratios.growth_cpu_per_page,
+        "≤ 1.2",
+    );
+    finish(table)
+}
+
+type Systems<'a> = [(System, &'a Group<'a>)];
+
+fn savings(systems: &Systems<'_>) -> String {
+    let mut table = table(&[
+        "",
+        "saved, MiB",
+        "50% after, s",
+        "90%",
+        "99%",
+        "of mapped files",
+        "of clean page cache",
+        "of all memory",
+        "runs",
+    ]);
+    for (system, group) in systems {
+        let oracle = |class: fn(&Oracle) -> Class| {
+            let share = group.spread(|run| Some(class(run.oracle.as_ref()?).share() * 100.0));
+            cell(share, |value| format!("{value:.1}%"))
+        };
+        let time = |index: usize| {
+            let settled = group.runs.iter().all(|run| run.settled);
+            let text = cell(
+                group.spread(|run| run.seconds_to.map(|to| to[index])),
+                |value| format!("{value:.2}"),
+            );
+            if settled || text == NONE {
+                text
+            } else {
+                format!("{text}, not settled")
+            }
+        };
+        let quiet = *system == System::Nothing;
+        let time = |index| if quiet { NONE.to_owned() } else { time(index) };
+        table.add_row([
+            system.name().to_owned(),
+            cell(group.spread(|run| Some(run.bytes() / MIB)), |value| {
+                format!("{value:.0}")
+            }),
+            time(0),
+            time(1),
+            time(2),
+            oracle(|oracle| oracle.mapped),
+            oracle(|oracle| oracle.clean),
+            oracle(|oracle| oracle.all),
+            group.runs.len().to_string(),
+        ]);
+    }
+    finish(table)
+}
+
+fn cpu(systems: &Systems<'_>) -> String {
+    let mut table = table(&[
+        "",
+        "host, s to 99%",
+        "waited, s",
+        "guests, s of instructions",
+        "guests, s emulated",
+        "s for each GiB",
+        "settled, % of a CPU",
+        "metadata, MiB",
+    ]);
+    for (system, group) in systems {
+        if *system == System::Nothing {
+            continue;
+        }
+        let ours = system.scope().is_some();
+        let guests = |text: String| if ours { text } else { NONE.to_owned() };
+        table.add_row([
+            system.name().to_owned(),
+            cell(group.spread(|run| Some(run.host_seconds_to_99)), |value| {
+                format!("{value:.2}")
+            }),
+            cell(group.spread(|run| Some(run.waited_seconds)), |value| {
+                format!("{value:.2}")
+            }),
+            guests(
+                group
+                    .instructions
+                    .map_or_else(|| NONE.to_owned(), |seconds| format!("{seconds:.3}")),
+            ),
+            guests(cell(group.spread(|run| Some(run.guest_seconds)), |value| {
+                format!("{value:.2}")
+            })),
+            cell(group.cpu_per_gib(), |value| format!("{value:.2}")),
+            cell(
+                group.spread(|run| (run.rest.seconds > 0.0).then(|| rest_percent(run))),
+                |value| format!("{value:.3}"),
+            ),
+            cell(
+                group.spread(|run| Some(run.metadata as f64 / MIB)),
+                |value| format!("{value:.1}"),
+            ),
+        ]);
+    }
+    finish(table)
+}
+
+/// Host and guests together; guests by their emulated time.
+fn rest_percent(run: &Run) -> f64 {
+    (run.rest.host_seconds + run.rest.guest_seconds) / run.rest.seconds * 100.0
+}
+
+/// What could be shared, as found in the first run of ours, or of whoever there is.
+fn classes(systems: &Systems<'_>) -> String {
+    let of = |wanted: fn(&System) -> bool| {
+        let mut chosen = systems.iter().filter(|(system, _)| wanted(system));
+        chosen.find_map(|(_, group)| group.runs.iter().find_map(|run| run.oracle))
+    };
+    let oracle = of(|system| system.scope().is_some()).or_else(|| of(|_| true));
+    let Some(oracle) = oracle else {
+        return String::new();
+    };
+    let mut table = table(&[
+        "could be shared, pages",
+        "frames",
+        "not needed",
+        "of these, within a guest",
+        "frames of zeros",
+    ]);
+    for (name, class) in [
+        ("page cache in read-only mappings", oracle.mapped),
+        ("all clean page cache", oracle.clean),
+        ("memory of processes", oracle.anonymous),
+        ("all memory", oracle.all),
+    ] {
+        table.add_row([
+            name.to_owned(),
+            grouped(class.frames),
+            grouped(class.shareable),
+            grouped(class.within),
+            grouped(class.zero),
+        ]);
+    }
+    finish(table)
+}
+
+fn growth(results: &Results) -> String {
+    let mut table = table(&[
+        "pagefusion, `readonly`",
+        "pages in a run",
+        "saved, MiB",
+        "99% after, s",
+        "µs for each page",
+        "host's CPU, µs for each page",
+        "metadata, % of saved",
+        "of mapped files",
+        "runs",
+    ]);
+    for ((workload, system), group) in results.groups() {
+        if system != System::Readonly {
+            continue;
+        }
+        let pages = |run: &Run| run.bytes() / 4096.0;
+        table.add_row([
+            workload.to_string(),
+            cell(
+                group.spread(|run| {
+                    let folios = run.folios?;
+                    Some(folios.pages as f64 / folios.runs as f64)
+                }),
+                |value| format!("{value:.1}"),
+            ),
+            cell(group.spread(|run| Some(run.bytes() / MIB)), |value| {
+                format!("{value:.0}")
+            }),
+            cell(
+                group.spread(|run| run.seconds_to.map(|to| to[2])),
+                |value| format!("{value:.2}"),
+            ),
+            cell(
+                group.spread(|run| run.seconds_to.map(|to| to[2] * 1e6 / pages(run))),
+                |value| format!("{value:.1}"),
+            ),
+            cell(
+                group.spread(|run| Some(run.host_seconds_to_99 * 1e6 / pages(run))),
+                |value| format!("{value:.1}"),
+            ),
+            cell(
+                group.spread(|run| Some(run.metadata as f64 / run.bytes() * 100.0)),
+                |value| format!("{value:.1}"),
+            ),
+            cell(
+                group.spread(|run| Some(run.oracle?.mapped.share() * 100.0)),
+                |value| format!("{value:.1}%"),
+            ),
+            group.runs.len().to_string(),
+        ]);
+    }
+    if table.row_count() > 1 {
+        finish(table)
+    } else {
+        String::new()
+    }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(ASCII_MARKDOWN).set_header(header);
+    table
+}
+
+fn finish(mut table: Table) -> String {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    format!("{table}\n")
+}
+
+/// The median, and least and most where there are several.
+fn cell(spread: Option<Spread>, show: impl Fn(f64) -> String) -> String {
+    let Some(spread) = spread else {
+        return NONE.to_owned();
+    };
+    let median = show(spread.median);
+    if spread.runs == 1 {
+        return median;
+    }
+    format!("{median} ({}–{})", show(spread.least), show(spread.most))
+}
+
+/// Three digits.
+fn significant(value: f64) -> String {
+    match value.abs() {
+        value if value >= 100.0 => format!("{value:.0}"),
+        value if value >= 10.0 => format!("{value:.1}"),
+        value if value >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.4}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_keeps_what_is_not_between_its_marks() {
+        let document = format!("above\n{BEGIN}\nold\n{END}\nbelow\n");
+        let new = insert(&document, &Results::default()).unwrap();
+        assert!(new.starts_with("above\n") && new.ends_with("\nbelow\n"));
+        assert!(!new.contains("old") && new.contains("`oracle_share_a`"));
+        assert_eq!(insert(&new, &Results::default()).unwrap(), new);
+        assert!(insert("no marks", &Results::default()).is_err());
+    }
+
+    #[test]
+    fn several_runs_show_their_spread() {
+        let show = |value: f64| format!("{value:.1}");
+        assert_eq!(cell(Spread::of(&mut [2.0]), show), "2.0");
+        assert_eq!(
+            cell(Spread::of(&mut [3.0, 1.0, 2.0]), show),
+            "2.0 (1.0–3.0)"
+        );
+        assert_eq!(cell(None, show), NONE);
+    }
+
+    /// The document and its plots are made of the results beside it.
+    #[test]
+    fn the_document_says_what_the_results_say() {
+        let docs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+        let results = super::super::read(&docs.join("benchmarks/results.json")).unwrap();
+        let document = std::fs::read_to_string(docs.join("benchmarks.md")).unwrap();
+        let made = insert(&document, &results).unwrap();
+        assert!(
+            made == document,
+            "docs/benchmarks.md is not what `cargo xtask bench --document` makes of docs/benchmarks/results.json"
+        );
+    }
+}

@@ -1,0 +1,375 @@
+//! One run: one system under one workload, with guests of its own.
+
+use std::{
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{
+    ksm::Ksm,
+    oracle,
+    results::{Rest, Run, time_to},
+    sample::{Sample, Sampler, Subjects},
+    systems::System,
+    workloads::{Disks, Workload},
+};
+use crate::{
+    artifacts::Artifacts,
+    guest::{Accelerator, Guest},
+    interrupt,
+    protocol::Op,
+    world::{Host, World},
+};
+
+/// What the charge is at the start is looked at for so long.
+const BEFORE: Duration = Duration::from_secs(1);
+/// How often it is asked whether more comes.
+const INTERVAL: Duration = Duration::from_millis(200);
+/// No more comes when this much of what was saved has not come for a while.
+const TOLERANCE: f64 = 0.003;
+/// That while, in seconds.
+const QUIET: f64 = 6.0;
+/// KSM compares a page once it has not changed between two rounds, so that it merges from the second one on.
+const ROUNDS: u64 = 3;
+/// The same where a round takes minutes.
+const SLOW_ROUNDS: u64 = 2;
+/// What is not done by then is given up.
+const LIMIT: f64 = 480.0;
+/// How long nothing at all is looked at.
+const NOTHING: f64 = 20.0;
+/// How many points of the course of a run are kept.
+const POINTS: usize = 240;
+/// `struct ksm_rmap_item` of the kernel, one for each page that KSM looks at.
+const RMAP_ITEM: u64 = 64;
+
+/// What to run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trial {
+    pub(super) workload: Workload,
+    pub(super) system: System,
+    /// Guests count their instructions.
+    pub(super) counted: bool,
+    /// How long to look at it when no more comes.
+    pub(super) rest: Duration,
+}
+
+/// Runs it.
+pub(super) fn run(
+    trial: Trial,
+    artifacts: &Artifacts,
+    ksm: &Ksm,
+    disks: &Disks,
+    logs: Option<&Path>,
+) -> Result<Run> {
+    let host = Host {
+        accelerator: if trial.counted {
+            Accelerator::Counted
+        } else {
+            Accelerator::Tcg
+        },
+        nested: false,
+    };
+    let mut world = World::new(artifacts, host, logs)?;
+    if trial.system.scope().is_none() {
+        world.plain = true;
+        if let Some(daemon) = world.daemon.take() {
+            daemon.stop()?;
+        }
+    }
+    ksm.off()?;
+    trial.workload.boot(&mut world, disks)?;
+    if let Some(pace) = trial.system.pace() {
+        ksm.prepare(pace)?;
+    }
+    if let Some(scope) = trial.system.scope() {
+        // Loaded, and as if it had just been: nothing is shared, and nothing reported.
+        for guest in &mut world.guests {
+            guest.load_module()?;
+            guest.set("scope", scope.name())?;
+            guest.set("run", "2")?;
+        }
+    }
+    trial.workload.load(&mut world)?;
+    if trial.counted {
+        // While a guest waits for its host, its clock must not jump to the end of every time limit.
+        for guest in &mut world.guests {
+            guest.request::<()>(Op::Spin { on: true })?;
+        }
+    }
+    let mut run = measure(trial, &mut world, ksm)?;
+    run.folios = trial.workload.folios(&mut world)?;
+    ksm.off()?;
+    world.close()?;
+    Ok(run)
+}
+
+fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
+    let ours = trial.system.scope().is_some();
+    if ours {
+        wait_withdrawn(world)?;
+    }
+    let guest_before = guest_time(world, ours)?;
+    let scans_before = ksm.progress()?.full_scans;
+    let before = world.cgroup.parts()?;
+    let sampler = sampler(trial, world)?;
+    pause(BEFORE)?;
+
+    let start = sampler.now();
+    if trial.system.pace().is_some() {
+        ksm.start()?;
+    }
+    if ours {
+        for guest in &mut world.guests {
+            guest.set("run", "1")?;
+        }
+    }
+    let settled = settle(trial, &sampler, start, || {
+        Ok(ksm.progress()?.full_scans - scans_before)
+    })?;
+    let end = sampler.now();
+    let full_scans = ksm.progress()?.full_scans - scans_before;
+    let after = world.cgroup.parts()?;
+    let guest_settled = guest_time(world, ours)?;
+    let rest_from = sampler.now();
+    pause(trial.rest)?;
+    let rest_to = sampler.now();
+    let samples = sampler.finish()?;
+    let guest_after = guest_time(world, ours)?;
+
+    let course = Course::new(&samples, start, end);
+    let seconds_to = [0.5, 0.9, 0.99].map(|part| time_to(&course.series, course.saved, part));
+    let to_99 = seconds_to[2].unwrap_or(end - start);
+    let cpu = |from, to| (at(&samples, to).sharing() - at(&samples, from).sharing()) as f64 / 1e9;
+    let mut run = Run {
+        workload: trial.workload,
+        system: trial.system,
+        counted: trial.counted,
+        seconds_to: match seconds_to {
+            [Some(a), Some(b), Some(c)] => Some([a, b, c]),
+            _ => None,
+        },
+        settled,
+        seconds: end - start,
+        full_scans,
+        saved: course.saved,
+        saved_by_undo: 0,
+        host_seconds_to_99: cpu(start, start + to_99),
+        host_seconds: cpu(start, end),
+        waited_seconds: (at(&samples, start + to_99).waited - at(&samples, start).waited) as f64
+            / 1e9,
+        charged: [before, after],
+        guest_seconds: guest_settled - guest_before,
+        rest: Rest {
+            seconds: rest_to - rest_from,
+            host_seconds: cpu(rest_from, rest_to),
+            guest_seconds: guest_after - guest_settled,
+        },
+        pages_reported: 0,
+        metadata: 0,
+        folios: None,
+        oracle: None,
+        series: course.points(),
+    };
+    if !trial.counted {
+        finish(trial, world, ksm, &mut run)?;
+    }
+    world.healthy()?;
+    Ok(run)
+}
+
+/// What can be seen only when all stand still.
+fn finish(trial: Trial, world: &mut World, ksm: &Ksm, run: &mut Run) -> Result<()> {
+    let census = oracle::census(&mut world.guests)?;
+    world.guests.iter_mut().try_for_each(Guest::pause)?;
+    ksm.stop()?;
+    run.oracle = Some(oracle::look(
+        &mut world.guests,
+        trial.workload.memory_mib(),
+        &census,
+    )?);
+    if trial.system.scope().is_some() {
+        let status = world.status()?;
+        run.pages_reported = status.vms.iter().map(|vm| vm.pages_reported).sum();
+        run.metadata = status.bytes_metadata;
+    }
+    if trial.system.pace().is_some() {
+        for guest in &world.guests {
+            run.metadata += rmap_items(guest.pid())? * RMAP_ITEM;
+        }
+    }
+    let shared = world.cgroup.charge()?;
+    ksm.off()?;
+    if trial.system.scope().is_some() {
+        world.site.ctl(&["undo", "--all"])?;
+        let left = world.status()?.pages_shared;
+        ensure!(left == 0, "{left} pages are shared after the undo");
+    }
+    run.saved_by_undo = world.cgroup.charge()? as i64 - shared as i64;
+    world.guests.iter_mut().try_for_each(Guest::resume)
+}
+
+fn sampler(trial: Trial, world: &World) -> Result<Sampler> {
+    let vmms = world.guests.iter().map(Guest::pid).collect();
+    let daemon = world.daemon.as_ref().map(crate::daemon::Daemon::pid);
+    let subjects = Subjects::new(world.cgroup.gauge(), vmms, daemon)?;
+    let interval = if trial.system.slow() { 250 } else { 20 };
+    Ok(Sampler::start(subjects, Duration::from_millis(interval)))
+}
+
+/// Waits until no more comes. False when that was given up.
+fn settle(
+    trial: Trial,
+    sampler: &Sampler,
+    start: f64,
+    mut rounds: impl FnMut() -> Result<u64>,
+) -> Result<bool> {
+    loop {
+        pause(INTERVAL)?;
+        let now = sampler.now();
+        if trial.system == System::Nothing {
+            if now - start > NOTHING {
+                return Ok(true);
+            }
+            continue;
+        }
+        let enough = match trial.system.pace() {
+            Some(_) if trial.system.slow() => rounds()? >= SLOW_ROUNDS,
+            Some(_) => rounds()? >= ROUNDS,
+            None => true,
+        };
+        let course = Course::new(&sampler.seen(), start, now);
+        if enough && course.quiet(now - start) {
+            return Ok(true);
+        }
+        if now - start > LIMIT {
+            return Ok(false);
+        }
+    }
+}
+
+/// How much was saved when.
+#[derive(Debug)]
+struct Course {
+    series: Vec<(f64, i64)>,
+    saved: i64,
+}
+
+impl Course {
+    /// From `start` to `end`; what the charge is compared with was there before.
+    fn new(samples: &[Sample], start: f64, end: f64) -> Self {
+        let mut before: Vec<_> = samples
+            .iter()
+            .filter(|sample| sample.at <= start)
+            .map(|sample| sample.charge as i64)
+            .collect();
+        let base = median(&mut before);
+        let series: Vec<_> = samples
+            .iter()
+            .filter(|sample| sample.at > start && sample.at <= end)
+            .map(|sample| (sample.at - start, base - sample.charge as i64))
+            .collect();
+        let last = end - start - QUIET / 2.0;
+        let mut late: Vec<_> = series
+            .iter()
+            .filter(|(at, _)| *at >= last)
+            .map(|(_, saved)| *saved)
+            .collect();
+        Self {
+            saved: median(&mut late),
+            series,
+        }
+    }
+
+    /// Whether hardly anything has come for a while, and something before.
+    fn quiet(&self, now: f64) -> bool {
+        let then = self.series.iter().rfind(|(at, _)| *at <= now - QUIET);
+        let Some((_, then)) = then else { return false };
+        let change = (self.saved - then).abs() as f64;
+        self.saved > 0 && change <= self.saved as f64 * TOLERANCE
+    }
+
+    /// As many of them as a picture needs; those where most happens.
+    fn points(&self) -> Vec<(f64, i64)> {
+        let step = (self.saved / POINTS as i64).max(1);
+        let apart = self.series.last().map_or(0.0, |(at, _)| at / POINTS as f64);
+        let mut points: Vec<(f64, i64)> = Vec::new();
+        for (at, saved) in &self.series {
+            let far = points.last().is_none_or(|(last_at, last)| {
+                (saved - last).abs() >= step || at - last_at >= apart
+            });
+            if far {
+                points.push(((at * 1000.0).round() / 1000.0, *saved));
+            }
+        }
+        points
+    }
+}
+
+fn median(values: &mut [i64]) -> i64 {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+/// The sample at a moment.
+fn at(samples: &[Sample], moment: f64) -> Sample {
+    let found = samples.iter().find(|sample| sample.at >= moment);
+    found.or(samples.last()).copied().unwrap_or_default()
+}
+
+/// CPU seconds of the module's threads in all guests.
+fn guest_time(world: &mut World, ours: bool) -> Result<f64> {
+    let mut usecs = 0;
+    if ours {
+        for guest in &mut world.guests {
+            usecs += guest.counter("cpu_usecs")?;
+        }
+    }
+    Ok(usecs as f64 / 1e6)
+}
+
+/// Waits until everything that was shared when the module was loaded has been withdrawn.
+fn wait_withdrawn(world: &mut World) -> Result<()> {
+    let deadline = Instant::now() + world.limits.settle;
+    loop {
+        let shared = world.status()?.pages_shared;
+        let mut tracked = 0;
+        for guest in &mut world.guests {
+            tracked += guest.counter("pages_tracked")?;
+        }
+        if shared == 0 && tracked == 0 {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{shared} pages are shared though everything was withdrawn, {tracked} reported"
+        );
+        pause(INTERVAL)?;
+    }
+}
+
+/// How many pages of a process KSM keeps account of.
+fn rmap_items(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/ksm_stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("ksm_rmap_items "));
+    line.and_then(|text| text.trim().parse().ok())
+        .with_context(|| format!("{path} has no ksm_rmap_items"))
+}
+
+fn pause(time: Duration) -> Result<()> {
+    let end = Instant::now() + time;
+    loop {
+        interrupt::check()?;
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        thread::sleep(left.min(INTERVAL));
+    }
+}
