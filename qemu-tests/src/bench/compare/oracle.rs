@@ -210,13 +210,13 @@ mod tests {
 
     #[test]
     fn this_process_has_its_bytes_where_they_are_said_to_be() {
-        let mut memory = vec![0_u8; 40 * 4096];
+        let mut memory = vec![0_u8; 1200 * 4096];
         for (index, byte) in memory.iter_mut().enumerate() {
-            *byte = (index / 4096) as u8;
+            *byte = (index / 4096 % 251) as u8;
         }
         let start = (memory.as_ptr() as usize).next_multiple_of(4096);
         let mut seen = Vec::new();
-        let pages = (start as u64, 30);
+        let pages = (start as u64, 1100);
         let done = read(
             std::process::id(),
             pages.0,

@@ -83,6 +83,10 @@ pub struct Run {
     pub pages_reported: u64,
     /// Bytes that the sharing itself takes, as it says itself; KSM's are not charged to anybody.
     pub metadata: u64,
+    /// Anonymous memory of VMMs and daemon that is not the guests' and holds no code, in bytes, at the start and at the
+    /// end.
+    #[serde(default)]
+    pub heap: [u64; 2],
     /// How the files lie in the first guest's memory, under a workload of files.
     #[serde(default)]
     pub folios: Option<FolioCount>,
@@ -136,6 +140,14 @@ impl Run {
     /// Bytes saved, by the charge's fall.
     pub fn bytes(&self) -> f64 {
         self.saved as f64
+    }
+
+    /// Bytes that sharing really took: what the kernel and all heaps grew by, or what it says itself where that is
+    /// more.
+    pub fn overhead(&self) -> f64 {
+        let grown = |[before, after]: [u64; 2]| after as f64 - before as f64;
+        let kernel = self.charged.map(|parts| parts.kernel);
+        (grown(kernel) + grown(self.heap)).max(self.metadata as f64)
     }
 
     fn gib(&self) -> f64 {
@@ -320,7 +332,7 @@ impl Results {
             oracle_share_b: share(b),
             oracle_share_c: share(c),
             metadata_share_b: group(b, System::Readonly)
-                .and_then(|group| group.median(|run| Some(run.metadata as f64 / run.bytes()))),
+                .and_then(|group| group.median(|run| Some(run.overhead() / run.bytes()))),
             growth_per_page: per_page(|run| run.seconds_to.map(|to| to[2])),
             growth_cpu_per_page: per_page(|run| Some(run.host_seconds_to_99)),
         }
@@ -366,6 +378,7 @@ mod tests {
             },
             pages_reported: 0,
             metadata: 1 << 24,
+            heap: [0; 2],
             folios: None,
             oracle: None,
             series: Vec::new(),

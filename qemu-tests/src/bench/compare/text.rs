@@ -262,10 +262,9 @@ fn cpu(systems: &Systems<'_>) -> String {
                 group.spread(|run| (run.rest.seconds > 0.0).then(|| rest_percent(run))),
                 |value| format!("{value:.3}"),
             ),
-            cell(
-                group.spread(|run| Some(run.metadata as f64 / MIB)),
-                |value| format!("{value:.1}"),
-            ),
+            cell(group.spread(|run| Some(run.overhead() / MIB)), |value| {
+                format!("{value:.1}")
+            }),
         ]);
     }
     finish(table)
@@ -352,7 +351,7 @@ fn growth(results: &Results) -> String {
                 |value| format!("{value:.1}"),
             ),
             cell(
-                group.spread(|run| Some(run.metadata as f64 / run.bytes() * 100.0)),
+                group.spread(|run| Some(run.overhead() / run.bytes() * 100.0)),
                 |value| format!("{value:.1}"),
             ),
             cell(

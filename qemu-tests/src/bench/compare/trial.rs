@@ -114,6 +114,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
     }
     let guest_before = guest_time(world, ours)?;
     let scans_before = ksm.progress()?.full_scans;
+    let heap_before = heap(trial, world)?;
     let before = world.cgroup.parts()?;
     let sampler = sampler(trial, world)?;
     pause(BEFORE)?;
@@ -170,6 +171,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
         },
         pages_reported: 0,
         metadata: 0,
+        heap: [heap_before, 0],
         folios: None,
         oracle: None,
         series: course.points(),
@@ -183,6 +185,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
 
 /// What can be seen only when all stand still.
 fn finish(trial: Trial, world: &mut World, ksm: &Ksm, run: &mut Run) -> Result<()> {
+    run.heap[1] = heap(trial, world)?;
     let census = oracle::census(&mut world.guests)?;
     world.guests.iter_mut().try_for_each(Guest::pause)?;
     ksm.stop()?;
@@ -351,6 +354,49 @@ fn wait_withdrawn(world: &mut World) -> Result<()> {
     }
 }
 
+/// Anonymous memory of all processes that is not the guests' and holds no code: QEMU's translations are not ours.
+fn heap(trial: Trial, world: &mut World) -> Result<u64> {
+    let mib = trial.workload.memory_mib();
+    let mut bytes = 0;
+    for guest in &mut world.guests {
+        let memory = guest.memory(mib)?;
+        let guests = |address: u64| {
+            let inside = |(_, start, frames): &(u64, u64, u64)| {
+                (*start..start + frames * 4096).contains(&address)
+            };
+            memory.iter().any(inside)
+        };
+        bytes += anonymous(guest.pid(), guests)?;
+    }
+    if let Some(daemon) = &world.daemon {
+        bytes += anonymous(daemon.pid(), |_| false)?;
+    }
+    Ok(bytes)
+}
+
+/// Anonymous memory of a process that holds no code, but for mappings that begin at an address left out.
+fn anonymous(pid: u32, left_out: impl Fn(u64) -> bool) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let mut counts = false;
+    let mut kib = 0;
+    for line in text.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(first), Some(second)) = (words.next(), words.next()) else {
+            continue;
+        };
+        let address = first
+            .split_once('-')
+            .and_then(|(start, _)| u64::from_str_radix(start, 16).ok());
+        if let Some(address) = address {
+            counts = !second.contains('x') && !left_out(address);
+        } else if counts && first == "Anonymous:" {
+            kib += second.parse::<u64>().context("parse Anonymous")?;
+        }
+    }
+    Ok(kib * 1024)
+}
+
 /// How many pages of a process KSM keeps account of.
 fn rmap_items(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/ksm_stat");
@@ -371,5 +417,69 @@ fn pause(time: Duration) -> Result<()> {
             return Ok(());
         }
         thread::sleep(left.min(INTERVAL));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(at: f64, charge: u64) -> Sample {
+        Sample {
+            at,
+            charge,
+            ..Sample::default()
+        }
+    }
+
+    #[test]
+    fn what_is_saved_is_by_what_was_charged_before() {
+        let before = [900, 1000, 1010].map(|charge| sample(1.0, charge));
+        let mut samples = before.to_vec();
+        samples.extend([sample(2.5, 800), sample(3.0, 400), sample(4.0, 500)]);
+        samples.push(sample(9.0, 0));
+        let course = Course::new(&samples, 2.0, 5.0);
+        assert_eq!(course.series, [(0.5, 200), (1.0, 600), (2.0, 500)]);
+        assert_eq!(course.saved, 500, "the median of the last seconds");
+    }
+
+    #[test]
+    fn it_is_quiet_when_hardly_anything_has_come_for_a_while() {
+        let course = |late: u64| {
+            let mut samples = vec![sample(0.0, 100_000)];
+            samples.extend((1..=20).map(|second| sample(f64::from(second), 50_000)));
+            samples.extend((21..=30).map(|second| sample(f64::from(second), late)));
+            Course::new(&samples, 0.0, 30.0)
+        };
+        assert!(course(50_000).quiet(30.0));
+        assert!(course(49_900).quiet(30.0));
+        let mut moving = course(40_000);
+        moving.series.retain(|(at, _)| *at <= 22.0);
+        assert!(!moving.quiet(22.0), "a fifth more has just come");
+        assert!(!course(100_000).quiet(30.0), "nothing is saved");
+    }
+
+    #[test]
+    fn few_points_show_a_whole_course() {
+        let samples: Vec<_> = (0..20_000)
+            .map(|index| sample(f64::from(index) / 100.0, 1 << 30))
+            .chain((0..1000).map(|index| sample(200.0 + f64::from(index) / 1000.0, 0)))
+            .collect();
+        let points = Course::new(&samples, 0.0, 201.0).points();
+        assert!(points.len() < 3 * POINTS, "{}", points.len());
+        assert_eq!(points.last().map(|(_, saved)| *saved), Some(1 << 30));
+    }
+
+    #[test]
+    fn memory_on_the_heap_is_seen_and_other_memory_is_not() {
+        let me = std::process::id();
+        let before = anonymous(me, |_| false).unwrap();
+        let memory = vec![1_u8; 64 << 20];
+        let start = memory.as_ptr() as u64;
+        let after = anonymous(me, |_| false).unwrap();
+        assert!(after >= before + (60 << 20), "{before} {after}");
+        let end = start + (64 << 20);
+        let without = anonymous(me, |address| (start - 4096..end).contains(&address)).unwrap();
+        assert!(without <= after - (60 << 20), "{after} {without}");
     }
 }
