@@ -49,7 +49,8 @@ pub(super) fn make(directory: &Path, image: &Path, files: u64, bytes: Content) -
         }
         output.flush().context("write a file")?;
     }
-    let mib = files * FILE_MIB + 64;
+    // And what the file system takes for itself.
+    let mib = files * FILE_MIB * 33 / 32 + 64;
     let output = Command::new("mkfs.ext4")
         .env("PATH", "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
         .args(["-q", "-m", "0", "-E", "lazy_itable_init=0", "-d"])

@@ -159,8 +159,10 @@ impl Run {
 #[derive(Clone, Debug)]
 pub(super) struct Group<'a> {
     pub(super) runs: Vec<&'a Run>,
-    /// Instructions of the guests' module threads, one as one nanosecond; of runs that counted them.
+    /// Instructions of the guests' module threads, one as one nanosecond.
     pub(super) instructions: Option<f64>,
+    /// Such seconds in a second of theirs in emulation.
+    pub(super) rate: Option<f64>,
 }
 
 impl Group<'_> {
@@ -174,9 +176,12 @@ impl Group<'_> {
         self.spread(value).map(|spread| spread.median)
     }
 
-    /// Seconds until 99%.
+    /// Seconds until 99%; at least, where a run was given up.
     fn time(&self) -> Option<f64> {
-        self.median(|run| run.seconds_to.map(|to| to[2]))
+        self.median(|run| match run.settled {
+            true => run.seconds_to.map(|to| to[2]),
+            false => Some(run.seconds),
+        })
     }
 
     /// CPU seconds of host and guests for each GiB saved. Guests count in instructions where that is known.
@@ -194,6 +199,18 @@ impl Group<'_> {
     /// The host's part of it.
     pub(super) fn host_cpu_per_gib(&self) -> Option<Spread> {
         self.spread(|run| Some(run.host_seconds_to_99 / run.gib()))
+    }
+
+    /// What it costs when no more comes, as a fraction of one CPU.
+    pub(super) fn rest(&self) -> Option<Spread> {
+        self.spread(|run| {
+            let rest = run.rest;
+            let guests = match self.rate {
+                Some(rate) => rest.guest_seconds * rate,
+                None => rest.guest_seconds,
+            };
+            (rest.seconds > 0.0).then(|| (rest.host_seconds + guests) / rest.seconds)
+        })
     }
 
     fn share(&self) -> Option<f64> {
@@ -233,11 +250,15 @@ impl Results {
     pub(super) fn groups(&self) -> BTreeMap<(Workload, System), Group<'_>> {
         let mut groups = BTreeMap::new();
         for run in self.runs.iter().filter(|run| !run.counted) {
+            let rate = self.rate(run.workload, run.system);
             groups
                 .entry((run.workload, run.system))
                 .or_insert_with(|| Group {
                     runs: Vec::new(),
-                    instructions: self.instructions(run.workload, run.system),
+                    instructions: rate.and_then(|rate| {
+                        Some(self.guest_seconds(run.workload, run.system, false)? * rate)
+                    }),
+                    rate,
                 })
                 .runs
                 .push(run);
@@ -245,24 +266,27 @@ impl Results {
         groups
     }
 
-    /// Instructions in the guests, one as one nanosecond, as counted under this workload, or, where it was not run
-    /// like that, as many as belong to its emulated time by those where it was.
-    fn instructions(&self, workload: Workload, system: System) -> Option<f64> {
-        let seconds = |workload, counted| {
-            let chosen = self.runs.iter().filter(|run| {
-                run.counted == counted && run.workload == workload && run.system == system
-            });
-            let mut values: Vec<_> = chosen.map(|run| run.guest_seconds).collect();
-            Spread::of(&mut values).map(|spread| spread.median)
-        };
-        if let Some(counted) = seconds(workload, true) {
-            return Some(counted);
-        }
+    fn guest_seconds(&self, workload: Workload, system: System, counted: bool) -> Option<f64> {
+        let chosen = self.runs.iter().filter(|run| {
+            run.counted == counted && run.workload == workload && run.system == system
+        });
+        let mut values: Vec<_> = chosen.map(|run| run.guest_seconds).collect();
+        Spread::of(&mut values).map(|spread| spread.median)
+    }
+
+    /// How many instructions, one as one nanosecond, were in a second of emulation, under this workload where they
+    /// were counted, else under the largest where they were.
+    fn rate(&self, workload: Workload, system: System) -> Option<f64> {
         let counted = self.runs.iter().filter(|run| run.counted);
-        let rate = counted
-            .filter(|run| run.system == system)
-            .find_map(|run| Some(run.guest_seconds / seconds(run.workload, false)?))?;
-        seconds(workload, false).map(|emulated| emulated * rate)
+        let (here, elsewhere): (Vec<_>, Vec<_>) = counted
+            .filter(|run| run.system == system || run.system == System::Readonly)
+            .partition(|run| run.workload == workload && run.system == system);
+        let chosen = here
+            .first()
+            .or(elsewhere.iter().max_by_key(|run| run.workload))?;
+        let (workload, system) = (chosen.workload, chosen.system);
+        let emulated = self.guest_seconds(workload, system, false)?;
+        Some(self.guest_seconds(workload, system, true)? / emulated)
     }
 
     /// Works out the ratios.
@@ -302,14 +326,7 @@ impl Results {
                 cpu(workload, System::KsmUnlimited),
             )
         };
-        let rest = |system| {
-            group(a, system)?.median(|run| {
-                let rest = run.rest;
-                // The guests' part by their emulated time, which is more than it would be.
-                (rest.seconds > 0.0)
-                    .then(|| (rest.host_seconds + rest.guest_seconds) / rest.seconds)
-            })
-        };
+        let rest = |system| group(a, system)?.rest().map(|rest| rest.median);
         let share = |workload| group(workload, System::Readonly).and_then(Group::share);
         let per_page = |value: fn(&Run) -> Option<f64>| {
             let mut values = Vec::new();
@@ -437,6 +454,14 @@ mod tests {
         assert_eq!(ratios.time_vs_ksm_shipped, Some(200.0));
         assert_eq!(ratios.settled_cpu_vs_ksm_shipped, Some(0.125));
         assert_eq!(ratios.oracle_share_b, None);
+    }
+
+    #[test]
+    fn a_run_that_was_given_up_took_as_long_as_it_was_looked_at() {
+        let mut theirs = run(A, System::KsmShipped, 100.0, 8.0);
+        (theirs.settled, theirs.seconds) = (false, 480.0);
+        let ratios = ratios(vec![run(A, System::Readonly, 2.0, 1.0), theirs]);
+        assert_eq!(ratios.time_vs_ksm_shipped, Some(240.0));
     }
 
     #[test]

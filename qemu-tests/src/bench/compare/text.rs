@@ -194,15 +194,13 @@ fn savings(systems: &Systems<'_>) -> String {
             cell(share, |value| format!("{value:.1}%"))
         };
         let time = |index: usize| {
-            let settled = group.runs.iter().all(|run| run.settled);
-            let text = cell(
-                group.spread(|run| run.seconds_to.map(|to| to[index])),
-                |value| format!("{value:.2}"),
-            );
-            if settled || text == NONE {
-                text
-            } else {
-                format!("{text}, not settled")
+            let given_up = group.runs.iter().find(|run| !run.settled);
+            match given_up {
+                Some(run) => format!("not within {:.0}", run.seconds),
+                None => cell(
+                    group.spread(|run| run.seconds_to.map(|to| to[index])),
+                    |value| format!("{value:.2}"),
+                ),
             }
         };
         let quiet = *system == System::Nothing;
@@ -258,21 +256,13 @@ fn cpu(systems: &Systems<'_>) -> String {
                 format!("{value:.2}")
             })),
             cell(group.cpu_per_gib(), |value| format!("{value:.2}")),
-            cell(
-                group.spread(|run| (run.rest.seconds > 0.0).then(|| rest_percent(run))),
-                |value| format!("{value:.3}"),
-            ),
+            cell(group.rest(), |value| format!("{:.3}", value * 100.0)),
             cell(group.spread(|run| Some(run.overhead() / MIB)), |value| {
                 format!("{value:.1}")
             }),
         ]);
     }
     finish(table)
-}
-
-/// Host and guests together; guests by their emulated time.
-fn rest_percent(run: &Run) -> f64 {
-    (run.rest.host_seconds + run.rest.guest_seconds) / run.rest.seconds * 100.0
 }
 
 /// What could be shared, as found in the first run of ours, or of whoever there is.

@@ -33,12 +33,10 @@ const INTERVAL: Duration = Duration::from_millis(200);
 const TOLERANCE: f64 = 0.003;
 /// That while, in seconds.
 const QUIET: f64 = 6.0;
-/// KSM compares a page once it has not changed between two rounds, so that it merges from the second one on.
+/// KSM looks for the like of a page that has not changed between two rounds: most is merged in the third one.
 const ROUNDS: u64 = 3;
-/// The same where a round takes minutes.
-const SLOW_ROUNDS: u64 = 2;
 /// What is not done by then is given up.
-const LIMIT: f64 = 480.0;
+const LIMIT: f64 = 1200.0;
 /// How long nothing at all is looked at.
 const NOTHING: f64 = 20.0;
 /// How many points of the course of a run are kept.
@@ -239,13 +237,20 @@ fn settle(
             }
             continue;
         }
-        let enough = match trial.system.pace() {
-            Some(_) if trial.system.slow() => rounds()? >= SLOW_ROUNDS,
-            Some(_) => rounds()? >= ROUNDS,
-            None => true,
+        let since = now - start;
+        let (enough, quiet) = match trial.system.pace() {
+            Some(_) => {
+                let rounds = rounds()?;
+                // Half a round, as it passes by much that nothing is like.
+                (
+                    rounds >= ROUNDS,
+                    QUIET.max(since / rounds.max(1) as f64 / 2.0),
+                )
+            }
+            None => (true, QUIET),
         };
         let course = Course::new(&sampler.seen(), start, now);
-        if enough && course.quiet(now - start) {
+        if enough && course.quiet(since, quiet) {
             return Ok(true);
         }
         if now - start > LIMIT {
@@ -287,9 +292,9 @@ impl Course {
         }
     }
 
-    /// Whether hardly anything has come for a while, and something before.
-    fn quiet(&self, now: f64) -> bool {
-        let then = self.series.iter().rfind(|(at, _)| *at <= now - QUIET);
+    /// Whether hardly anything has come for so many seconds, and something before.
+    fn quiet(&self, now: f64, seconds: f64) -> bool {
+        let then = self.series.iter().rfind(|(at, _)| *at <= now - seconds);
         let Some((_, then)) = then else { return false };
         let change = (self.saved - then).abs() as f64;
         self.saved > 0 && change <= self.saved as f64 * TOLERANCE
@@ -451,12 +456,13 @@ mod tests {
             samples.extend((21..=30).map(|second| sample(f64::from(second), late)));
             Course::new(&samples, 0.0, 30.0)
         };
-        assert!(course(50_000).quiet(30.0));
-        assert!(course(49_900).quiet(30.0));
+        assert!(course(50_000).quiet(30.0, QUIET));
+        assert!(course(49_900).quiet(30.0, QUIET));
         let mut moving = course(40_000);
         moving.series.retain(|(at, _)| *at <= 22.0);
-        assert!(!moving.quiet(22.0), "a fifth more has just come");
-        assert!(!course(100_000).quiet(30.0), "nothing is saved");
+        assert!(!moving.quiet(22.0, QUIET), "a fifth more has just come");
+        assert!(!course(40_000).quiet(30.0, 15.0), "not for so long");
+        assert!(!course(100_000).quiet(30.0, QUIET), "nothing is saved");
     }
 
     #[test]
