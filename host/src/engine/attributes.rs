@@ -77,10 +77,9 @@ impl AttributeMap {
         self.ranges.get(index).map(|(end, it)| (it, *end))
     }
 
-    /// Attributes of all of `range`, if they are the same everywhere.
-    pub(super) fn of(&self, range: &Range<usize>) -> Option<&Attributes> {
-        let (attributes, end) = self.at(range.start)?;
-        (range.end <= end).then_some(attributes)
+    /// Attributes of all of `range`, if they are the same everywhere, and where they end.
+    pub(super) fn of(&self, range: &Range<usize>) -> Option<(&Attributes, usize)> {
+        self.at(range.start).filter(|(_, end)| range.end <= *end)
     }
 
     /// Adds what follows; `None` is an overlay, which has what its neighbours have.
@@ -321,7 +320,7 @@ VmFlags: rd wr mr mw me ac wf
         }
         assert!(at(0x80_0000).unwrap().0.no_huge_page);
         assert_eq!(at(0x90_0000), None);
-        let of = |from: usize, to: usize| found.of(&(BASE + from..BASE + to));
+        let of = |from: usize, to: usize| found.of(&(BASE + from..BASE + to)).map(|(it, _)| it);
         assert_eq!(of(0x7f_f000, 0x80_0000), Some(&dont_dump));
         assert_eq!(of(0x7f_f000, 0x80_1000), None);
     }
@@ -331,7 +330,7 @@ VmFlags: rd wr mr mw me ac wf
         let found = ask(0x60_0000, 0x70_0000).unwrap();
         assert_eq!(
             found.of(&(BASE + 0x60_0000..BASE + 0x70_0000)),
-            Some(&Attributes::default())
+            Some((&Attributes::default(), BASE + 0x70_0000))
         );
         // One that begins with an overlay has those of what follows.
         let found = ask(0x60_0000, 0x80_0000).unwrap();

@@ -131,6 +131,7 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         let mut outcomes: Vec<(u64, Outcome)> = Vec::new();
         let mut forgotten: Vec<FileSpan> = Vec::new();
         let mut withdrawn = false;
+        let mut end_of_pass = false;
         let (files, numbers, counts) = (&mut self.files, &mut self.numbers, &mut self.counts);
         let claimed = self.ring.claim(BATCH_RECORDS, |claimed| {
             let answer = match claimed.record {
@@ -198,6 +199,7 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                 }
                 Ok(Record::EndOfPass { .. }) => {
                     counts.passes += 1;
+                    end_of_pass = true;
                     Outcome::default()
                 }
                 Ok(Record::Goodbye) => {
@@ -228,6 +230,9 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
         }
         for span in forgotten {
             sharing.forget(span);
+        }
+        if end_of_pass {
+            sharing.memory().look_away();
         }
         if withdrawn {
             self.forget_files(sharing);

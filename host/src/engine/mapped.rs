@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The few operations that touch guest memory: compare, copy out, map over, map back.
+//! The few operations that touch guest memory: compare, copy out, set attributes, map back. The
+//! one that maps over it is [`super::store_view`]'s.
 //!
 //! Guest memory is never seen through a Rust reference: vCPUs and devices write to it while
 //! we look. Every access here is a raw copy or comparison of whole pages.
@@ -10,97 +11,16 @@
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::ptr;
 
 use rustix::mm::{
-    Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous,
-    mprotect, mremap_fixed, munmap,
+    Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mprotect,
+    mremap_fixed, munmap,
 };
 
 use super::attributes::Attributes;
 use super::uffd::Uffd;
-use crate::protocol::StorePage;
 use crate::store::PAGE;
-
-/// A read-only descriptor of the store.
-#[derive(Debug)]
-pub struct StoreView {
-    fd: OwnedFd,
-    identity: (u64, u64),
-}
-
-impl StoreView {
-    /// Takes the read-only descriptor of a store.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        let stat = rustix::fs::fstat(&fd)?;
-        Ok(Self {
-            fd,
-            identity: (stat.st_dev, stat.st_ino),
-        })
-    }
-
-    /// Device and inode of the store.
-    pub fn identity(&self) -> (u64, u64) {
-        self.identity
-    }
-
-    /// Reads store pages from `store` on.
-    ///
-    /// As a rule a process compares a page of the store once. A copy that stays in the
-    /// processor's cache costs as much as faulting the page into a mapping for this one look,
-    /// and leaves no page tables behind.
-    pub(super) fn read(&self, store: StorePage, into: &mut [u8]) -> io::Result<()> {
-        let mut done = 0;
-        while done < into.len() {
-            let offset = u64::from(store) * PAGE as u64 + done as u64;
-            match rustix::io::pread(&self.fd, &mut into[done..], offset) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => done += read,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Maps `pages` store pages from `store` on over `address`, private and writable.
-    ///
-    /// # Safety
-    ///
-    /// The range must be guest memory whose content is, and until this returns stays, that of
-    /// the store pages; no Rust reference may point into it.
-    pub(super) unsafe fn map_over(
-        &self,
-        address: usize,
-        store: StorePage,
-        pages: usize,
-        attributes: &Attributes,
-    ) -> io::Result<()> {
-        let (at, bytes) = (address as *mut c_void, pages * PAGE);
-        // SAFETY: the caller gives this range away; its content is the same afterwards.
-        unsafe {
-            mmap(
-                at,
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
-                &self.fd,
-                u64::from(store) * PAGE as u64,
-            )
-        }?;
-        // A policy would be one of the store's file, for every VM of the group.
-        let attributes = Attributes {
-            huge_page: false,
-            mergeable: false,
-            policy: None,
-            ..*attributes
-        };
-        // SAFETY: the range mapped just now.
-        unsafe { set_attributes(at, bytes, &attributes) };
-        Ok(())
-    }
-}
 
 /// Lowest `pages` bits.
 pub(super) fn mask(pages: usize) -> u64 {
@@ -111,38 +31,31 @@ pub(super) fn mask(pages: usize) -> u64 {
     }
 }
 
-/// Which pages at `address` are equal to `expected`, at most 64 whole pages: bit i is page i.
+/// Which of at most 64 pages at `address` are equal to those at `expected`: bit i is page i.
 ///
 /// # Safety
 ///
-/// As many bytes at `address` as `expected` has must be readable memory of this process.
-pub(super) unsafe fn compare(address: usize, expected: &[u8]) -> u64 {
-    let pages = expected.len() / PAGE;
-    debug_assert!(pages <= 64 && expected.len() % PAGE == 0);
+/// As many pages at both must be readable memory of this process.
+pub(super) unsafe fn compare(address: usize, expected: usize, pages: usize) -> u64 {
+    debug_assert!(pages <= 64);
     // SAFETY: by contract.
-    if unsafe { same(address, expected) } {
+    if unsafe { same(address, expected, pages * PAGE) } {
         return mask(pages);
     }
-    let equal = |(i, page): (usize, &[u8])| {
+    let equal = |i: usize| {
         // SAFETY: as above, one page of it.
-        u64::from(unsafe { same(address + i * PAGE, page) }) << i
+        u64::from(unsafe { same(address + i * PAGE, expected + i * PAGE, PAGE) }) << i
     };
-    expected.chunks(PAGE).enumerate().map(equal).sum()
+    (0..pages).map(equal).sum()
 }
 
 /// # Safety
 ///
-/// As many bytes at `address` as `expected` has must be readable memory of this process.
-unsafe fn same(address: usize, expected: &[u8]) -> bool {
+/// As many bytes at both addresses must be readable memory of this process.
+unsafe fn same(address: usize, expected: usize, bytes: usize) -> bool {
     // SAFETY: by contract; memcmp has no requirement on concurrent writers beyond giving some
-    // answer, and the answer is only used where the writers are stopped.
-    let order = unsafe {
-        libc::memcmp(
-            address as *const c_void,
-            expected.as_ptr().cast(),
-            expected.len(),
-        )
-    };
+    // answer, and the answer counts only where the writers are stopped.
+    let order = unsafe { libc::memcmp(address as *const c_void, expected as *const c_void, bytes) };
     order == 0
 }
 
@@ -154,6 +67,27 @@ unsafe fn same(address: usize, expected: &[u8]) -> bool {
 pub(super) unsafe fn copy_out(address: usize, into: &mut [u8]) {
     // SAFETY: by contract, and `into` is our own.
     unsafe { ptr::copy_nonoverlapping(address as *const u8, into.as_mut_ptr(), into.len()) };
+}
+
+/// Gives an overlay what the VMM has set on the memory it lies over, as far as it concerns it.
+/// Huge pages, KSM and policies would only concern pages the guest has broken out, of which none
+/// is ever huge; a policy would besides be one of the store's file, for every VM of the group.
+///
+/// # Safety
+///
+/// The range must be an overlay.
+pub(super) unsafe fn set_attributes_of_overlay(
+    address: usize,
+    pages: usize,
+    attributes: &Attributes,
+) {
+    let attributes = Attributes {
+        dont_fork: attributes.dont_fork,
+        dont_dump: attributes.dont_dump,
+        ..Attributes::default()
+    };
+    // SAFETY: by contract.
+    unsafe { set_attributes(address as *mut c_void, pages * PAGE, &attributes) };
 }
 
 /// # Safety

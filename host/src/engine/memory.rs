@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! Lock order: the store's lock (see [`super::sharing`]) before [`Memory`]'s. `Memory` is
-//! held for one overlay of at most 64 pages at a time, never across a request to the store
+//! held for one window of at most 64 pages at a time, never across a request to the store
 //! or to the VMM, so that a vCPU that faults and a VMM thread that changes its memory wait
 //! microseconds.
 //!
-//! Guest memory of one process: regions, write protection, overlays.
+//! Guest memory of one process: regions, what lies over them, and how they become ordinary
+//! again. Overlays are made in [`super::window`].
 
 #![expect(
     unsafe_code,
@@ -24,12 +25,14 @@ use rustix::io::Errno;
 use super::attributes::{AttributeMap, Unsuitable, examine};
 use super::changes::Changes;
 use super::files::Files;
-use super::mapped::{self, StoreView, mask};
+use super::mapped;
 use super::mappings::MappingBudget;
 use super::overlays::{Overlay, Overlays};
 use super::pagemap::Pagemap;
 use super::regions::{Piece, Region, Regions};
+use super::store_view::StoreView;
 use super::uffd::Uffd;
+use super::window::Equal;
 use crate::protocol::{FileKey, FileSpan, Holding, StoreSpan};
 use crate::store::PAGE;
 
@@ -56,16 +59,18 @@ pub struct Memory {
     pub(super) overlays: Overlays,
     pub(super) changes: Changes,
     files: Files,
-    store: Option<StoreView>,
-    budget: MappingBudget,
-    pagemap: Pagemap,
-    split_huge_pages: bool,
+    pub(super) store: Option<StoreView>,
+    pub(super) budget: MappingBudget,
+    pub(super) pagemap: Pagemap,
+    pub(super) split_huge_pages: bool,
     paused: bool,
     /// Undos under way; while there are any, regions are registered for missing pages.
     undoing: u32,
     disabled: Option<String>,
     strict_overcommit: bool,
     buffer: Vec<u8>,
+    /// What one window is about; kept for the next one.
+    pub(super) equal: Vec<Equal>,
 }
 
 impl Memory {
@@ -87,6 +92,7 @@ impl Memory {
             disabled: None,
             strict_overcommit: strict_overcommit(),
             buffer: vec![0; WINDOW_PAGES * PAGE],
+            equal: Vec::with_capacity(WINDOW_PAGES),
         })
     }
 
@@ -150,9 +156,9 @@ impl Memory {
         self.regions.bytes()
     }
 
-    /// Cuts guest frames into pieces of this process, cut again at most 64 pages long.
-    pub fn pieces(&self, gfn: u64, pages: u64) -> Vec<Piece> {
-        self.regions.pieces(gfn, pages).collect()
+    /// Cuts guest frames into pieces of this process.
+    pub fn pieces(&self, gfn: u64, pages: u64) -> impl Iterator<Item = Piece> + '_ {
+        self.regions.pieces(gfn, pages)
     }
 
     /// Whether, and why, all of this VM's memory is left alone.
@@ -241,7 +247,7 @@ impl Memory {
     }
 
     /// Checks a region once and prepares it; its key.
-    fn prepare(&mut self, address: usize) -> Result<u64, Refusal> {
+    pub(super) fn prepare(&mut self, address: usize) -> Result<u64, Refusal> {
         let region = self.regions.find(address).ok_or(reason::OUTSIDE_MEMORY)?;
         let (key, region) = region;
         match self.suitability.get(&key) {
@@ -276,134 +282,6 @@ impl Memory {
         }
     }
 
-    /// Puts the store's pages over guest memory where the bytes are equal. Bit i of the
-    /// answer: page i is shared now. `overlay.pages` is at most [`WINDOW_PAGES`], and its
-    /// store pages are granted. `pinned` says whether the guest still holds its pages.
-    pub fn overlay(
-        &mut self,
-        address: usize,
-        overlay: Overlay,
-        pinned: &dyn Fn() -> bool,
-    ) -> Result<u64, Refusal> {
-        let pages = overlay.pages as usize;
-        assert!(
-            pages <= WINDOW_PAGES,
-            "a window is at most {WINDOW_PAGES} pages"
-        );
-        let range = address..address + pages * PAGE;
-        if self.paused || self.disabled.is_some() {
-            return Err(reason::PAUSED);
-        }
-        let key = self.prepare(address)?;
-        let inside = |region: Region| range.end <= region.addresses().end;
-        if !self.regions.get(key).is_some_and(inside) {
-            return Err(reason::OUTSIDE_MEMORY);
-        }
-        if self.is_shared_already(address, &overlay) {
-            return Ok(mask(pages));
-        }
-        // In the worst case a run cuts one mapping into three.
-        if !self.budget.admits(pages, 2) {
-            return Err(reason::MAPPING_LIMIT);
-        }
-        self.fill_missing(&range);
-        let Some(store) = self.store.as_ref() else {
-            return Err(reason::NO_STORE);
-        };
-        // A window over a border between attributes is none of ours.
-        let Some(Suitability::Ready(known)) = self.suitability.get(&key) else {
-            return Err(reason::UNSUITABLE_MEMORY);
-        };
-        let attributes = *known.of(&range).ok_or(reason::UNSUITABLE_MEMORY)?;
-        // A granted page does not change, so this need not hold writers up.
-        let expected = &mut self.buffer[..pages * PAGE];
-        store
-            .read(overlay.store, expected)
-            .map_err(|e| host_error("reading the store", &e))?;
-        if self.overlays.intersects(&range) {
-            // An overlay is a mapping of its own, which lost the registration.
-            self.uffd
-                .register(&range)
-                .map_err(|e| host_error("registering an overlay", &e.into()))?;
-        }
-        if self.split_huge_pages && !attributes.no_huge_page {
-            // SAFETY: part of a region, which is mapped guest memory.
-            unsafe { mapped::split_huge_pages(&range) };
-        }
-        self.uffd
-            .protect(&range)
-            .map_err(|e| host_error("write-protecting", &e.into()))?;
-        // Whoever restores the machine writes its memory, and waits for us to end.
-        if !pinned() {
-            self.lift(&range);
-            let _ = self.uffd.wake(&range);
-            return Err(reason::REVOKED);
-        }
-        // SAFETY: part of a region, which is mapped guest memory.
-        let equal = unsafe { mapped::compare(address, expected) };
-        let mut shared = 0;
-        let mut failure = None;
-        for (first, count) in ones(equal, pages) {
-            let part = Overlay {
-                pages: count as u32,
-                store: overlay.store + first as u32,
-                file: overlay.file,
-                page: overlay.page + first as u64,
-            };
-            let at = address + first * PAGE;
-            // SAFETY: writers are stopped and the bytes are equal; guest memory is not seen
-            // through references.
-            match unsafe { store.map_over(at, part.store, count, &attributes) } {
-                Ok(()) => {
-                    self.overlays.insert(at, part);
-                    self.budget.add(2);
-                    shared |= mask(count) << first;
-                }
-                Err(e) => failure = Some(e),
-            }
-        }
-        if shared == mask(pages) {
-            let _ = self.uffd.wake(&range);
-        } else {
-            for (first, count) in ones(!shared & mask(pages), pages) {
-                let at = address + first * PAGE;
-                self.lift(&(at..at + count * PAGE));
-            }
-            let _ = self.uffd.wake(&range);
-        }
-        match failure {
-            Some(e) if shared == 0 => Err(host_error("mapping over guest memory", &e)),
-            _ => Ok(shared),
-        }
-    }
-
-    /// Whether these very store pages lie there, unbroken: then the bytes are equal, and a
-    /// guest that reports everything again costs next to nothing.
-    fn is_shared_already(&self, address: usize, overlay: &Overlay) -> bool {
-        let range = address..address + overlay.pages as usize * PAGE;
-        let (mut at, mut store) = (address, overlay.store);
-        for (start, part) in self.overlays.in_range(&range) {
-            if start != at || part.store != store {
-                return false;
-            }
-            at += part.pages as usize * PAGE;
-            store += part.pages;
-        }
-        let pages = overlay.pages as usize;
-        at == range.end
-            && self
-                .pagemap
-                .intact_now(address, pages)
-                .is_ok_and(|intact| intact == mask(pages))
-    }
-
-    /// A page that stays protected would stop the guest for ever: this must not fail.
-    fn lift(&self, range: &Range<usize>) {
-        if let Err(e) = self.uffd.unprotect(range) {
-            log::error!("cannot lift write protection of {range:x?}: {e}");
-        }
-    }
-
     /// Lets a thread go on that waits at `address`. No window is open while the lock is held,
     /// so nothing is protected for a reason, and a page that is not there was never touched.
     pub fn release_waiter(&self, address: usize) {
@@ -419,7 +297,7 @@ impl Memory {
     /// While an undo is under way, a page that was never there is filled only by whoever serves
     /// events, who needs our lock: before we look at guest memory, such pages get the zeros that
     /// they would show.
-    fn fill_missing(&self, range: &Range<usize>) {
+    pub(super) fn fill_missing(&self, range: &Range<usize>) {
         if self.undoing > 0 {
             for page in range.clone().step_by(PAGE) {
                 // One that is there already stays as it is.
@@ -440,11 +318,17 @@ impl Memory {
         Ok(())
     }
 
-    /// Checks that guest memory at `address` may be shared at all.
-    pub fn check(&mut self, address: usize) -> Result<(), Refusal> {
+    /// Whether sharing is neither paused nor at an end.
+    pub(super) fn allowed(&self) -> Result<(), Refusal> {
         if self.paused || self.disabled.is_some() {
             return Err(reason::PAUSED);
         }
+        Ok(())
+    }
+
+    /// Checks that guest memory at `address` may be shared at all.
+    pub fn check(&mut self, address: usize) -> Result<(), Refusal> {
+        self.allowed()?;
         self.prepare(address).map(drop)
     }
 
@@ -557,25 +441,16 @@ impl Memory {
         }
         self.suitability
             .retain(|_, s| matches!(s, Suitability::Refused(_)));
+        self.look_away();
     }
-}
 
-/// Consecutive one bits of `bits`, as (first, count).
-fn ones(bits: u64, pages: usize) -> impl Iterator<Item = (usize, usize)> {
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        while at < pages && bits >> at & 1 == 0 {
-            at += 1;
+    /// Gives back what comparing with the store has cost: for when nothing is compared for a
+    /// while.
+    pub fn look_away(&mut self) {
+        if let Some(store) = &mut self.store {
+            store.look_away();
         }
-        if at >= pages {
-            return None;
-        }
-        let first = at;
-        while at < pages && bits >> at & 1 == 1 {
-            at += 1;
-        }
-        Some((first, at - first))
-    })
+    }
 }
 
 const STRICT_OVERCOMMIT: &str = "vm.overcommit_memory is 2, under which every overlay is charged \
@@ -588,7 +463,7 @@ fn strict_overcommit() -> bool {
     mode.is_ok_and(|mode| mode.trim() == "2")
 }
 
-fn host_error(what: &str, error: &io::Error) -> Refusal {
+pub(super) fn host_error(what: &str, error: &io::Error) -> Refusal {
     log::warn!("{what}: {error}");
     reason::HOST_ERROR
 }

@@ -80,7 +80,8 @@ impl Overlays {
 
     /// Whether any page of `range` is on an overlay.
     pub fn intersects(&self, range: &Range<usize>) -> bool {
-        self.in_range(range).next().is_some()
+        let last = self.by_address.range(..range.end).next_back();
+        !range.is_empty() && last.is_some_and(|(a, o)| end_of(*a, o) > range.start)
     }
 
     fn at_or_before(&self, address: usize) -> Option<(usize, Overlay)> {
@@ -120,27 +121,37 @@ impl Overlays {
     pub fn insert(&mut self, address: usize, overlay: Overlay) {
         // Hold first: a page that is replaced by itself must not count as dropped.
         self.hold(overlay.store..overlay.store + overlay.pages);
-        self.remove(&(address..end_of(address, &overlay)));
+        let range = address..end_of(address, &overlay);
+        if self.intersects(&range) {
+            self.remove(&range);
+        }
         self.pages += u64::from(overlay.pages);
-        let (mut address, mut overlay) = (address, overlay);
-        if let Some((before, previous)) = self.at_or_before(address)
-            && end_of(before, &previous) == address
-            && previous.is_followed_by(&overlay)
+        // With nothing left in between, the neighbours are the last two up to its end.
+        let mut neighbours = self.by_address.range_mut(..=range.end).rev();
+        let (mut next, mut previous) = (None, neighbours.next());
+        if previous
+            .as_ref()
+            .is_some_and(|(start, _)| **start == range.end)
         {
-            overlay = Overlay {
-                pages: previous.pages + overlay.pages,
-                ..previous
-            };
-            address = before;
+            next = previous.map(|(_, next)| *next);
+            previous = neighbours.next();
         }
-        let end = end_of(address, &overlay);
-        if let Some(next) = self.by_address.get(&end).copied()
-            && overlay.is_followed_by(&next)
-        {
-            self.by_address.remove(&end);
-            overlay.pages += next.pages;
+        next = next.filter(|next| overlay.is_followed_by(next));
+        let pages = overlay.pages + next.map_or(0, |next| next.pages);
+        match previous {
+            Some((start, previous))
+                if end_of(*start, previous) == address && previous.is_followed_by(&overlay) =>
+            {
+                previous.pages += pages;
+            }
+            _ => {
+                let whole = Overlay { pages, ..overlay };
+                self.by_address.insert(address, whole);
+            }
         }
-        self.by_address.insert(address, overlay);
+        if next.is_some() {
+            self.by_address.remove(&range.end);
+        }
     }
 
     /// Forgets what lies in `range`.
@@ -163,12 +174,20 @@ impl Overlays {
     }
 
     fn hold(&mut self, pages: Range<StorePage>) {
+        if !self.dropped.is_empty() {
+            self.dropped.remove_range(pages.clone());
+        }
+        if pages.len() == 1 {
+            if !self.held.insert(pages.start) {
+                *self.more.entry(pages.start).or_default() += 1;
+            }
+            return;
+        }
         let held_already = self.held.range(pages.clone());
         for page in held_already {
             *self.more.entry(page).or_default() += 1;
         }
-        self.held.insert_range(pages.clone());
-        self.dropped.remove_range(pages);
+        self.held.insert_range(pages);
     }
 
     fn let_go(&mut self, mut pages: Range<StorePage>) {

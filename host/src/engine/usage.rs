@@ -57,7 +57,6 @@ pub(super) fn ranges(memory: &Memory, what: &Undo) -> Vec<Range<usize>> {
             .collect(),
         Undo::Pages { gfn, pages } => memory
             .pieces(*gfn, *pages)
-            .into_iter()
             .map(|piece| piece.hva..piece.hva + piece.pages * PAGE)
             .collect(),
     }

@@ -72,6 +72,19 @@ impl GuestRam {
         Self { base, pages }
     }
 
+    /// As QEMU sets its guests' memory up.
+    pub(crate) fn dont_fork(&self) {
+        // SAFETY: the memory that `new` mapped; its content stays.
+        unsafe {
+            madvise(
+                self.base as *mut _,
+                self.pages * PAGE,
+                Advice::LinuxDontFork,
+            )
+        }
+        .unwrap();
+    }
+
     pub(crate) fn region(&self) -> Region {
         Region {
             gfn: 0,

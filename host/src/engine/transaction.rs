@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What becomes of one batch of runs: the store is asked, what it has is overlaid, what it has not
+//! is hashed, and published once a second reporter has come.
+
+use pagefusion_abi::wire::{Outcome, reason};
+use roaring::RoaringBitmap;
+
+use super::memory::{Refusal, WINDOW_PAGES};
+use super::overlays::Overlay;
+use super::regions::Piece;
+use super::sharing::{Connected, ReportedRun, Sharing};
+use super::window::Wanted;
+use crate::protocol::{
+    FileKey, FileSpan, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, Verdict,
+};
+use crate::store::{PAGE, StoreError, hash_page};
+
+/// Most hashes in one request: what fits a message with room to spare.
+const MAX_SIGHTINGS: usize = 4096;
+
+/// A piece of a run that is contiguous in file, store candidates and this process.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    run: usize,
+    file: FileKey,
+    number: u32,
+    page: u64,
+    hva: usize,
+    pages: usize,
+}
+
+impl Part {
+    fn slice(self, from: usize, pages: usize) -> Self {
+        Self {
+            page: self.page + from as u64,
+            hva: self.hva + from * PAGE,
+            pages,
+            ..self
+        }
+    }
+
+    fn span(&self) -> FileSpan {
+        FileSpan {
+            file: self.file,
+            page: self.page,
+            pages: self.pages as u32,
+        }
+    }
+
+    fn end(&self) -> usize {
+        self.hva + self.pages * PAGE
+    }
+
+    /// Whether `next` continues this in file, guest and run.
+    fn is_followed_by(&self, next: &Self) -> bool {
+        self.run == next.run && self.end() == next.hva && self.page + self.pages as u64 == next.page
+    }
+}
+
+/// Pages of one run, counted while it is resolved.
+#[derive(Clone, Copy, Debug, Default)]
+struct Count {
+    pages: u32,
+    shared: u32,
+    remembered: u32,
+    reason: Refusal,
+}
+
+impl Segment {
+    fn skip(self, pages: u32) -> Self {
+        Self {
+            pages: self.pages - pages,
+            store: self.store.map(|at| at + pages),
+        }
+    }
+}
+
+/// One batch of runs on its way through the store.
+pub(super) struct Transaction<'a> {
+    sharing: &'a Sharing,
+    pinned: &'a dyn Fn() -> bool,
+    counts: Vec<Count>,
+    parts: Vec<Part>,
+    granted: RoaringBitmap,
+}
+
+impl<'a> Transaction<'a> {
+    pub(super) fn new(
+        sharing: &'a Sharing,
+        runs: &[ReportedRun],
+        pinned: &'a dyn Fn() -> bool,
+    ) -> Self {
+        let mut this = Self {
+            sharing,
+            pinned,
+            counts: vec![Count::default(); runs.len()],
+            parts: Vec::with_capacity(runs.len()),
+            granted: RoaringBitmap::new(),
+        };
+        let mut memory = sharing.memory();
+        let mut pieces: Vec<Piece> = Vec::new();
+        // Runs of one file come one after the other.
+        let mut known: Option<(FileKey, Option<u32>)> = None;
+        for (index, run) in runs.iter().enumerate() {
+            this.counts[index].pages = run.pages;
+            pieces.clear();
+            pieces.extend(memory.pieces(run.gfn, u64::from(run.pages)));
+            if pieces.iter().map(|p| p.pages).sum::<usize>() < run.pages as usize {
+                this.counts[index].reason = reason::OUTSIDE_MEMORY;
+            }
+            let number = match known {
+                Some((file, number)) if file == run.file => number,
+                _ => memory.file_number(run.file),
+            };
+            known = Some((run.file, number));
+            for piece in &pieces {
+                match (number, memory.check(piece.hva)) {
+                    (Some(number), Ok(())) => this.parts.push(Part {
+                        run: index,
+                        file: run.file,
+                        number,
+                        page: run.page + piece.offset,
+                        hva: piece.hva,
+                        pages: piece.pages,
+                    }),
+                    (None, _) => this.counts[index].reason = reason::TOO_MANY_FILES,
+                    (_, Err(why)) => this.counts[index].reason = why,
+                }
+            }
+        }
+        drop(memory);
+        this
+    }
+
+    fn refuse(&mut self, run: usize, why: Refusal) {
+        self.counts[run].reason = why;
+    }
+
+    pub(super) fn refuse_all(&mut self, why: Refusal) {
+        for count in &mut self.counts {
+            if count.shared + count.remembered < count.pages && count.reason == reason::NONE {
+                count.reason = why;
+            }
+        }
+    }
+
+    pub(super) fn run(&mut self, store: &mut Connected) -> Result<(), StoreError> {
+        let parts = std::mem::take(&mut self.parts);
+        let spans: Vec<FileSpan> = parts.iter().map(Part::span).collect();
+        let mut segments = Vec::new();
+        if !spans.is_empty() {
+            store.pages.lookup(&spans, &mut segments)?;
+        }
+        let unknown = self.overlay_found(&parts, &segments)?;
+        let mut wanted = Vec::new();
+        for batch in split_by_pages(&unknown, MAX_SIGHTINGS) {
+            wanted.extend(self.sight(store, &batch)?);
+        }
+        for part in join(wanted) {
+            for from in (0..part.pages).step_by(MAX_PUBLISH_PAGES) {
+                let pages = MAX_PUBLISH_PAGES.min(part.pages - from);
+                self.publish(store, part.slice(from, pages))?;
+            }
+        }
+        let granted = std::mem::take(&mut self.granted);
+        self.sharing.give_back(store, &granted)
+    }
+
+    /// Overlays what the lookup found; returns what it did not find, or what differed.
+    fn overlay_found(
+        &mut self,
+        parts: &[Part],
+        segments: &[Segment],
+    ) -> Result<Vec<Part>, StoreError> {
+        let mut unknown = Vec::new();
+        let mut found = Vec::new();
+        let mut segments = segments.iter().copied();
+        // A segment may reach over the end of a span into the next.
+        let mut rest: Option<Segment> = None;
+        for part in parts {
+            let mut from = 0;
+            while from < part.pages {
+                let segment = rest
+                    .take()
+                    .or_else(|| segments.find(|s| s.pages > 0))
+                    .ok_or_else(|| StoreError::Refused("segments end before the spans".into()))?;
+                let pages = (segment.pages as usize).min(part.pages - from);
+                let here = part.slice(from, pages);
+                match segment.store {
+                    Some(store) => found.push((here, store)),
+                    None => unknown.push(here),
+                }
+                from += pages;
+                rest = Some(segment.skip(pages as u32)).filter(|s| s.pages > 0);
+            }
+        }
+        unknown.extend(self.overlay(&found));
+        unknown.sort_unstable_by_key(|part| (part.run, part.page));
+        Ok(unknown)
+    }
+
+    /// Overlays parts with the store pages from each one's position on, window by window, by
+    /// address: neighbours in guest memory share a window. Returns the sub-parts whose bytes
+    /// differ.
+    fn overlay(&mut self, found: &[(Part, StorePage)]) -> Vec<Part> {
+        let mut windows: Vec<Part> = Vec::with_capacity(found.len());
+        let mut wanted: Vec<Wanted> = Vec::with_capacity(found.len());
+        for (part, store) in by_address(found) {
+            self.granted.insert_range(store..store + part.pages as u32);
+            for from in (0..part.pages).step_by(WINDOW_PAGES) {
+                let window = part.slice(from, WINDOW_PAGES.min(part.pages - from));
+                windows.push(window);
+                wanted.push(Wanted {
+                    address: window.hva,
+                    overlay: Overlay {
+                        pages: window.pages as u32,
+                        store: store + from as u32,
+                        file: window.number,
+                        page: window.page,
+                    },
+                });
+            }
+        }
+        let mut answers = Vec::with_capacity(wanted.len());
+        while let Some(rest) = wanted.get(answers.len()..).filter(|it| !it.is_empty()) {
+            self.sharing
+                .memory()
+                .overlay(rest, self.pinned, &mut answers);
+        }
+        let mut different = Vec::new();
+        for (window, answer) in windows.iter().zip(answers) {
+            match answer {
+                Ok(shared) => {
+                    self.counts[window.run].shared += shared.count_ones();
+                    if shared.count_ones() as usize != window.pages {
+                        different.extend(
+                            (0..window.pages)
+                                .filter(|i| shared >> i & 1 == 0)
+                                .map(|i| window.slice(i, 1)),
+                        );
+                    }
+                }
+                Err(why) => self.refuse(window.run, why),
+            }
+        }
+        different.sort_unstable_by_key(|part| (part.run, part.page));
+        join(different)
+    }
+
+    /// Tells the store what was seen; overlays what it found by content, returns what it
+    /// wants published.
+    fn sight(&mut self, store: &mut Connected, parts: &[Part]) -> Result<Vec<Part>, StoreError> {
+        let mut sightings = Vec::with_capacity(parts.len());
+        let mut asked = Vec::with_capacity(parts.len());
+        let mut page = [0; PAGE];
+        for part in parts {
+            let mut hashes = Vec::with_capacity(part.pages);
+            for i in 0..part.pages {
+                let address = part.hva + i * PAGE;
+                // A copy: the guest may write meanwhile, and a hash of what changes under it
+                // would be one of nothing.
+                if let Err(why) = self.sharing.memory().copy_out(address, &mut page) {
+                    self.refuse(part.run, why);
+                    break;
+                }
+                hashes.push(hash_page(store.seed, &page));
+            }
+            if !hashes.is_empty() {
+                asked.push(part.slice(0, hashes.len()));
+                sightings.push(Sighting {
+                    file: part.file,
+                    page: part.page,
+                    hashes,
+                });
+            }
+        }
+        if sightings.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut verdicts = Vec::new();
+        store.pages.sight(sightings, &mut verdicts)?;
+        if verdicts.len() != asked.iter().map(|p| p.pages).sum::<usize>() {
+            return Err(StoreError::Refused(
+                "as many verdicts as pages were expected".into(),
+            ));
+        }
+        let mut wanted = Vec::new();
+        let mut by_content: Vec<(Part, StorePage)> = Vec::new();
+        let mut verdicts = verdicts.into_iter();
+        for part in asked {
+            for (i, verdict) in (0..part.pages).zip(&mut verdicts) {
+                let here = part.slice(i, 1);
+                match verdict {
+                    Verdict::Found(at) => match by_content.last_mut() {
+                        Some((last, store))
+                            if last.is_followed_by(&here) && *store + last.pages as u32 == at =>
+                        {
+                            last.pages += 1;
+                        }
+                        _ => by_content.push((here, at)),
+                    },
+                    Verdict::Remembered => self.counts[part.run].remembered += 1,
+                    Verdict::Publish => wanted.push(here),
+                }
+            }
+        }
+        for different in self.overlay(&by_content) {
+            self.refuse(different.run, reason::DIFFERENT);
+        }
+        Ok(wanted)
+    }
+
+    /// Sends pages to the store and overlays them with what became of them there.
+    fn publish(&mut self, store: &mut Connected, part: Part) -> Result<(), StoreError> {
+        let mut bytes = vec![0; part.pages * PAGE];
+        if let Err(why) = self.sharing.memory().copy_out(part.hva, &mut bytes) {
+            self.refuse(part.run, why);
+            return Ok(());
+        }
+        let mut positions = Vec::new();
+        store.pages.publish(part.span(), &bytes, &mut positions)?;
+        if positions.len() != part.pages {
+            return Err(StoreError::Refused(
+                "as many positions as pages were expected".into(),
+            ));
+        }
+        let mut from = 0;
+        while from < part.pages {
+            let Some(first) = positions[from] else {
+                self.refuse(part.run, reason::STORE_FULL);
+                from += 1;
+                continue;
+            };
+            let follows = |i: &usize| positions[from + i] == Some(first + *i as u32);
+            let count = (0..part.pages - from).take_while(follows).count();
+            if !self.overlay(&[(part.slice(from, count), first)]).is_empty() {
+                self.refuse(part.run, reason::DIFFERENT);
+            }
+            from += count;
+        }
+        Ok(())
+    }
+
+    pub(super) fn outcomes(self) -> Vec<Outcome> {
+        let outcome = |c: Count| {
+            let rest = c.pages.saturating_sub(c.shared + c.remembered);
+            let why = if c.reason == reason::NONE {
+                reason::DIFFERENT
+            } else {
+                c.reason
+            };
+            Outcome {
+                reason: if rest == 0 { reason::NONE } else { why },
+                shared: u16::try_from(c.shared).unwrap_or(u16::MAX),
+                remembered: u16::try_from(c.remembered).unwrap_or(u16::MAX),
+            }
+        };
+        self.counts.into_iter().map(outcome).collect()
+    }
+}
+
+/// What was found, in the order of guest memory.
+fn by_address(found: &[(Part, StorePage)]) -> Vec<(Part, StorePage)> {
+    let mut sorted = found.to_vec();
+    sorted.sort_by_key(|(part, _)| part.hva);
+    sorted
+}
+
+/// Joins parts of one run that follow each other.
+fn join(parts: Vec<Part>) -> Vec<Part> {
+    let mut joined: Vec<Part> = Vec::with_capacity(parts.len());
+    for part in parts {
+        match joined.last_mut() {
+            Some(last) if last.is_followed_by(&part) => last.pages += part.pages,
+            _ => joined.push(part),
+        }
+    }
+    joined
+}
+
+/// Cuts parts into batches of at most `most` pages.
+fn split_by_pages(parts: &[Part], most: usize) -> Vec<Vec<Part>> {
+    let mut batches = Vec::new();
+    let mut batch = Vec::new();
+    let mut room = most;
+    for part in parts {
+        let mut from = 0;
+        while from < part.pages {
+            let pages = room.min(part.pages - from);
+            batch.push(part.slice(from, pages));
+            from += pages;
+            room -= pages;
+            if room == 0 {
+                batches.push(std::mem::take(&mut batch));
+                room = most;
+            }
+        }
+    }
+    if !batch.is_empty() {
+        batches.push(batch);
+    }
+    batches
+}
