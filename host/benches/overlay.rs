@@ -8,12 +8,19 @@
 //! a region, before the first overlay: looking it up in `smaps` and registering it, which the
 //! floor has behind it as well. Guest memory is filled from the store, as the floor's is, so that
 //! both find it as near to the processor. Every store page is looked at for the first time by the
-//! engine's process, as in real use, while the floor has its store mapped and populated.
-//! Time is for all pages.
+//! engine's process, as in real use; the floor has its store mapped and populated, but where it
+//! is called `floor-unseen`.
+//!
+//! Time is for all pages. Criterion shows it as it passes; the table in the end has the ratios of
+//! pairs measured one after the other, by the time of the processor as well: other programs take
+//! that from neither.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -22,14 +29,66 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Random, Vm, file, fill};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+};
 use pagefusion_host::engine::{ReportedRun, mappings_now};
 use pagefusion_host::store::{Group, PAGE};
+use rustix::time::{ClockId, clock_gettime};
 
-/// 64 MiB: half as many single-page runs as the kernel lets a process have mappings.
-const PAGES: usize = 16384;
+/// 32 MiB: with other memory between single pages, a quarter of the mappings the kernel lets a
+/// process have.
+const PAGES: usize = 8192;
 /// As many runs as a guest's batch has.
 const BATCH: usize = 256;
+
+/// How runs lie in guest memory, and in which order they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// One after the other by address, each beginning where the last one ends.
+    Touching,
+    /// By address, with a run's worth of other memory behind each.
+    Apart,
+    /// In the order of the file, as a guest reports them: anywhere in guest memory.
+    Scattered,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    layout: Layout,
+    huge: bool,
+    /// As QEMU sets guest memory up.
+    dont_fork: bool,
+    run: usize,
+}
+
+impl Case {
+    fn stride(&self) -> usize {
+        match self.layout {
+            Layout::Apart => 2 * self.run,
+            Layout::Touching | Layout::Scattered => self.run,
+        }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let layout = match self.layout {
+            Layout::Touching => "touching",
+            Layout::Apart => "apart",
+            Layout::Scattered => "scattered",
+        };
+        let kind = if self.huge { "huge" } else { "small" };
+        let fork = if self.dont_fork { "-dontfork" } else { "" };
+        write!(f, "{layout}/{kind}-pages{fork}/run-{}", self.run)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    wall: Duration,
+    cpu: Duration,
+}
 
 fn build_floor() -> Option<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/overlay_floor.c");
@@ -51,27 +110,51 @@ fn build_floor() -> Option<PathBuf> {
 }
 
 /// Time for all pages, as the floor prints it per page.
-fn floor(program: &Path, run: usize, huge: bool) -> Duration {
-    let huge = if huge { "1" } else { "0" };
+fn floor(program: &Path, case: &Case, unseen: bool) -> Sample {
+    let huge = if case.huge { "1" } else { "0" };
     let mib = ((PAGES * PAGE) >> 20).to_string();
-    let output = Command::new(program)
-        .args([&mib, &run.to_string(), "0", huge, huge])
-        .output()
-        .expect("the floor runs");
+    let mut command = Command::new(program);
+    command.args([&mib, &case.run.to_string(), "0", huge, huge]);
+    match case.layout {
+        Layout::Touching => {}
+        Layout::Apart => _ = command.arg("apart"),
+        Layout::Scattered => _ = command.arg("scattered"),
+    }
+    if case.dont_fork {
+        command.arg("dontfork");
+    }
+    if unseen {
+        command.arg("unseen");
+    }
+    let output = command.output().expect("the floor runs");
     let text = String::from_utf8_lossy(&output.stdout);
-    let micros = text
-        .split(" us/page")
-        .next()
-        .and_then(|t| t.rsplit(' ').next());
-    let micros: f64 = micros
-        .and_then(|m| m.parse().ok())
-        .expect("the floor prints us/page");
-    Duration::from_secs_f64(micros * PAGES as f64 / 1e6)
+    let mut micros = text.split(" us/page").filter_map(|part| {
+        let number = part.rsplit(' ').next()?;
+        number.parse::<f64>().ok()
+    });
+    let mut next = || {
+        let micros = micros.next().expect("the floor prints us/page twice");
+        Duration::from_secs_f64(micros * PAGES as f64 / 1e6)
+    };
+    Sample {
+        wall: next(),
+        cpu: next(),
+    }
+}
+
+fn cpu_time() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 /// Time for sharing all pages of a guest, in permuted runs.
-fn engine(group: &Arc<Mutex<Group>>, run: usize, huge: bool) -> Duration {
-    let vm = Vm::new(group, 1, PAGES, huge);
+fn engine(group: &Arc<Mutex<Group>>, case: &Case) -> Sample {
+    let Case { run, huge, .. } = *case;
+    let stride = case.stride();
+    let vm = Vm::new(group, 1, PAGES / run * stride, huge);
+    if case.dont_fork {
+        vm.ram.dont_fork();
+    }
     // From the store, which so is as near to the processor as that of the floor.
     let store = File::from(
         group
@@ -86,14 +169,18 @@ fn engine(group: &Arc<Mutex<Group>>, run: usize, huge: bool) -> Duration {
     for i in (1..places.len()).rev() {
         places.swap(i, random.below(i + 1));
     }
+    let other = vec![1; PAGE];
     let mut runs = Vec::new();
     for (i, place) in places.iter().enumerate() {
         let offset = (i * run * PAGE) as u64;
         store.read_exact_at(&mut content, offset).expect("a run");
         for (page, bytes) in content.chunks_exact(PAGE).enumerate() {
-            vm.ram.write_page(place * run + page, bytes);
+            vm.ram.write_page(place * stride + page, bytes);
         }
-        let (page, gfn) = ((i * run) as u64, (place * run) as u64);
+        for page in run..stride {
+            vm.ram.write_page(place * stride + page, &other);
+        }
+        let (page, gfn) = ((i * run) as u64, (place * stride) as u64);
         runs.push(ReportedRun {
             file: file(1),
             page,
@@ -101,11 +188,12 @@ fn engine(group: &Arc<Mutex<Group>>, run: usize, huge: bool) -> Duration {
             pages: run as u32,
         });
     }
-    // A guest's frames come in no order that the store knows of.
-    runs.sort_by_key(|run| run.gfn);
+    if case.layout != Layout::Scattered {
+        runs.sort_by_key(|run| run.gfn);
+    }
     let prepared = vm.sharing.memory().check(vm.ram.base);
     prepared.expect("memory that can be shared");
-    let start = Instant::now();
+    let (start, cpu) = (Instant::now(), cpu_time());
     let mut shared = 0;
     for batch in runs.chunks(BATCH) {
         shared += vm
@@ -115,7 +203,10 @@ fn engine(group: &Arc<Mutex<Group>>, run: usize, huge: bool) -> Duration {
             .map(|o| usize::from(o.shared))
             .sum::<usize>();
     }
-    let time = start.elapsed();
+    let sample = Sample {
+        wall: start.elapsed(),
+        cpu: cpu_time() - cpu,
+    };
     assert_eq!(
         shared,
         PAGES,
@@ -123,7 +214,116 @@ fn engine(group: &Arc<Mutex<Group>>, run: usize, huge: bool) -> Duration {
         vm.sharing.memory().budget(),
         mappings_now().expect("/proc/self/maps")
     );
-    time
+    sample
+}
+
+/// Samples of one case, taken in turns, and handed out to criterion one kind after the other.
+struct Rounds<'a> {
+    case: Case,
+    group: &'a Arc<Mutex<Group>>,
+    program: Option<&'a Path>,
+    all: Vec<[Sample; 3]>,
+    waiting: [VecDeque<Sample>; 3],
+}
+
+const FLOOR: usize = 0;
+const UNSEEN: usize = 1;
+const ENGINE: usize = 2;
+
+impl Rounds<'_> {
+    fn next(&mut self, which: usize) -> Duration {
+        if self.waiting[which].is_empty() {
+            self.measure();
+        }
+        self.waiting[which]
+            .pop_front()
+            .expect("measured just now")
+            .wall
+    }
+
+    fn measure(&mut self) {
+        let mut samples = [None; 3];
+        for i in 0..3 {
+            let which = (i + self.all.len()) % 3;
+            samples[which] = Some(match (which, self.program) {
+                (ENGINE, _) | (_, None) => engine(self.group, &self.case),
+                (_, Some(program)) => floor(program, &self.case, which == UNSEEN),
+            });
+        }
+        let samples = samples.map(|sample| sample.expect("each was measured"));
+        for (waiting, sample) in self.waiting.iter_mut().zip(samples) {
+            waiting.push_back(sample);
+        }
+        self.all.push(samples);
+    }
+
+    /// A row of the table: microseconds of the processor for a page, and ratios.
+    fn row(&self) -> String {
+        let page = |which: usize| {
+            let of = |round: &[Sample; 3]| round[which].cpu.as_secs_f64() * 1e6 / PAGES as f64;
+            Spread::of(self.all.iter().map(of))
+        };
+        let ratio = |to: usize, time: fn(&Sample) -> Duration| {
+            let of = |round: &[Sample; 3]| {
+                time(&round[ENGINE]).as_secs_f64() / time(&round[to]).as_secs_f64()
+            };
+            Spread::of(self.all.iter().map(of))
+        };
+        format!(
+            "| {} | {:.2} | {:.2} | {} | {} | {} | {} |",
+            self.case,
+            page(FLOOR).median,
+            page(ENGINE).median,
+            ratio(FLOOR, |s| s.cpu),
+            ratio(FLOOR, |s| s.wall),
+            ratio(UNSEEN, |s| s.cpu),
+            self.all.len(),
+        )
+    }
+}
+
+struct Spread {
+    least: f64,
+    median: f64,
+    most: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        Self {
+            least: values[0],
+            median: values[values.len() / 2],
+            most: values[values.len() - 1],
+        }
+    }
+}
+
+impl fmt::Display for Spread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} ({:.2}–{:.2})", self.median, self.least, self.most)
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut add = |layout, huge, dont_fork| {
+        for run in [1, 16, 64] {
+            cases.push(Case {
+                layout,
+                huge,
+                dont_fork,
+                run,
+            });
+        }
+    };
+    for layout in [Layout::Touching, Layout::Apart, Layout::Scattered] {
+        add(layout, false, false);
+        add(layout, true, false);
+    }
+    add(Layout::Scattered, true, true);
+    cases
 }
 
 fn overlay(c: &mut Criterion) {
@@ -131,23 +331,46 @@ fn overlay(c: &mut Criterion) {
     let bytes = Random(1).bytes(PAGES * PAGE);
     let _held = fill(&group, file(1), &bytes);
     let program = build_floor();
-    for (kind, huge) in [("small", false), ("huge", true)] {
-        for run in [1, 16, 64] {
-            let mut bench = c.benchmark_group(format!("overlay/{kind}-pages/run-{run}"));
-            bench.throughput(Throughput::Elements(PAGES as u64));
-            bench.sample_size(10).warm_up_time(Duration::from_millis(1));
-            bench.measurement_time(Duration::from_millis(1));
-            let repeat = |n: u64, once: &dyn Fn() -> Duration| (0..n).map(|_| once()).sum();
-            if let Some(program) = &program {
-                bench.bench_function(BenchmarkId::from_parameter("floor"), |b| {
-                    b.iter_custom(|n| repeat(n, &|| floor(program, run, huge)));
+    let mut rows = Vec::new();
+    for case in cases() {
+        let rounds = RefCell::new(Rounds {
+            case,
+            group: &group,
+            program: program.as_deref(),
+            all: Vec::new(),
+            waiting: Default::default(),
+        });
+        let mut bench = c.benchmark_group(format!("overlay/{case}"));
+        bench.throughput(Throughput::Elements(PAGES as u64));
+        bench.sample_size(10).warm_up_time(Duration::from_millis(1));
+        bench.measurement_time(Duration::from_millis(1));
+        bench.sampling_mode(SamplingMode::Flat);
+        for (which, name) in [
+            (FLOOR, "floor"),
+            (UNSEEN, "floor-unseen"),
+            (ENGINE, "engine"),
+        ] {
+            if which == ENGINE || program.is_some() {
+                bench.bench_function(BenchmarkId::from_parameter(name), |b| {
+                    b.iter_custom(|n| (0..n).map(|_| rounds.borrow_mut().next(which)).sum());
                 });
             }
-            bench.bench_function(BenchmarkId::from_parameter("engine"), |b| {
-                b.iter_custom(|n| repeat(n, &|| engine(&group, run, huge)));
-            });
-            bench.finish();
         }
+        bench.finish();
+        let rounds = rounds.into_inner();
+        if !rounds.all.is_empty() && program.is_some() {
+            // What was measured is not lost when this is interrupted.
+            println!("{}", rounds.row());
+            rows.push(rounds.row());
+        }
+    }
+    println!(
+        "| overlay | floor, µs CPU a page | engine | ratio, CPU | ratio, wall | \
+         ratio to a floor with an unseen store, CPU | rounds |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    for row in rows {
+        println!("{row}");
     }
 }
 
