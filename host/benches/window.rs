@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! How long a guest's write waits for a window.
+//!
+//! A thread that stands for a vCPU waits for a window to open and writes at once to one of its
+//! pages, so that it is held up from the beginning to the end. It writes what is there already:
+//! the page stays equal, and is overlaid behind the writer's back. Beside it, to tell the engine
+//! from the machine: how much longer than wanted the same thread spins for as long as its median
+//! wait, while another one spins too.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::{Random, Vm, file, fill};
+use pagefusion_host::engine::{ReportedRun, WINDOW_MAPPINGS, WINDOW_PAGES};
+use pagefusion_host::store::{Group, PAGE};
+
+const PAGES: usize = 4096;
+const BATCH: usize = 256;
+/// Enough for ten beyond the 99.9th percentile.
+const SAMPLES: usize = 10_000;
+
+#[derive(Clone, Copy)]
+struct Case {
+    run: usize,
+    huge: bool,
+    /// Runs continue each other in guest memory, so that several share a window.
+    touching: bool,
+}
+
+impl Case {
+    fn runs_in_a_window(&self) -> usize {
+        if self.touching {
+            (WINDOW_PAGES / self.run).min(WINDOW_MAPPINGS)
+        } else {
+            1
+        }
+    }
+
+    fn stride(&self) -> usize {
+        if self.touching {
+            self.run
+        } else {
+            self.run + 1
+        }
+    }
+}
+
+/// One sample for each window of a guest that the writer was in time for.
+fn round(group: &Arc<Mutex<Group>>, bytes: &[u8], case: &Case, samples: &mut Vec<Duration>) {
+    let (run, stride) = (case.run, case.stride());
+    let count = PAGES / run;
+    let vm = Vm::new(group, 1, count * stride, case.huge);
+    let mut runs = Vec::new();
+    // Every second run of the store, so that no two of them are one mapping.
+    for place in 0..count {
+        let from = (place * 2 % count + place * 2 / count) * run;
+        for page in 0..run {
+            let content = &bytes[(from + page) * PAGE..][..PAGE];
+            vm.ram.write_page(place * stride + page, content);
+        }
+        runs.push(ReportedRun {
+            file: file(1),
+            page: from as u64,
+            gfn: (place * stride) as u64,
+            pages: run as u32,
+        });
+    }
+    let together = case.runs_in_a_window();
+    let opened = AtomicUsize::new(0);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (opened, done, vm) = (&opened, &done, &vm);
+        let writer = scope.spawn(move || {
+            let mut random = Random(1);
+            let mut waits = Vec::new();
+            let mut seen = 0;
+            loop {
+                let now = opened.load(Ordering::Acquire);
+                if now == seen {
+                    if done.load(Ordering::Acquire) {
+                        return waits;
+                    }
+                    std::hint::spin_loop();
+                    continue;
+                }
+                seen = now;
+                let place = (now - 1) * together + random.below(together);
+                let word = vm.ram.word(place * stride + random.below(run), 1);
+                let value = word.load(Ordering::Relaxed);
+                let start = Instant::now();
+                word.store(value, Ordering::Relaxed);
+                waits.push(start.elapsed());
+            }
+        });
+        for batch in runs.chunks(BATCH) {
+            // Asked while writers are stopped.
+            let pinned = || {
+                opened.fetch_add(1, Ordering::Release);
+                true
+            };
+            let outcomes = vm.sharing.share_while(batch, &pinned);
+            assert!(outcomes.iter().all(|o| usize::from(o.shared) == run));
+        }
+        done.store(true, Ordering::Release);
+        samples.extend(writer.join().expect("the writer"));
+    });
+    assert_eq!(
+        opened.into_inner(),
+        count / together,
+        "windows are as large as assumed"
+    );
+}
+
+/// What the machine adds by itself to spinning for `length`.
+fn machine_alone(length: Duration) -> Vec<Duration> {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let samples = (0..SAMPLES)
+            .map(|_| {
+                let start = Instant::now();
+                while start.elapsed() < length {
+                    std::hint::spin_loop();
+                }
+                start.elapsed()
+            })
+            .collect();
+        done.store(true, Ordering::Relaxed);
+        samples
+    })
+}
+
+fn percentiles(mut samples: Vec<Duration>) -> String {
+    samples.sort_unstable();
+    let at = |part: f64| {
+        let index = (samples.len() as f64 * part) as usize;
+        samples[index.min(samples.len() - 1)].as_secs_f64() * 1e6
+    };
+    let [median, p99, p999, most] = [0.5, 0.99, 0.999, 1.0].map(at);
+    format!("{median:.1} | {p99:.1} | {p999:.1} | {most:.1}")
+}
+
+fn main() {
+    let group = Arc::new(Mutex::new(Group::anonymous().expect("a store")));
+    let bytes = Random(1).bytes(PAGES * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    println!(
+        "| runs | in a window | writes | p50, µs | p99 | p99.9 | max | the machine alone: p50 | p99 | p99.9 | max |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    for huge in [false, true] {
+        for (run, touching) in [(1, false), (16, false), (64, false), (1, true), (16, true)] {
+            let case = Case {
+                run,
+                huge,
+                touching,
+            };
+            let mut samples = Vec::new();
+            while samples.len() < SAMPLES {
+                round(&group, &bytes, &case, &mut samples);
+            }
+            samples.sort_unstable();
+            let median = samples[samples.len() / 2];
+            println!(
+                "| {run} {}, {} | {} | {} | {} | {} |",
+                if run == 1 { "page" } else { "pages" },
+                if huge { "huge" } else { "small" },
+                case.runs_in_a_window(),
+                samples.len(),
+                percentiles(samples),
+                percentiles(machine_alone(median)),
+            );
+        }
+    }
+}
