@@ -49,7 +49,8 @@ fn a_machine_that_goes_silent_is_given_up_long_before_its_limit() {
 
 #[test]
 fn a_machine_that_speaks_may_take_longer_than_its_silence() {
-    let (outcome, lines) = stream("for n in 1 2 3; do sleep 2; line $n; done; answer");
+    let (outcome, lines) =
+        stream("for n in 1 2 3; do sleep 2; line $n; done; answer; read -r forever <&\"$port\"");
     assert_eq!(outcome.unwrap().status, Some(0));
     assert_eq!(lines, ["1", "2", "3"]);
 }
