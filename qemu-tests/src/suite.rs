@@ -72,15 +72,21 @@ impl Tally {
 pub struct Choice<'a> {
     /// Those of this tier and of those below.
     pub tier: Tier,
-    /// Those whose name contains this, of whatever tier.
-    pub filter: Option<&'a str>,
+    /// If there are any: those whose name contains one of these, of whatever tier.
+    pub filters: &'a [String],
 }
 
 impl Choice<'_> {
     fn wants(self, scenario: &Scenario) -> bool {
-        match self.filter {
-            Some(filter) => scenario.name.contains(filter),
-            None => scenario.tier <= self.tier,
+        self.wants_called(scenario.name, scenario.tier)
+    }
+
+    /// Whether something of this name and tier is wanted.
+    pub fn wants_called(self, name: &str, tier: Tier) -> bool {
+        if self.filters.is_empty() {
+            tier <= self.tier
+        } else {
+            self.filters.iter().any(|filter| name.contains(filter))
         }
     }
 }
@@ -158,12 +164,16 @@ mod tests {
             guests: 0,
             run: |_| Ok(()),
         };
-        let choice = |tier, filter| Choice { tier, filter };
-        assert!(choice(Tier::Usual, None).wants(&scenario(Tier::Smoke)));
-        assert!(choice(Tier::Usual, None).wants(&scenario(Tier::Usual)));
-        assert!(!choice(Tier::Usual, None).wants(&scenario(Tier::Deep)));
-        assert!(choice(Tier::Smoke, Some("name")).wants(&scenario(Tier::Deep)));
-        assert!(!choice(Tier::Deep, Some("other")).wants(&scenario(Tier::Smoke)));
+        let words = |words: &[&str]| words.iter().map(|&it| it.to_owned()).collect::<Vec<_>>();
+        let wants = |tier, filters: &[&str], of| {
+            let filters = &words(filters);
+            Choice { tier, filters }.wants(&scenario(of))
+        };
+        assert!(wants(Tier::Usual, &[], Tier::Smoke));
+        assert!(wants(Tier::Usual, &[], Tier::Usual));
+        assert!(!wants(Tier::Usual, &[], Tier::Deep));
+        assert!(wants(Tier::Smoke, &["other", "name"], Tier::Deep));
+        assert!(!wants(Tier::Deep, &["other"], Tier::Smoke));
     }
 
     #[test]

@@ -75,8 +75,8 @@ enum Task {
         /// How much to run.
         #[arg(long, value_enum, default_value_t = Tier::Usual)]
         tier: Tier,
-        /// Only scenarios whose name contains this, of whatever tier.
-        filter: Option<String>,
+        /// Only scenarios whose name contains one of these, of whatever tier.
+        filters: Vec<String>,
     },
     /// Measure pagefusion against KSM, and both against what could be shared.
     Bench(Compare),
@@ -156,10 +156,10 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             quick,
             host,
             tier,
-            filter,
+            filters,
         } => {
-            let filter = filter.as_deref();
-            harness.test(quick, host, Choice { tier, filter })
+            let filters = &filters;
+            harness.test(quick, host, Choice { tier, filters })
         }
         Task::Bench(compare) => harness.compare(&compare),
         Task::BenchDocument { .. } => unreachable!("has been done"),
@@ -250,10 +250,7 @@ impl Harness<'_> {
         let mut tally = Tally::default();
         let wanted =
             |host: HostKind| only.map_or(host == HostKind::Tcg || !quick, |only| only == host);
-        let in_lab = wanted(HostKind::KvmLab)
-            && choice.filter.map_or(choice.tier > Tier::Smoke, |filter| {
-                "main_scenario".contains(filter)
-            });
+        let in_lab = wanted(HostKind::KvmLab) && choice.wants_called("main_scenario", Tier::Usual);
         self.test_here(&wanted, choice, &mut tally)?;
         // By itself: what is emulated twice and gets half a CPU looks like a machine that hangs.
         if in_lab {
