@@ -67,6 +67,30 @@ struct Announced {
     name: Box<str>,
 }
 
+/// Records of a batch that can be handled at once: first it forgets, then it shares. A guest whose
+/// page has moved takes the old report back just before the new one; done the other way round, the
+/// store would forget what the guest believes it remembers.
+#[derive(Debug, Default)]
+struct Step {
+    forgotten: Vec<FileSpan>,
+    runs: Vec<(u64, ReportedRun)>,
+}
+
+impl Step {
+    /// Whether one of its runs has a page of `span`, so that forgetting must come after it.
+    fn reports(&self, span: &FileSpan) -> bool {
+        let end = match span.pages {
+            0 => u64::MAX,
+            pages => span.page.saturating_add(u64::from(pages)),
+        };
+        self.runs.iter().any(|(_, run)| {
+            run.file == span.file
+                && run.page < end
+                && span.page < run.page.saturating_add(u64::from(run.pages))
+        })
+    }
+}
+
 /// Sums since the engine started.
 #[derive(Clone, Debug, Default)]
 struct Counts {
@@ -127,9 +151,8 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             return self.withdraw_some(sharing);
         }
         done.ring |= self.post_waiting();
-        let mut runs: Vec<(u64, ReportedRun)> = Vec::new();
+        let mut steps = vec![Step::default()];
         let mut outcomes: Vec<(u64, Outcome)> = Vec::new();
-        let mut forgotten: Vec<FileSpan> = Vec::new();
         let mut withdrawn = false;
         let mut end_of_pass = false;
         let (files, numbers, counts) = (&mut self.files, &mut self.numbers, &mut self.counts);
@@ -145,15 +168,15 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                             file.name
                         );
                         let file = file.key;
-                        runs.push((
-                            claimed.position,
-                            ReportedRun {
-                                file,
-                                page,
-                                gfn,
-                                pages,
-                            },
-                        ));
+                        let run = ReportedRun {
+                            file,
+                            page,
+                            gfn,
+                            pages,
+                        };
+                        if let Some(step) = steps.last_mut() {
+                            step.runs.push((claimed.position, run));
+                        }
                         return;
                     }
                     None => {
@@ -187,11 +210,17 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
                             }
                             // Longer than any file: the store takes it as the whole file.
                             let pages = u32::try_from(pages).unwrap_or(0);
-                            forgotten.push(FileSpan {
+                            let span = FileSpan {
                                 file: key,
                                 page,
                                 pages,
-                            });
+                            };
+                            if steps.last().is_none_or(|step| step.reports(&span)) {
+                                steps.push(Step::default());
+                            }
+                            if let Some(step) = steps.last_mut() {
+                                step.forgotten.push(span);
+                            }
                             Outcome::default()
                         }
                         None => refused(reason::UNKNOWN_FILE),
@@ -224,12 +253,14 @@ impl<M: Borrow<[AtomicU64]>> Guest<M> {
             }
         };
         done.busy = true;
-        self.answer(sharing, batch.is_revoked(), &runs);
+        for Step { forgotten, runs } in steps {
+            for span in forgotten {
+                sharing.forget(span);
+            }
+            self.answer(sharing, batch.is_revoked(), &runs);
+        }
         for (position, outcome) in outcomes {
             self.ring.set_outcome(position, outcome);
-        }
-        for span in forgotten {
-            sharing.forget(span);
         }
         if end_of_pass {
             sharing.memory().look_away();
