@@ -61,8 +61,9 @@ pub fn settle(world: &mut World, start: Instant) -> Result<Growth> {
         }
         if Instant::now() >= deadline {
             bail!(
-                "sharing did not settle: {} pages shared, full passes {passes:?}",
-                status.pages_shared
+                "sharing did not settle: {} pages shared, full passes {passes:?}\n{}",
+                status.pages_shared,
+                world.account()
             );
         }
         thread::sleep(INTERVAL);
@@ -87,7 +88,10 @@ pub fn same_memory(world: &mut World, path: &str) -> Result<()> {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            bail!("{path}: {same} of {all} pages are the same memory in two guests");
+            bail!(
+                "{path}: {same} of {all} pages are the same memory in two guests\n{}",
+                world.account()
+            );
         }
         thread::sleep(INTERVAL);
     }

@@ -301,6 +301,18 @@ impl World {
         }
     }
 
+    /// What daemon and modules say of themselves, for whoever looks into a failure.
+    pub fn account(&mut self) -> String {
+        let told = |what: Result<String>| what.unwrap_or_else(|error| format!("{error:#}"));
+        let mut text = told(self.site.ctl(&["status", "--json"]));
+        for guest in &mut self.guests {
+            let numbers = guest.output(&["sh", "-c", "cd /sys/kernel/pagefusion && grep -H . *"]);
+            let numbers = told(numbers).replace('\n', " ");
+            text.push_str(&format!("\n{}: {numbers}", guest.name()));
+        }
+        text
+    }
+
     /// Every process whose memory counts.
     pub fn pids(&self) -> Vec<u32> {
         self.guests

@@ -44,7 +44,10 @@ pub(super) fn all_same(world: &mut World, name: &str) -> Result<()> {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            bail!("{name}: {same} of {all} pages are the same memory in two guests");
+            bail!(
+                "{name}: {same} of {all} pages are the same memory in two guests\n{}",
+                world.account()
+            );
         }
         std::thread::sleep(Duration::from_millis(100));
     }
