@@ -27,7 +27,7 @@ enum Job {
 /// The daemon's end of one VM's control connection, if there is one.
 #[derive(Debug, Default)]
 pub(super) struct Control {
-    link: Mutex<Option<Link>>,
+    link: Arc<Mutex<Option<Link>>>,
     reports: Arc<Mutex<VecDeque<FileSpan>>>,
 }
 
@@ -50,11 +50,18 @@ impl Control {
         let (jobs, inbox) = mpsc::channel();
         let stream = connection.stream().try_clone()?;
         let reports = self.reports.clone();
+        let link = Arc::downgrade(&self.link);
         std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(connection, &inbox, &reports))?;
+            .spawn(move || {
+                serve(connection, &inbox, &reports);
+                // What it could not ask is for a connection that may be there already.
+                if let Some(link) = link.upgrade() {
+                    wake(&link);
+                }
+            })?;
         *lock(&self.link) = Some(Link { jobs, stream });
-        self.wake();
+        wake(&self.link);
         Ok(())
     }
 
@@ -78,21 +85,26 @@ impl Control {
     pub(super) fn report(&self, spans: Vec<FileSpan>) {
         let mut reports = lock(&self.reports);
         let begins = reports.is_empty();
-        reports.extend(spans);
-        let excess = reports.len().saturating_sub(MAX_REPORTS);
-        reports.drain(..excess);
+        add(&mut reports, spans);
         drop(reports);
         if begins {
-            self.wake();
+            wake(&self.link);
         }
     }
+}
 
-    fn wake(&self) {
-        if let Some(link) = &*lock(&self.link) {
-            // If the thread has ended, the next one takes the reports.
-            let _ = link.jobs.send(Job::Report);
-        }
+fn wake(link: &Mutex<Option<Link>>) {
+    if let Some(link) = &*lock(link) {
+        // If the thread has ended, the next one takes the reports.
+        let _ = link.jobs.send(Job::Report);
     }
+}
+
+/// Adds spans, and drops the oldest where there are too many.
+fn add(reports: &mut VecDeque<FileSpan>, spans: Vec<FileSpan>) {
+    reports.extend(spans);
+    let excess = reports.len().saturating_sub(MAX_REPORTS);
+    reports.drain(..excess);
 }
 
 /// Waits for an answer.
@@ -120,7 +132,13 @@ fn serve(mut connection: Connection, inbox: &Receiver<Job>, reports: &Mutex<VecD
                 if spans.is_empty() {
                     continue;
                 }
-                exchange(&mut connection, &ControlRequest::Report { spans })
+                let request = ControlRequest::Report { spans };
+                let answer = exchange(&mut connection, &request);
+                if let (Err(_), ControlRequest::Report { spans }) = (&answer, request) {
+                    // The next connection asks for them. To ask twice does no harm.
+                    add(&mut lock(reports), spans);
+                }
+                answer
             }
         };
         match answer {
@@ -150,4 +168,46 @@ fn exchange(
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::{Encoding, FileKey};
+    use std::os::unix::net::UnixStream;
+
+    fn connected(control: &Control) -> Connection {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let limit = Duration::from_secs(10);
+        let connection = |stream| Connection::new(stream, Encoding::Postcard, limit).unwrap();
+        control.connect(connection(ours)).unwrap();
+        connection(theirs)
+    }
+
+    #[test]
+    fn what_an_engine_did_not_answer_is_asked_of_the_next_connection() {
+        let control = Control::default();
+        let file = FileKey {
+            fs_uuid: [0; 16],
+            inode: 1,
+            size: 0,
+            mtime_ns: 0,
+            generation: 0,
+            kind: 0,
+        };
+        let spans = vec![FileSpan {
+            file,
+            page: 3,
+            pages: 4,
+        }];
+        let wanted = ControlRequest::Report {
+            spans: spans.clone(),
+        };
+        let mut engine = connected(&control);
+        control.report(spans);
+        assert_eq!(engine.receive::<ControlRequest>().unwrap(), wanted);
+        drop(engine);
+        let mut engine = connected(&control);
+        assert_eq!(engine.receive::<ControlRequest>().unwrap(), wanted);
+    }
 }
