@@ -53,14 +53,19 @@ impl Charge {
     /// What is really taken. The parts know it to the page, unless some pages are on no list just now: on their way to
     /// one, or taken off by whoever moves them, megabytes where they are huge. Then the sum is nearer.
     fn bytes(&self) -> u64 {
-        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let stock = cpus as u64 * 64 * 4096;
-        if self.sum.abs_diff(self.parts()) <= stock {
+        if self.sum.abs_diff(self.parts()) <= uncertainty() {
             self.parts()
         } else {
             self.sum
         }
     }
+}
+
+/// How far a reading may be off, in bytes: each CPU may keep a stock of `MEMCG_CHARGE_BATCH` pages, and `memory.stat`
+/// is brought up to date when as many changes have come together.
+pub fn uncertainty() -> u64 {
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    cpus as u64 * 64 * 4096
 }
 
 /// Parts of what is charged, in bytes.
