@@ -35,9 +35,10 @@ pub(crate) fn ram_ranges(text: &str) -> Vec<RangeInclusive<u64>> {
             let range = line.split(' ').next().and_then(|r| r.split_once('-'));
             let Some((start, end)) = range else { continue };
             let parse = |s: &str| u64::from_str_radix(s, 16);
-            if let (Ok(start), Ok(end)) = (parse(start), parse(end))
-                && start <= end
-            {
+            let (Ok(start), Ok(end)) = (parse(start), parse(end)) else {
+                continue;
+            };
+            if start <= end {
                 ranges.push(start..=end);
             }
         }

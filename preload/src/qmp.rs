@@ -58,10 +58,11 @@ pub(crate) fn guest_memory(socket: &Path) -> Result<Vec<Region>, QmpError> {
         let last_address = host_address(&human(format!("gpa2hva {last:#x}"))?);
         // What is contiguous for the guest is so in QEMU; what is not memory after all
         // (a device's) has no address.
-        if let (Some(first), Some(last_page)) = (first_address, last_address)
-            && last_page.checked_sub(first) == Some(((pages - 1) * PAGE) as usize)
-            && first % PAGE as usize == 0
-        {
+        let (Some(first), Some(last_page)) = (first_address, last_address) else {
+            continue;
+        };
+        let length = Some(((pages - 1) * PAGE) as usize);
+        if last_page.checked_sub(first) == length && first % PAGE as usize == 0 {
             regions.push(Region {
                 gfn: start / PAGE,
                 pages,

@@ -280,10 +280,10 @@ pub(crate) fn unmap<T>(
         for range in ranges {
             memory.unmapped(range);
         }
-        if let Some(runtime) = current()
-            && let Some(unmapped) = lock(&runtime.unmapped).as_mut()
-        {
-            unmapped.extend_from_slice(ranges);
+        if let Some(runtime) = current() {
+            if let Some(unmapped) = lock(&runtime.unmapped).as_mut() {
+                unmapped.extend_from_slice(ranges);
+            }
         }
     }
     Ok(result)
