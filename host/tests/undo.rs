@@ -184,8 +184,9 @@ fn overlays_that_a_guest_has_mostly_broken_become_ordinary_memory() {
     let shared = Shared::new();
     let before = audit(&shared.vm.sharing).unwrap();
     // All but two pages of three runs, and the end of another.
-    for frame in (2..3 * RUN).chain(4 * RUN + 12..5 * RUN) {
-        shared.vm.ram.word(frame, 0).fetch_xor(0, Ordering::Relaxed);
+    let broken = || (2..3 * RUN).chain(4 * RUN + 12..5 * RUN);
+    for frame in broken() {
+        shared.vm.ram.word(frame, 0).fetch_xor(1, Ordering::Relaxed);
     }
     let again = tidy(&shared.vm.sharing, &[]).unwrap();
     let after = audit(&shared.vm.sharing).unwrap();
@@ -199,6 +200,9 @@ fn overlays_that_a_guest_has_mostly_broken_become_ordinary_memory() {
         (again[0].file, again[0].page, again[0].pages),
         (file(1), 0, 2)
     );
+    for frame in broken() {
+        shared.vm.ram.word(frame, 0).fetch_xor(1, Ordering::Relaxed);
+    }
     shared.check();
 }
 
@@ -207,12 +211,56 @@ fn a_hole_that_a_guest_has_written_into_an_overlay_cuts_nothing() {
     let shared = Shared::new();
     let before = audit(&shared.vm.sharing).unwrap();
     for frame in 3..9 {
-        shared.vm.ram.word(frame, 0).fetch_xor(0, Ordering::Relaxed);
+        shared.vm.ram.word(frame, 0).fetch_xor(1, Ordering::Relaxed);
     }
     assert_eq!(tidy(&shared.vm.sharing, &[]).unwrap(), []);
     let after = audit(&shared.vm.sharing).unwrap();
     assert_eq!((after.intact, after.broken), (before.intact - 6, 6));
     assert_eq!(after.overlay_mappings, before.overlay_mappings);
+}
+
+/// As when a guest evicts a page and reads it again into the same frame.
+#[test]
+fn pages_written_with_what_they_were_are_reported_again() {
+    let shared = Shared::new();
+    let before = audit(&shared.vm.sharing).unwrap();
+    // Most of the first run of file 1, and one page of the first of file 2, beside another that
+    // is written for good.
+    for frame in (1..RUN).chain([RUN + 4]) {
+        shared.vm.ram.write_page(frame, shared.expected(frame));
+    }
+    shared
+        .vm
+        .ram
+        .word(RUN + 5, 511)
+        .fetch_xor(1, Ordering::Relaxed);
+    let again = tidy(&shared.vm.sharing, &[]).unwrap();
+    let wanted: Vec<_> = again
+        .iter()
+        .map(|it| (it.file, it.page, it.pages))
+        .collect();
+    assert_eq!(wanted, [(file(1), 1, 15), (file(2), 4, 1)]);
+    let after = audit(&shared.vm.sharing).unwrap();
+    assert_eq!((after.intact, after.broken), (before.intact - 17, 17));
+    let run = |span: &(_, u64, u32)| ReportedRun {
+        file: span.0,
+        page: span.1,
+        gfn: span.1 + if span.0 == file(2) { RUN as u64 } else { 0 },
+        pages: span.2,
+    };
+    let runs: Vec<_> = wanted.iter().map(run).collect();
+    for (outcome, run) in shared.vm.sharing.share(&runs).iter().zip(&runs) {
+        assert_eq!(u32::from(outcome.shared), run.pages);
+    }
+    let after = audit(&shared.vm.sharing).unwrap();
+    assert_eq!((after.intact, after.broken), (before.intact - 1, 1));
+    assert_eq!(tidy(&shared.vm.sharing, &[]).unwrap(), []);
+    shared
+        .vm
+        .ram
+        .word(RUN + 5, 511)
+        .fetch_xor(1, Ordering::Relaxed);
+    shared.check();
 }
 
 #[test]

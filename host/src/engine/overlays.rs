@@ -37,6 +37,12 @@ impl Overlay {
         Self { pages, ..self }
     }
 
+    /// At most `pages` pages of it from `first` on.
+    pub(super) fn slice(self, first: u32, pages: u32) -> Self {
+        let rest = self.skip(first);
+        rest.take(pages.min(rest.pages))
+    }
+
     fn is_followed_by(&self, next: &Self) -> bool {
         self.file == next.file
             && self.store + self.pages == next.store

@@ -51,6 +51,19 @@ impl Pagemap {
     /// As [`Self::intact_now`], but entries near those asked for before may be as old as the
     /// first question about them: for counting many overlays in order.
     pub(super) fn intact_lately(&mut self, address: usize, pages: usize) -> io::Result<u64> {
+        Ok(intact(self.entries_lately(address, pages)?))
+    }
+
+    /// Which of at most 64 pages at `address`, all of them on overlays, are memory of the guest's
+    /// own now, and not swapped out; as old as [`Self::intact_lately`].
+    pub(super) fn written_lately(&mut self, address: usize, pages: usize) -> io::Result<u64> {
+        let entries = self.entries_lately(address, pages)?;
+        Ok(which(entries, |entry| {
+            entry & PRESENT != 0 && entry & FILE == 0
+        }))
+    }
+
+    fn entries_lately(&mut self, address: usize, pages: usize) -> io::Result<&[u8]> {
         let wanted = address / PAGE..address / PAGE + pages;
         if wanted.start < self.chunk.start || wanted.end > self.chunk.end {
             self.chunk = wanted.start..wanted.start;
@@ -69,17 +82,23 @@ impl Pagemap {
             }
         }
         let first = (wanted.start - self.chunk.start) * ENTRY;
-        Ok(intact(&self.entries[first..first + pages * ENTRY]))
+        Ok(&self.entries[first..first + pages * ENTRY])
     }
 }
 
 fn intact(entries: &[u8]) -> u64 {
-    let mut intact = 0;
+    // A page that was never read through the overlay is not present, and still intact.
+    which(entries, |entry| {
+        (entry & PRESENT == 0 || entry & FILE != 0) && entry & SWAPPED == 0
+    })
+}
+
+/// Bit i: whether entry i is so.
+fn which(entries: &[u8], is: impl Fn(u64) -> bool) -> u64 {
+    let mut found = 0;
     for (i, entry) in entries.chunks_exact(ENTRY).enumerate() {
         let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
-        // A page that was never read through the overlay is not present, and still intact.
-        let broken = (entry & PRESENT != 0 && entry & FILE == 0) || entry & SWAPPED != 0;
-        intact |= u64::from(!broken) << i;
+        found |= u64::from(is(entry)) << i;
     }
-    intact
+    found
 }

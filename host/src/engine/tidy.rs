@@ -7,6 +7,10 @@
 //! little is worth something goes as a whole, others lose what is worthless at an end beside
 //! ordinary memory, with which it becomes one mapping. What lies between overlays, or in the middle
 //! of one, stays: to cut it out costs mappings and brings nothing.
+//!
+//! A page that the guest has evicted and read again into the frame where it was before is broken,
+//! and of the same content. The guest may not have noticed, so it is asked to report such pages
+//! again: only while it holds a page is it certain that no device is about to write it.
 
 use std::io;
 use std::ops::Range;
@@ -17,6 +21,7 @@ use super::memory::WINDOW_PAGES;
 use super::overlays::Overlay;
 use super::pagemap::Pagemap;
 use super::sharing::Sharing;
+use super::window::{Wanted, ones};
 use crate::protocol::{FileSpan, StoreSpan};
 use crate::store::PAGE;
 
@@ -24,8 +29,9 @@ use crate::store::PAGE;
 const WORTHLESS: usize = 8;
 
 /// Tidies up. `alone` are store pages that no other process has been granted. Returns file pages
-/// that were turned back though the guest has not written them: the store knows nothing of them
-/// afterwards, so the guest is to report them again.
+/// that the guest is to report again: those that were turned back though it has not written them,
+/// of which the store knows nothing afterwards, and those that are on overlays, were written, and
+/// have the same content all the same.
 pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>> {
     let (overlays, alone) = {
         let memory = sharing.memory();
@@ -36,7 +42,7 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
     // has the same content in any case.
     let mut pagemap = Pagemap::open()?;
     let mut ranges = Vec::new();
-    let mut turned_back = Vec::new();
+    let mut wanted = Vec::new();
     for (i, &(address, overlay)) in overlays.iter().enumerate() {
         let beside = Beside {
             before: i > 0 && end(&overlays[i - 1]) == address,
@@ -45,32 +51,57 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
                 .is_some_and(|next| next.0 == end(&overlays[i])),
         };
         let pages = overlay.pages as usize;
-        let mut intact = Vec::with_capacity(pages);
+        let (mut intact, mut same) = (Vec::with_capacity(pages), Vec::with_capacity(pages));
         for from in (0..pages).step_by(WINDOW_PAGES) {
-            let count = WINDOW_PAGES.min(pages - from);
-            let mask = pagemap.intact_lately(address + from * PAGE, count)?;
+            let part = overlay.slice(from as u32, WINDOW_PAGES as u32);
+            let (at, count) = (address + from * PAGE, part.pages as usize);
+            let mask = pagemap.intact_lately(at, count)?;
             intact.extend((0..count).map(|i| mask >> i & 1 == 1));
+            let mask = mask | alike(sharing, at, part, pagemap.written_lately(at, count)?);
+            same.extend((0..count).map(|i| mask >> i & 1 == 1));
         }
-        let worth = |i: usize| intact[i] && !alone.contains(overlay.store + i as u32);
-        for part in worthless(pages, worth, beside) {
-            ranges.push(address + part.start * PAGE..address + part.end * PAGE);
-            let mut again = part;
-            while let Some(first) = again.find(|&i| intact[i]) {
-                let last = again.find(|&i| !intact[i]).unwrap_or(again.end);
-                turned_back.push((overlay.file, overlay.page + first as u64, last - first));
-            }
+        let worth = |i: usize| same[i] && !alone.contains(overlay.store + i as u32);
+        let gone = worthless(pages, worth, beside);
+        let is_gone = |i: usize| gone.iter().any(|part| part.contains(&i));
+        let is_wanted = |i: &usize| same[*i] && (is_gone(*i) || !intact[*i]);
+        let mut rest = 0..pages;
+        while let Some(first) = rest.find(is_wanted) {
+            let last = rest.find(|i| !is_wanted(i)).unwrap_or(pages);
+            wanted.push((overlay.file, overlay.page + first as u64, last - first));
         }
+        ranges.extend(
+            gone.iter()
+                .map(|part| address + part.start * PAGE..address + part.end * PAGE),
+        );
     }
-    let mut spans = Vec::with_capacity(turned_back.len());
-    sharing.undo_ranges(|memory| {
-        spans.extend(turned_back.iter().map(|&(file, page, pages)| FileSpan {
+    let spans = {
+        let mut memory = sharing.memory();
+        memory.look_away();
+        let span = |&(file, page, pages): &(u32, u64, usize)| FileSpan {
             file: memory.file_key(file),
             page,
             pages: pages as u32,
-        }));
-        ranges
-    })?;
+        };
+        wanted.iter().map(span).collect()
+    };
+    sharing.undo_ranges(|_| ranges)?;
     Ok(spans)
+}
+
+/// Of those pages of an overlay at `address` that the guest has `written`, the ones that are what
+/// they were.
+fn alike(sharing: &Sharing, address: usize, overlay: Overlay, written: u64) -> u64 {
+    let mut alike = 0;
+    for (first, count) in ones(written, overlay.pages as usize) {
+        let wanted = Wanted {
+            address: address + first * PAGE,
+            overlay: overlay.slice(first as u32, count as u32),
+        };
+        // Without the store nothing can be said of them, and nothing was.
+        let found = sharing.memory().alike(&wanted).unwrap_or(0);
+        alike |= found << first;
+    }
+    alike
 }
 
 fn end(&(address, overlay): &(usize, Overlay)) -> usize {

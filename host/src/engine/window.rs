@@ -114,6 +114,24 @@ impl Memory {
         }
     }
 
+    /// Which pages on overlays, written by the guest since, have the bytes of their store pages
+    /// again: bit i is page i of `wanted`. Just now, as nobody is kept from writing, and a device
+    /// may be about to: only what a guest reports, and holds, may be overlaid.
+    pub(super) fn alike(&mut self, wanted: &Wanted) -> Result<u64, Refusal> {
+        let (pages, overlay) = (wanted.pages(), wanted.overlay);
+        if !self.is_on(wanted.address, &overlay) {
+            return Ok(0);
+        }
+        self.fill_missing(&wanted.range());
+        let store = self.store.as_mut().ok_or(reason::NO_STORE)?;
+        store
+            .look_at(overlay.store, pages)
+            .map_err(|e| host_error("looking at the store", &e))?;
+        let expected = store.address_of(overlay.store).ok_or(reason::NO_STORE)?;
+        // SAFETY: overlays are part of a region, which is mapped guest memory; the store is mapped.
+        Ok(unsafe { mapped::compare(wanted.address, expected, pages) })
+    }
+
     /// Attributes of the memory that `wanted` is to go over, and where they end.
     fn attributes_of(&mut self, wanted: &Wanted) -> Result<(Attributes, usize), Refusal> {
         assert!(
@@ -268,6 +286,16 @@ impl Memory {
     /// Whether these very store pages lie there, unbroken: then the bytes are equal, and a
     /// guest that reports everything again costs next to nothing.
     fn is_shared_already(&self, address: usize, overlay: &Overlay) -> bool {
+        let pages = overlay.pages as usize;
+        self.is_on(address, overlay)
+            && self
+                .pagemap
+                .intact_now(address, pages)
+                .is_ok_and(|intact| intact == mask(pages))
+    }
+
+    /// Whether these very store pages were laid there, broken or not.
+    fn is_on(&self, address: usize, overlay: &Overlay) -> bool {
         let range = address..address + overlay.pages as usize * PAGE;
         let (mut at, mut store) = (address, overlay.store);
         for (start, part) in self.overlays.in_range(&range) {
@@ -277,12 +305,7 @@ impl Memory {
             at += part.pages as usize * PAGE;
             store += part.pages;
         }
-        let pages = overlay.pages as usize;
         at == range.end
-            && self
-                .pagemap
-                .intact_now(address, pages)
-                .is_ok_and(|intact| intact == mask(pages))
     }
 }
 
@@ -312,7 +335,7 @@ fn lift(uffd: &Uffd, range: &Range<usize>) {
 }
 
 /// Consecutive one bits of `bits`, as (first, count).
-fn ones(bits: u64, pages: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn ones(bits: u64, pages: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         while at < pages && bits >> at & 1 == 0 {
