@@ -242,7 +242,7 @@ impl Group {
         out: &mut Vec<Segment>,
     ) -> Result<(), StoreError> {
         self.known(vm)?;
-        check_pages(spans.iter().map(|span| u64::from(span.pages)))?;
+        check_spans(spans.iter().map(|it| (it.page, u64::from(it.pages))))?;
         let begin = out.len();
         for span in spans {
             let pages = span.page..span.page.saturating_add(u64::from(span.pages));
@@ -284,19 +284,7 @@ impl Group {
         out: &mut Vec<Verdict>,
     ) -> Result<(), StoreError> {
         self.known(vm)?;
-        check_pages(
-            sightings
-                .iter()
-                .map(|sighting| sighting.hashes.len() as u64),
-        )?;
-        if sightings
-            .iter()
-            .any(|it| it.page.checked_add(it.hashes.len() as u64).is_none())
-        {
-            return Err(StoreError::Refused(
-                "a sighting behind the last page there can be".into(),
-            ));
-        }
+        check_spans(sightings.iter().map(|it| (it.page, it.hashes.len() as u64)))?;
         for sighting in sightings {
             for (&hash, page) in sighting.hashes.iter().zip(sighting.page..) {
                 out.push(self.sight_page(vm, &sighting.file, page, hash));
@@ -316,10 +304,8 @@ impl Group {
     ) -> Result<(), StoreError> {
         self.known(vm)?;
         let pages = span.pages as usize;
-        if pages > MAX_PUBLISH_PAGES
-            || bytes.len() != pages * PAGE
-            || span.page.checked_add(u64::from(span.pages)).is_none()
-        {
+        check_spans([(span.page, u64::from(span.pages))].into_iter())?;
+        if pages > MAX_PUBLISH_PAGES || bytes.len() != pages * PAGE {
             return Err(StoreError::Refused(format!(
                 "{} bytes for {pages} pages; at most {MAX_PUBLISH_PAGES} pages can be published at once",
                 bytes.len()
@@ -360,7 +346,8 @@ impl Group {
         self.known(vm)?;
         // Under the daemon before it was granted what it maps, whatever the limits are now.
         let adopted = self.is_waiting_for(vm);
-        check_pages(holdings.iter().map(|holding| u64::from(holding.span.pages)))?;
+        // What is wrong in them is passed over below.
+        check_spans(holdings.iter().map(|it| (0, u64::from(it.span.pages))))?;
         for Holding { span, store } in holdings {
             let pages = span.page..span.page.saturating_add(u64::from(span.pages));
             let stores = *store..store.saturating_add(span.pages);
@@ -791,11 +778,20 @@ fn append(segments: &mut Vec<Segment>, begin: usize, new: Segment) {
     segments.push(new);
 }
 
-fn check_pages(pages: impl Iterator<Item = u64>) -> Result<(), StoreError> {
-    let pages: u64 = pages.sum();
-    if pages > MAX_REQUEST_PAGES {
+/// Spans are (first page, pages).
+fn check_spans(spans: impl Iterator<Item = (u64, u64)>) -> Result<(), StoreError> {
+    let mut all = 0;
+    for (first, pages) in spans {
+        if first.checked_add(pages).is_none() {
+            return Err(StoreError::Refused(format!(
+                "{pages} pages from page {first} on: no file is that long"
+            )));
+        }
+        all += pages;
+    }
+    if all > MAX_REQUEST_PAGES {
         return Err(StoreError::Refused(format!(
-            "{pages} pages in one request; the most is {MAX_REQUEST_PAGES}"
+            "{all} pages in one request; the most is {MAX_REQUEST_PAGES}"
         )));
     }
     Ok(())

@@ -419,11 +419,20 @@ fn oversized_requests_are_refused() {
             .is_err()
     );
     assert!(group.lookup(9, &[span(file, 0, 1)], &mut segments).is_err());
-    assert!(
-        group
-            .lookup(1, &[span(file, u64::MAX, 3)], &mut segments)
-            .is_ok()
-    );
+}
+
+#[test]
+fn spans_behind_the_last_page_there_can_be_are_refused() {
+    let mut group = group_of(1);
+    let file = key(1, 10);
+    let behind = span(file, u64::MAX - 1, 3);
+    let mut segments = Vec::new();
+    assert!(group.lookup(1, &[behind], &mut segments).is_err());
+    assert!(segments.is_empty());
+    let sighting = sighting(&group, file, behind.page, &[1, 2, 3]);
+    assert!(group.sight(1, &[sighting], &mut Vec::new()).is_err());
+    let bytes = vec![0; 3 * PAGE];
+    assert!(group.publish(1, behind, &bytes, &mut Vec::new()).is_err());
 }
 
 #[test]
