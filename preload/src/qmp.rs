@@ -2,7 +2,7 @@
 
 //! Guest memory of a QEMU without KVM, asked of its monitor.
 
-use std::io;
+use std::io::{self, BufRead, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -35,7 +35,16 @@ pub(crate) fn guest_memory(socket: &Path) -> Result<Vec<Region>, QmpError> {
     let stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    let mut monitor = Qmp::from_stream(&stream);
+    ask(&stream)
+}
+
+/// The same over a connection.
+pub(crate) fn ask<S: Read + Write + Clone>(stream: S) -> Result<Vec<Region>, QmpError> {
+    let mut monitor = Qmp::from_stream(stream);
+    if monitor.inner_mut().fill_buf()?.is_empty() {
+        // `handshake` takes a greeting for granted.
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
     monitor.handshake()?;
     let mut human = |line: String| {
         monitor.execute(&qmp::human_monitor_command {
@@ -45,28 +54,29 @@ pub(crate) fn guest_memory(socket: &Path) -> Result<Vec<Region>, QmpError> {
     };
     let mut regions = Vec::new();
     for range in ram_ranges(&human("info mtree -f".to_owned())?) {
-        let Some(start) = range.start().checked_next_multiple_of(PAGE) else {
-            continue;
-        };
-        // A range may reach to the end of all addresses; of that the last page is left alone.
-        let pages = range.end().saturating_add(1).saturating_sub(start) / PAGE;
-        if pages == 0 {
+        let first = range.start().div_ceil(PAGE);
+        // Of the page in which the range ends only if it ends with it.
+        let behind = range.end() / PAGE + u64::from(range.end() % PAGE == PAGE - 1);
+        if first >= behind {
             continue;
         }
-        let last = start + (pages - 1) * PAGE;
-        let first_address = host_address(&human(format!("gpa2hva {start:#x}"))?);
-        let last_address = host_address(&human(format!("gpa2hva {last:#x}"))?);
+        let (pages, last) = (behind - first, behind - 1);
+        let mut address_of = |page: u64| -> Result<Option<usize>, QmpError> {
+            let text = human(format!("gpa2hva {:#x}", page * PAGE))?;
+            Ok(host_address(&text))
+        };
         // What is contiguous for the guest is so in QEMU; what is not memory after all
         // (a device's) has no address.
-        let (Some(first), Some(last_page)) = (first_address, last_address) else {
+        let (Some(hva), Some(last_page)) = (address_of(first)?, address_of(last)?) else {
             continue;
         };
-        let length = Some(((pages - 1) * PAGE) as usize);
-        if last_page.checked_sub(first) == length && first % PAGE as usize == 0 {
+        let is_whole = last_page.checked_sub(hva) == Some(((pages - 1) * PAGE) as usize);
+        let has_end = last_page.checked_add(PAGE as usize).is_some();
+        if is_whole && has_end && hva % PAGE as usize == 0 {
             regions.push(Region {
-                gfn: start / PAGE,
+                gfn: first,
                 pages,
-                hva: first,
+                hva,
             });
         }
     }
