@@ -3,13 +3,12 @@
 //! One guest behind its ring: turns records into work for [`Sharing`] and its results into
 //! outcomes and requests.
 
-use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::AtomicU64;
 
 use pagefusion_abi::wire::{Layout, Outcome, Record, Request, reason};
 
 use super::ring::{Attachment, Batch, RingConsumer};
+use super::shared_memory::Words;
 use super::sharing::{Progress, ReportedRun, Sharing};
 use crate::protocol::{EngineStatus, FileKey, FileSpan};
 
@@ -102,7 +101,7 @@ struct Counts {
     passes: u64,
 }
 
-impl<M: Borrow<[AtomicU64]>> Guest<M> {
+impl<M: Words> Guest<M> {
     /// A guest behind the shared memory `memory` of this `layout`. `instance` is new for
     /// every host that takes over the same memory.
     pub fn new(memory: M, layout: Layout, instance: u64, max_inflight_pages: u64) -> Self {

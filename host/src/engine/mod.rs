@@ -40,7 +40,7 @@ pub use numa::MemoryPolicy;
 pub use overlays::{Overlay, Overlays};
 pub use regions::{Piece, Region, Regions};
 pub use ring::{Attachment, Batch, Claimed, RingConsumer, RingError};
-pub use shared_memory::SharedMemory;
+pub use shared_memory::{SharedMemory, Words};
 pub use sharing::{ReportedRun, Sharing};
 pub use store_view::StoreView;
 pub use tidy::tidy;

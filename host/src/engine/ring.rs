@@ -11,13 +11,14 @@
 //!   looked at.
 //! * Outcomes are written before `ACK`, which is a release store.
 
-use std::borrow::Borrow;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use pagefusion_abi::wire::{
     self, DecodeError, Layout, MAX_NAME, MAX_RECORD_SLOTS, Outcome, Record, Request, SLOT_BYTES,
     SLOT_WORDS, Slot, guest_area, guest_state, host_area, policy,
 };
+
+use super::shared_memory::Words;
 
 /// What happened at the guest's side since the last look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,12 +85,12 @@ pub struct RingConsumer<M> {
     broken: bool,
 }
 
-impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
+impl<M: Words> RingConsumer<M> {
     /// Takes over the host's side with a new, non-zero `instance`; the guest will attach.
     /// `layout` must be sound for `memory`, as [`Layout::from_header`] makes sure.
     pub fn new(memory: M, layout: Layout, instance: u64, max_inflight_pages: u64) -> Self {
         assert!(
-            layout.total_bytes <= memory.borrow().len() as u64 * 8,
+            layout.total_bytes <= memory.count() as u64 * 8,
             "layout exceeds memory"
         );
         assert_ne!(instance, 0, "instance zero means that no host is there");
@@ -154,29 +155,32 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
             && self.guest(guest_area::STATE) == guest_state::ATTACHED
     }
 
-    fn word(&self, offset: u64) -> &AtomicU64 {
-        &self.memory.borrow()[(offset / 8) as usize]
+    fn load(&self, offset: u64, order: Ordering) -> u64 {
+        u64::from_le(self.memory.load((offset / 8) as usize, order))
+    }
+
+    fn store(&self, offset: u64, value: u64, order: Ordering) {
+        self.memory
+            .store((offset / 8) as usize, value.to_le(), order);
     }
 
     fn set_host(&self, field: usize, value: u64) {
-        self.word(self.layout.host_area + field as u64)
-            .store(value.to_le(), Ordering::Release);
+        let offset = self.layout.host_area + field as u64;
+        self.store(offset, value, Ordering::Release);
     }
 
     fn host(&self, field: usize) -> u64 {
-        let word = self.word(self.layout.host_area + field as u64);
-        u64::from_le(word.load(Ordering::Acquire))
+        self.load(self.layout.host_area + field as u64, Ordering::Acquire)
     }
 
     fn guest(&self, field: usize) -> u64 {
-        let word = self.word(self.layout.guest_area + field as u64);
-        u64::from_le(word.load(Ordering::Acquire))
+        self.load(self.layout.guest_area + field as u64, Ordering::Acquire)
     }
 
     fn slot(&self, offset: u64) -> Slot {
         let mut slot = [0; SLOT_WORDS];
         for (i, word) in slot.iter_mut().enumerate() {
-            *word = u64::from_le(self.word(offset + i as u64 * 8).load(Ordering::Relaxed));
+            *word = self.load(offset + i as u64 * 8, Ordering::Relaxed);
         }
         slot
     }
@@ -237,10 +241,7 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         let mut buffers: Vec<(u64, usize)> = Vec::with_capacity(max_records);
         let mut end = self.tail;
         while buffers.len() < max_records && end < head {
-            let first = u64::from_le(
-                self.word(self.layout.ring_slot(end))
-                    .load(Ordering::Relaxed),
-            );
+            let first = self.load(self.layout.ring_slot(end), Ordering::Relaxed);
             let slots = wire::record_slots(first);
             if slots == 0 || slots > MAX_RECORD_SLOTS || slots as u64 > head - end {
                 if buffers.is_empty() {
@@ -254,7 +255,7 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         }
         self.claim = end;
         self.set_host(host_area::CLAIM, end);
-        fence(Ordering::SeqCst);
+        self.memory.full_barrier();
         let revoked = self.guest(guest_area::REVOKED) == self.epoch;
         let batch = Batch {
             start: self.tail,
@@ -275,8 +276,8 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
 
     /// Writes the outcome of the record that started at `position`.
     pub fn set_outcome(&self, position: u64, outcome: Outcome) {
-        self.word(self.layout.outcome(position))
-            .store(outcome.to_word().to_le(), Ordering::Relaxed);
+        let offset = self.layout.outcome(position);
+        self.store(offset, outcome.to_word(), Ordering::Relaxed);
     }
 
     /// Acknowledges a batch; says whether the guest wants to be rung.
@@ -288,7 +289,7 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         }
         self.tail = batch.end;
         self.set_host(host_area::ACK, batch.end);
-        fence(Ordering::SeqCst);
+        self.memory.full_barrier();
         let notify_at = self.guest(guest_area::NOTIFY_AT);
         notify_at != 0 && notify_at > batch.start && notify_at <= batch.end
     }
@@ -305,8 +306,7 @@ impl<M: Borrow<[AtomicU64]>> RingConsumer<M> {
         }
         let offset = self.layout.request_slot(self.request_head);
         for (i, word) in request.encode().into_iter().enumerate() {
-            self.word(offset + i as u64 * 8)
-                .store(word.to_le(), Ordering::Relaxed);
+            self.store(offset + i as u64 * 8, word, Ordering::Relaxed);
         }
         self.request_head += 1;
         self.set_host(host_area::REQUEST_HEAD, self.request_head);

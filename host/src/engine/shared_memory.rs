@@ -7,10 +7,43 @@
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::slice;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use pagefusion_abi::wire::{Layout, LayoutError};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// Words that the other side may read and write at any time.
+///
+/// A slice of atomics is one, and so is whatever gives one out. Tests have others, which show
+/// every order in which another processor may see what is written.
+pub trait Words {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// Reads one.
+    fn load(&self, index: usize, order: Ordering) -> u64;
+    /// Writes one.
+    fn store(&self, index: usize, value: u64, order: Ordering);
+    /// Orders everything before it with everything after it.
+    fn full_barrier(&self);
+}
+
+impl<M: std::borrow::Borrow<[AtomicU64]>> Words for M {
+    fn count(&self) -> usize {
+        self.borrow().len()
+    }
+
+    fn load(&self, index: usize, order: Ordering) -> u64 {
+        self.borrow()[index].load(order)
+    }
+
+    fn store(&self, index: usize, value: u64, order: Ordering) {
+        self.borrow()[index].store(value, order);
+    }
+
+    fn full_barrier(&self) {
+        fence(Ordering::SeqCst);
+    }
+}
 
 /// A mapping of the whole shared memory. The guest is expected to write to it in ways that
 /// make no sense, at any time; every word is read once and then checked by the reader.
