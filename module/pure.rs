@@ -37,6 +37,7 @@ mod tests {
     mod exclude;
     mod fifo;
     mod filter;
+    mod hand_off;
     mod iomem;
     mod list;
     mod pages;

@@ -151,8 +151,10 @@ impl<M: Words> RingConsumer<M> {
     }
 
     fn is_attached_to(&self, epoch: u64) -> bool {
-        self.guest(guest_area::EPOCH) == epoch
-            && self.guest(guest_area::STATE) == guest_state::ATTACHED
+        // In this order: a guest that attaches anew shows its epoch before it says that it is there,
+        // so whoever is found there is the guest of the epoch that is read afterwards, or a later one.
+        self.guest(guest_area::STATE) == guest_state::ATTACHED
+            && self.guest(guest_area::EPOCH) == epoch
     }
 
     fn load(&self, offset: u64, order: Ordering) -> u64 {
