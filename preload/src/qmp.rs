@@ -86,3 +86,81 @@ pub(crate) fn ask<S: Read + Write + Clone>(stream: S) -> Result<Vec<Region>, Qmp
         Ok(regions)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HELLO: &str = r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}
+{"return": {}}
+"#;
+
+    /// A monitor that has said all this, whatever it will be asked.
+    #[derive(Clone)]
+    struct Said(io::Cursor<String>);
+
+    impl Said {
+        fn memory(range: &str, addresses: &[&str]) -> Self {
+            let tree = format!(
+                "FlatView #0\n AS \"memory\", root: system\n Root memory region: system\n  {range} (prio 0, ram): pc.ram\n"
+            );
+            let addresses = addresses
+                .iter()
+                .map(|it| format!("Host virtual address for 0x0 (pc.ram) is {it}\n"));
+            let answer = |text| format!("{}\n", serde_json::json!({ "return": text }));
+            let answers: String = std::iter::once(tree).chain(addresses).map(answer).collect();
+            Self(io::Cursor::new(format!("{HELLO}{answers}")))
+        }
+    }
+
+    impl Read for Said {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            self.0.read(into)
+        }
+    }
+
+    impl Write for Said {
+        fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+            Ok(from.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_monitor_that_closes_without_a_greeting_is_an_error() {
+        let silent = Said(io::Cursor::new(String::new()));
+        assert!(matches!(ask(silent), Err(QmpError::Io(_))));
+    }
+
+    #[test]
+    fn pages_that_a_range_has_a_part_of_are_left_alone() {
+        let said = Said::memory(
+            "0000000000000800-00000000000037ff",
+            &["0x7f0000001000", "0x7f0000002000"],
+        );
+        let regions = ask(said).unwrap();
+        assert_eq!(regions.len(), 1);
+        assert_eq!(
+            (regions[0].gfn, regions[0].pages, regions[0].hva),
+            (1, 2, 0x7f00_0000_1000)
+        );
+        let within = Said::memory("0000000000000800-0000000000001ffe", &[]);
+        assert!(matches!(ask(within), Err(QmpError::Empty)));
+    }
+
+    #[test]
+    fn the_last_page_of_all_addresses_counts_and_what_would_end_behind_them_does_not() {
+        let last = "fffffffffffff000-ffffffffffffffff";
+        let there = "0x7f0000001000";
+        let regions = ask(Said::memory(last, &[there, there])).unwrap();
+        assert_eq!((regions[0].gfn, regions[0].pages), ((1 << 52) - 1, 1));
+        let behind = "0xfffffffffffff000";
+        assert!(matches!(
+            ask(Said::memory(last, &[behind, behind])),
+            Err(QmpError::Empty)
+        ));
+    }
+}

@@ -304,13 +304,13 @@ impl Group {
     ) -> Result<(), StoreError> {
         self.known(vm)?;
         let pages = span.pages as usize;
-        check_spans([(span.page, u64::from(span.pages))].into_iter())?;
         if pages > MAX_PUBLISH_PAGES || bytes.len() != pages * PAGE {
             return Err(StoreError::Refused(format!(
                 "{} bytes for {pages} pages; at most {MAX_PUBLISH_PAGES} pages can be published at once",
                 bytes.len()
             )));
         }
+        check_spans([(span.page, u64::from(span.pages))].into_iter())?;
         for (bytes, page) in whole_pages(bytes).zip(span.page..) {
             let copy = *bytes;
             out.push(self.publish_page(vm, &span.file, page, &copy));
