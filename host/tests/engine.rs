@@ -210,6 +210,63 @@ fn a_long_run_that_differs_splits_no_huge_page_and_stops_no_writer() {
     assert_eq!(huge_kilobytes(&vm.ram), before);
 }
 
+/// Else what overlays hide would stay with the part that is left.
+#[test]
+fn a_huge_page_is_split_when_several_runs_of_it_are_shared() {
+    const PAGES: usize = 2048;
+    let group = group();
+    let bytes = Random(15).bytes(PAGES * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, PAGES, true);
+    for page in 0..PAGES {
+        vm.ram.write_page(page, &bytes[page * PAGE..][..PAGE]);
+    }
+    let frames: Vec<u64> = (0..PAGES)
+        .filter_map(|page| frame_of(&vm.ram, page))
+        .collect();
+    let flags = fs::File::open("/proc/kpageflags");
+    let (PAGES, Ok(flags)) = (frames.len(), flags) else {
+        eprintln!("skipped: only root sees physical frames");
+        return;
+    };
+    let in_large_folios = || {
+        let large = |&&frame: &&u64| {
+            let mut entry = [0; 8];
+            flags.read_exact_at(&mut entry, frame * 8).unwrap();
+            // KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, KPF_THP
+            u64::from_ne_bytes(entry) & (1 << 15 | 1 << 16 | 1 << 22) != 0
+        };
+        frames.iter().filter(large).count()
+    };
+    if huge_kilobytes(&vm.ram) * 1024 != (PAGES * PAGE) as u64 || in_large_folios() != PAGES {
+        eprintln!("not seen: this machine gives no huge pages");
+        return;
+    }
+    // Two runs in the first, one across the border of the next two, and many in the last.
+    let mut runs = vec![run(3, 3, 16), run(200, 200, 9), run(1000, 1000, 60)];
+    runs.extend(
+        (1550..2000)
+            .step_by(30)
+            .map(|page| run(page as u64, page, 12)),
+    );
+    let outcomes = vm.sharing.share(&runs);
+    for (run, outcome) in runs.iter().zip(outcomes) {
+        assert_eq!(u32::from(outcome.shared), run.pages, "{outcome:?}");
+    }
+    assert_eq!((huge_kilobytes(&vm.ram), in_large_folios()), (0, 0));
+}
+
+/// The frame of a page, if we may know.
+fn frame_of(ram: &GuestRam, page: usize) -> Option<u64> {
+    let pagemap = fs::File::open("/proc/self/pagemap").unwrap();
+    let mut entry = [0; 8];
+    pagemap
+        .read_exact_at(&mut entry, (ram.at(page) / PAGE * 8) as u64)
+        .unwrap();
+    let frame = u64::from_ne_bytes(entry) & ((1 << 55) - 1);
+    (frame != 0).then_some(frame)
+}
+
 fn huge_kilobytes(ram: &GuestRam) -> u64 {
     let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
     let mut inside = false;

@@ -63,6 +63,8 @@ pub struct Memory {
     pub(super) budget: MappingBudget,
     pub(super) pagemap: Pagemap,
     pub(super) split_huge_pages: bool,
+    /// Where the batch at hand has split all huge pages.
+    pub(super) split: Range<usize>,
     paused: bool,
     /// Undos under way; while there are any, regions are registered for missing pages.
     undoing: u32,
@@ -87,6 +89,7 @@ impl Memory {
             budget: MappingBudget::new()?,
             pagemap: Pagemap::open()?,
             split_huge_pages,
+            split: 0..0,
             paused: false,
             undoing: 0,
             disabled: None,

@@ -2,10 +2,16 @@
 
 //! What the page tables know of this process's own memory.
 
+#![expect(unsafe_code, reason = "an ioctl that rustix does not have")]
+
+use std::ffi::c_void;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::ptr;
+
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
 use super::memory::WINDOW_PAGES;
 use crate::store::PAGE;
@@ -18,6 +24,90 @@ const PRESENT: u64 = 1 << 63;
 /// Entries read at once when many are wanted: those of a huge page.
 const CHUNK: usize = 512;
 const ENTRY: usize = 8;
+
+/// `struct pm_scan_arg` of `linux/fs.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Found {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `PAGEMAP_SCAN`, Linux 6.7.
+const SCAN: Opcode = opcode::read_write::<Scan>(b'f', 16);
+/// `PAGE_IS_HUGE`: mapped as a whole huge page.
+const HUGE: u64 = 1 << 6;
+/// More ranges than pages of a window can make.
+const MOST_FOUND: usize = WINDOW_PAGES;
+
+// The kernel's ABI, derived again: a wrong size would be a wrong ioctl number.
+const _: () = {
+    assert!(size_of::<Scan>() == 96);
+    assert!(size_of::<Found>() == 24);
+    assert!(SCAN == 0xc060_6610);
+};
+
+/// What `scan` looks for, put into `found`; the answer is how much of that was filled.
+struct Scanning<'a> {
+    scan: Scan,
+    _found: &'a mut [Found; MOST_FOUND],
+}
+
+impl<'a> Scanning<'a> {
+    fn new(range: &Range<usize>, categories: u64, found: &'a mut [Found; MOST_FOUND]) -> Self {
+        let scan = Scan {
+            size: size_of::<Scan>() as u64,
+            start: range.start as u64,
+            end: range.end as u64,
+            vec: found.as_mut_ptr() as u64,
+            vec_len: found.len() as u64,
+            category_mask: categories,
+            return_mask: categories,
+            ..Scan::default()
+        };
+        Self {
+            scan,
+            _found: found,
+        }
+    }
+}
+
+// SAFETY: the opcode belongs to the structure, whose `vec` is the array borrowed here.
+unsafe impl Ioctl for Scanning<'_> {
+    type Output = usize;
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        SCAN
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        ptr::from_mut(&mut self.scan).cast()
+    }
+
+    unsafe fn output_from_ptr(found: IoctlOutput, _: *mut c_void) -> rustix::io::Result<usize> {
+        Ok(usize::try_from(found).unwrap_or_default())
+    }
+}
 
 /// `/proc/self/pagemap`.
 #[derive(Debug)]
@@ -61,6 +151,16 @@ impl Pagemap {
         Ok(which(entries, |entry| {
             entry & PRESENT != 0 && entry & FILE == 0
         }))
+    }
+
+    /// How many of at most 64 pages at `range` belong to huge pages that are mapped as a whole.
+    /// Linux before 6.7 cannot tell.
+    pub(super) fn huge_now(&self, range: &Range<usize>) -> io::Result<usize> {
+        let mut found = [Found::default(); MOST_FOUND];
+        // SAFETY: by the implementation of `Ioctl`; without a flag this changes no page.
+        let count = unsafe { ioctl(&self.file, Scanning::new(range, HUGE, &mut found)) }?;
+        let pages = |it: &Found| it.end.saturating_sub(it.start) as usize / PAGE;
+        Ok(found.iter().take(count).map(pages).sum())
     }
 
     fn entries_lately(&mut self, address: usize, pages: usize) -> io::Result<&[u8]> {

@@ -32,6 +32,9 @@ pub const WINDOW_MAPPINGS: usize = 2;
 /// saves those who wait for it; runs share a window only as long as it stays that short.
 const SHORT_PAGES: usize = 16;
 
+/// Huge pages of the processor; of bigger ones this is a part.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Store pages, and where in guest memory they are to go.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
@@ -72,8 +75,8 @@ impl Equal {
 impl Memory {
     /// Puts store pages over guest memory where the bytes are equal: those of the first of
     /// `wanted`, and of some after it, as many as one window takes. Those that continue each other
-    /// in guest memory share one. Appends an answer for each that was handled. Bit i of it: page i
-    /// is shared now. `pinned` says whether the guest still holds its pages.
+    /// in guest memory share one. Appends an answer for each that was handled; without any yet, this
+    /// is a new batch. Bit i of an answer: page i is shared now. `pinned` says whether the guest still holds its pages.
     pub fn overlay(
         &mut self,
         wanted: &[Wanted],
@@ -82,6 +85,10 @@ impl Memory {
     ) {
         let Some(first) = wanted.first() else { return };
         let begin = answers.len();
+        if begin == 0 {
+            // Huge pages may have come since.
+            self.split = 0..0;
+        }
         let (attributes, end) = match self.attributes_of(first) {
             Ok(found) => found,
             Err(why) => return answers.push(Err(why)),
@@ -89,12 +96,13 @@ impl Memory {
         let mut pieces = std::mem::take(&mut self.equal);
         pieces.clear();
         let together = together(wanted, end);
+        let next = wanted.get(together.len()).map(|next| next.address);
         let look = together.iter().map(Wanted::pages).sum::<usize>() > SHORT_PAGES;
         for (index, one) in together.iter().enumerate() {
             answers.push(self.admit(one, index, look, &mut pieces));
         }
         for stretch in pieces.chunk_by(|a, b| a.end() == b.address) {
-            let mapped = self.replace(stretch, &attributes, pinned);
+            let mapped = self.replace(stretch, &attributes, next, pinned);
             for piece in stretch {
                 let answer = &mut answers[begin + piece.wanted];
                 match (mapped, &answer) {
@@ -200,16 +208,16 @@ impl Memory {
     }
 
     /// One window over pieces that continue each other. Bit i of the answer: page i of it is
-    /// shared now.
+    /// shared now. What is handled after it is at `next`.
     fn replace(
         &mut self,
         stretch: &[Equal],
         attributes: &Attributes,
+        next: Option<usize>,
         pinned: &dyn Fn() -> bool,
     ) -> Result<u64, Refusal> {
         let (start, end) = (stretch[0].address, stretch[stretch.len() - 1].end());
         let (range, pages) = (start..end, (end - start) / PAGE);
-        let store = self.store.as_ref().ok_or(reason::NO_STORE)?;
         if self.overlays.intersects(&range) {
             // An overlay is a mapping of its own, which lost the registration.
             self.uffd
@@ -217,9 +225,9 @@ impl Memory {
                 .map_err(|e| host_error("registering an overlay", &e.into()))?;
         }
         if self.split_huge_pages && !attributes.no_huge_page {
-            // SAFETY: part of a region, which is mapped guest memory.
-            unsafe { mapped::split_huge_pages(&range) };
+            self.split_huge_pages(&range, next);
         }
+        let store = self.store.as_ref().ok_or(reason::NO_STORE)?;
         self.uffd
             .protect(&range)
             .map_err(|e| host_error("write-protecting", &e.into()))?;
@@ -263,6 +271,26 @@ impl Memory {
         match failure {
             Some(e) if mapped == 0 => Err(host_error("mapping over guest memory", &e)),
             _ => Ok(mapped),
+        }
+    }
+
+    /// Splits huge pages that reach into `range`. To find out that there is none any more costs a
+    /// look at every page, so that it is not done for each of many runs in one huge page.
+    fn split_huge_pages(&mut self, range: &Range<usize>, next: Option<usize>) {
+        if self.split.start <= range.start && range.end <= self.split.end {
+            return;
+        }
+        let around = range.start / HUGE_PAGE * HUGE_PAGE..range.end.next_multiple_of(HUGE_PAGE);
+        let pages = |this: &Self| this.pagemap.huge_now(range).ok();
+        // Where some memory is mapped page by page, there may be smaller large folios, and more
+        // to split than this shows.
+        let repays = next.is_some_and(|next| around.contains(&next));
+        let all = repays && pages(self) == Some(range.len() / PAGE);
+        // SAFETY: part of a region, which is mapped guest memory.
+        unsafe { mapped::split_huge_pages(range) };
+        // One whose memory somebody uses just now stays whole.
+        if all && pages(self) == Some(0) {
+            self.split = around;
         }
     }
 
