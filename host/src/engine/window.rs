@@ -284,7 +284,9 @@ impl Memory {
         let pages = |this: &Self| this.pagemap.huge_now(range).ok();
         // Where some memory is mapped page by page, there may be smaller large folios, and more
         // to split than this shows.
-        let repays = next.is_some_and(|next| around.contains(&next));
+        // An overlay is a mapping of its own: around it, nothing is mapped as a whole.
+        let repays =
+            next.is_some_and(|next| around.contains(&next)) && !self.overlays.intersects(&around);
         let all = repays && pages(self) == Some(range.len() / PAGE);
         // SAFETY: part of a region, which is mapped guest memory.
         unsafe { mapped::split_huge_pages(range) };
