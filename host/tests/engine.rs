@@ -221,13 +221,15 @@ fn a_huge_page_is_split_when_several_runs_of_it_are_shared() {
     for page in 0..PAGES {
         vm.ram.write_page(page, &bytes[page * PAGE..][..PAGE]);
     }
-    let frames: Vec<u64> = (0..PAGES)
-        .filter_map(|page| frame_of(&vm.ram, page))
-        .collect();
-    let flags = fs::File::open("/proc/kpageflags");
-    let (PAGES, Ok(flags)) = (frames.len(), flags) else {
-        eprintln!("skipped: only root sees physical frames");
-        return;
+    const FRAME: u64 = (1 << 55) - 1;
+    let frames = page_tables(&vm.ram).into_iter().map(|entry| entry & FRAME);
+    let frames: Vec<u64> = frames.filter(|frame| *frame != 0).collect();
+    let flags = match fs::File::open("/proc/kpageflags") {
+        Ok(flags) if frames.len() == PAGES => flags,
+        _ => {
+            eprintln!("skipped: only root sees physical frames");
+            return;
+        }
     };
     let in_large_folios = || {
         let large = |&&frame: &&u64| {
@@ -254,17 +256,6 @@ fn a_huge_page_is_split_when_several_runs_of_it_are_shared() {
         assert_eq!(u32::from(outcome.shared), run.pages, "{outcome:?}");
     }
     assert_eq!((huge_kilobytes(&vm.ram), in_large_folios()), (0, 0));
-}
-
-/// The frame of a page, if we may know.
-fn frame_of(ram: &GuestRam, page: usize) -> Option<u64> {
-    let pagemap = fs::File::open("/proc/self/pagemap").unwrap();
-    let mut entry = [0; 8];
-    pagemap
-        .read_exact_at(&mut entry, (ram.at(page) / PAGE * 8) as u64)
-        .unwrap();
-    let frame = u64::from_ne_bytes(entry) & ((1 << 55) - 1);
-    (frame != 0).then_some(frame)
 }
 
 fn huge_kilobytes(ram: &GuestRam) -> u64 {
@@ -303,15 +294,24 @@ fn a_window_that_is_given_up_leaves_nothing_protected() {
 /// Pages that are write-protected by `userfaultfd`.
 fn protected(ram: &GuestRam) -> Vec<usize> {
     const UFFD_WP: u64 = 1 << 57;
+    let protected = page_tables(ram)
+        .into_iter()
+        .enumerate()
+        .filter(|(_, entry)| entry & UFFD_WP != 0);
+    protected.map(|(page, _)| page).collect()
+}
+
+/// What `/proc/self/pagemap` says of each page.
+fn page_tables(ram: &GuestRam) -> Vec<u64> {
     let pagemap = fs::File::open("/proc/self/pagemap").unwrap();
     let mut entries = vec![0; ram.pages * 8];
     pagemap
         .read_exact_at(&mut entries, (ram.at(0) / PAGE * 8) as u64)
         .unwrap();
     let entries = entries.chunks_exact(8);
-    let entries = entries.map(|it| u64::from_ne_bytes(it.try_into().unwrap()));
-    let protected = entries.enumerate().filter(|(_, it)| it & UFFD_WP != 0);
-    protected.map(|(page, _)| page).collect()
+    entries
+        .map(|it| u64::from_ne_bytes(it.try_into().unwrap()))
+        .collect()
 }
 
 #[test]

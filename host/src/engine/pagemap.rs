@@ -56,7 +56,7 @@ struct Found {
 const SCAN: Opcode = opcode::read_write::<Scan>(b'f', 16);
 /// `PAGE_IS_HUGE`: mapped as a whole huge page.
 const HUGE: u64 = 1 << 6;
-/// More ranges than pages of a window can make.
+/// No more ranges than a window has pages.
 const MOST_FOUND: usize = WINDOW_PAGES;
 
 // The kernel's ABI, derived again: a wrong size would be a wrong ioctl number.
@@ -66,7 +66,7 @@ const _: () = {
     assert!(SCAN == 0xc060_6610);
 };
 
-/// What `scan` looks for, put into `found`; the answer is how much of that was filled.
+/// A scan, and the array that it fills; the answer is how much of that was filled.
 struct Scanning<'a> {
     scan: Scan,
     _found: &'a mut [Found; MOST_FOUND],

@@ -75,8 +75,9 @@ impl Equal {
 impl Memory {
     /// Puts store pages over guest memory where the bytes are equal: those of the first of
     /// `wanted`, and of some after it, as many as one window takes. Those that continue each other
-    /// in guest memory share one. Appends an answer for each that was handled; without any yet, this
-    /// is a new batch. Bit i of an answer: page i is shared now. `pinned` says whether the guest still holds its pages.
+    /// in guest memory share one. Appends an answer for each that was handled; while there is none
+    /// yet, this is a new batch. Bit i of an answer: page i is shared now. `pinned` says whether the
+    /// guest still holds its pages.
     pub fn overlay(
         &mut self,
         wanted: &[Wanted],
@@ -274,24 +275,24 @@ impl Memory {
         }
     }
 
-    /// Splits huge pages that reach into `range`. To find out that there is none any more costs a
-    /// look at every page, so that it is not done for each of many runs in one huge page.
+    /// Splits huge pages that reach into `range`, with more to come at `next`. Splitting looks at
+    /// every page, even where nothing is left to split: the rest of a batch goes without it in huge
+    /// pages that were whole, and are not any more.
     fn split_huge_pages(&mut self, range: &Range<usize>, next: Option<usize>) {
         if self.split.start <= range.start && range.end <= self.split.end {
             return;
         }
         let around = range.start / HUGE_PAGE * HUGE_PAGE..range.end.next_multiple_of(HUGE_PAGE);
-        let pages = |this: &Self| this.pagemap.huge_now(range).ok();
-        // Where some memory is mapped page by page, there may be smaller large folios, and more
-        // to split than this shows.
         // An overlay is a mapping of its own: around it, nothing is mapped as a whole.
         let repays =
             next.is_some_and(|next| around.contains(&next)) && !self.overlays.intersects(&around);
-        let all = repays && pages(self) == Some(range.len() / PAGE);
+        let whole = |this: &Self| this.pagemap.huge_now(range).ok();
+        // What is mapped page by page may be of smaller large folios, of which this shows nothing.
+        let was_whole = repays && whole(self) == Some(range.len() / PAGE);
         // SAFETY: part of a region, which is mapped guest memory.
         unsafe { mapped::split_huge_pages(range) };
         // One whose memory somebody uses just now stays whole.
-        if all && pages(self) == Some(0) {
+        if was_whole && whole(self) == Some(0) {
             self.split = around;
         }
     }
