@@ -17,6 +17,7 @@ pub mod guest;
 pub mod initramfs;
 pub mod integrity;
 pub mod interrupt;
+pub mod khugepaged;
 pub mod kmod;
 pub mod kvm;
 pub mod lab;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{cgroup::uncertainty, frames, guest::Guest, world::World};
+use crate::{cgroup::uncertainty, frames, guest::Guest, khugepaged, world::World};
 
 /// The charge and our own counters may differ by this fraction.
 const AGREEMENT: f64 = 0.02;
@@ -113,6 +113,7 @@ pub fn take(world: &mut World) -> Result<Proof> {
 }
 
 fn readings(world: &mut World) -> Result<Proof> {
+    let _asleep = khugepaged::Asleep::now()?;
     let (shared, status) = still(world).context("the reading with sharing")?;
     world.site.ctl(&["undo", "--all"])?;
     let (unshared, after) = still(world).context("the reading without sharing")?;
