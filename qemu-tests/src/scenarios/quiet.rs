@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::{Stage, knobs::uptime};
@@ -24,6 +24,8 @@ const ASLEEP: Duration = Duration::from_millis(2500);
 /// Passes without news after which the sleep does not double any more.
 const IDLE_PASSES: u64 = 20;
 const LIMIT: Duration = Duration::from_secs(300);
+/// Services of a Debian guest do something new every few minutes.
+const TRIES: u32 = 4;
 
 pub(super) fn a_new_file_is_reported_at_once(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
@@ -41,17 +43,7 @@ pub(super) fn a_new_file_is_reported_at_once(stage: &mut Stage) -> Result<()> {
     guest.output(&["cat", cached])?;
     for path in [fresh, cached] {
         fall_asleep(guest, HOUR)?;
-        // What everybody uses already wakes nobody.
-        let wakeups = guest.counter("wakeups")?;
-        for _ in 0..5 {
-            guest.output(&["cat", "/etc/hostname"])?;
-        }
-        // A module that sleeps for an hour takes no note of its knobs: only one that was woken is put to sleep again.
-        if !stays_asleep(guest)? {
-            fall_asleep(guest, HOUR)?;
-        }
-        let woken = guest.counter("wakeups")? - wakeups;
-        ensure!(woken <= 1, "known programs woke the module {woken} times");
+        known_programs_wake_nobody(guest)?;
 
         let reported = guest.counter("pages_reported")?;
         let touched = uptime(guest)?;
@@ -74,6 +66,22 @@ pub(super) fn a_new_file_is_reported_at_once(stage: &mut Stage) -> Result<()> {
     hurry(guest)?;
     settle(&mut stage.world, Instant::now())?;
     stage.files_are_right()
+}
+
+/// What everybody uses already does not end the module's sleep. Something new that a service does meanwhile may: then it
+/// is tried again, which would not help if it were the programs.
+fn known_programs_wake_nobody(guest: &mut Guest) -> Result<()> {
+    for _ in 0..TRIES {
+        for _ in 0..5 {
+            guest.output(&["cat", "/etc/hostname"])?;
+        }
+        if stays_asleep(guest)? {
+            return Ok(());
+        }
+        // A module that sleeps for an hour takes no note of its knobs: only one that was woken is put to sleep again.
+        fall_asleep(guest, HOUR)?;
+    }
+    bail!("the module was awake after known programs, {TRIES} times of {TRIES}")
 }
 
 /// Whether the module makes no pass for longer than any but a long sleep lasts.
