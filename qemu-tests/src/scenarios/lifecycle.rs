@@ -3,8 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
-use super::Stage;
+use super::{
+    Stage,
+    steps::{hold, release, write},
+};
 use crate::{guest::Guest, protocol::Op, settle::settle};
 
 /// How long a guest's passes and the answers to them may take on a busy host.
@@ -93,6 +97,89 @@ pub(super) fn unload_with_a_batch_in_flight(stage: &mut Stage) -> Result<()> {
         "nothing is shared after all the unloading"
     );
     stage.files_are_right()
+}
+
+/// What the kernel itself counts: mappings of each page, open files, and pages that cannot be dropped because somebody
+/// has a reference to them.
+pub(super) fn nothing_is_held_after_unloading(stage: &mut Stage) -> Result<()> {
+    const PAGES: u64 = 256;
+    /// How often each of the frames given, one after the other, is mapped.
+    const MAPPINGS: &str = "import sys
+with open('/proc/kpagecount', 'rb', 0) as file:
+    for frame in sys.argv[1].split():
+        file.seek(int(frame) * 8)
+        print(int.from_bytes(file.read(8), 'little'))";
+    /// Pages of a file that are in memory.
+    const CACHED: &str = "import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+file = os.open(sys.argv[1], os.O_RDONLY)
+size = os.fstat(file).st_size
+address = libc.mmap(None, ctypes.c_size_t(size), 1, 1, file, ctypes.c_long(0))
+pages = (ctypes.c_ubyte * (size // 4096))()
+assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+print(sum(page & 1 for page in pages))";
+    /// Services open and close files all the time.
+    const OTHERS_FILES: u64 = 64;
+
+    let seed = stage.seed();
+    let guest = &mut stage.world.guests[0];
+    let path = "/var/tmp/pf-held";
+    guest.unload_module()?;
+    write(guest, path, seed, 0, PAGES * 4096)?;
+    hold(guest, path)?;
+    let frames: Vec<u64> = guest.request(Op::HeldFrames { path: path.into() })?;
+    let frames: Vec<String> = frames.iter().map(u64::to_string).collect();
+    let frames = frames.join(" ");
+    let mappings = guest.output(&["python3", "-c", MAPPINGS, &frames])?;
+    let files = open_files(guest)?;
+
+    guest.load_hurried_module()?;
+    guest.wait_passes(3, PASS_LIMIT)?;
+    let reported = guest.counter("pages_reported")?;
+    ensure!(reported >= PAGES, "only {reported} pages were reported");
+    guest.unload_module()?;
+
+    let after = guest.output(&["python3", "-c", MAPPINGS, &frames])?;
+    ensure!(
+        after == mappings,
+        "pages are mapped {after:?} times after the module, and were {mappings:?} times before"
+    );
+    let deadline = Instant::now() + UNDO_LIMIT;
+    while open_files(guest)? > files + OTHERS_FILES {
+        ensure!(
+            Instant::now() < deadline,
+            "{} files are open after the module, and {files} were before",
+            open_files(guest)?
+        );
+        crate::interrupt::check()?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let cached = guest.output(&["python3", "-c", CACHED, path])?;
+    ensure!(
+        cached.trim() == PAGES.to_string(),
+        "{cached} pages of the file were in memory, not {PAGES}"
+    );
+    release(guest, path)?;
+    guest.request::<Value>(Op::Evict)?;
+    let cached = guest.output(&["python3", "-c", CACHED, path])?;
+    ensure!(
+        cached.trim() == "0",
+        "somebody holds {cached} pages of a file that nobody uses"
+    );
+    guest.request::<Value>(Op::Delete { path: path.into() })?;
+    guest.load_hurried_module()?;
+    settle(&mut stage.world, Instant::now())?;
+    stage.files_are_right()
+}
+
+fn open_files(guest: &mut Guest) -> Result<u64> {
+    let text: String = guest.request(Op::Read {
+        path: "/proc/sys/fs/file-nr".into(),
+    })?;
+    let open = text.split_whitespace().next();
+    open.and_then(|open| open.parse().ok())
+        .with_context(|| format!("file-nr holds {text:?}"))
 }
 
 pub(super) fn daemon_killed_and_restarted(stage: &mut Stage) -> Result<()> {

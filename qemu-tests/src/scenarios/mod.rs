@@ -199,6 +199,12 @@ pub const ALL: &[Scenario] = &[
         run: lifecycle::unload_with_a_batch_in_flight,
     },
     Scenario {
+        name: "nothing_is_held_after_unloading",
+        tier: Tier::Usual,
+        guests: 2,
+        run: lifecycle::nothing_is_held_after_unloading,
+    },
+    Scenario {
         name: "daemon_killed_and_restarted",
         tier: Tier::Usual,
         guests: 2,
