@@ -93,10 +93,11 @@ pub(crate) const fn kobj_attribute(
     show: Show,
     store: Option<Store>,
 ) -> bindings::kobj_attribute {
-    let attr = bindings::attribute {
-        name: name.to_bytes_with_nul().as_ptr().cast(),
-        mode,
-    };
+    // Kernels with lockdep have more in it, of which zero means that there is nothing.
+    // SAFETY: Integers and pointers, all of which may be zero.
+    let mut attr: bindings::attribute = unsafe { core::mem::zeroed() };
+    attr.name = name.to_bytes_with_nul().as_ptr().cast();
+    attr.mode = mode;
     #[cfg(not(before_7_3))]
     return bindings::kobj_attribute {
         attr,
