@@ -17,6 +17,7 @@ mod process;
 mod provision;
 mod rootfs;
 mod runner;
+mod sanitizers;
 mod sets;
 mod space;
 mod trouble;

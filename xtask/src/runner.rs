@@ -17,6 +17,7 @@ use crate::{
     module,
     process::{bound_in_group, stop_if_interrupted},
     provision::Project,
+    sanitizers,
 };
 
 /// Set for tests that can try harder when there is time.
@@ -193,6 +194,15 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
     let start = Instant::now();
     total += counted("cargo test", &mut unit, Tally::Sum)?;
     times.push(("unit tests".to_owned(), start.elapsed()));
+    if arguments.deep {
+        for tests in sanitizers::ALL {
+            println!("{}:", tests.what);
+            let start = Instant::now();
+            let mut command = tests.command(cargo(project), &project.target_dir());
+            total += counted(tests.what, &mut command, Tally::Sum)?;
+            times.push((tests.what.to_owned(), start.elapsed()));
+        }
+    }
 
     // Also when unit tests failed: one run should show all there is to see.
     match build_release(project) {
