@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 pub struct Artifacts {
     /// `uname -r` of the guest kernel.
     pub kernel_release: String,
+    /// It has detectors of every kind, and is slower for it.
+    #[serde(default)]
+    pub debug: bool,
     /// The guest kernel's image.
     pub kernel: PathBuf,
     /// `lib/modules/<release>` of the guest kernel.

@@ -38,13 +38,15 @@ pub struct Limits {
 }
 
 impl Limits {
-    fn of(accelerator: Accelerator, nested: bool) -> Self {
+    fn of(accelerator: Accelerator, nested: bool, debug: bool) -> Self {
         let factor = match (accelerator, nested) {
             (Accelerator::Kvm, false) => 1,
             (Accelerator::Tcg, _) => 3,
             (Accelerator::Counted, _) => 10,
             (Accelerator::Kvm, true) => 6,
         };
+        // Every access to memory and every lock is looked at.
+        let factor = if debug { 5 * factor } else { factor };
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes * factor);
         Self {
             boot: minutes(1),
@@ -147,7 +149,7 @@ impl World {
             cgroup,
             site,
             manifest: Manifest::read(&artifacts.guest_manifest)?,
-            limits: Limits::of(host.accelerator, host.nested),
+            limits: Limits::of(host.accelerator, host.nested, artifacts.debug),
             artifacts: artifacts.clone(),
             load: Load::Whole,
             plain: false,
@@ -262,11 +264,17 @@ impl World {
 
     fn config(&mut self, mode: Mode, memory_mib: u32, disks: Vec<PathBuf>) -> Config {
         self.started += 1;
+        // Detectors take an eighth for their shadow, and as much again for what they remember.
+        let detectors = if self.artifacts.debug {
+            memory_mib / 4 + 128
+        } else {
+            0
+        };
         Config {
             name: format!("vm{}", self.started),
             mode,
             accelerator: self.host.accelerator,
-            memory_mib,
+            memory_mib: memory_mib + detectors,
             cpus: 1,
             cpu: if self.host.accelerator == Accelerator::Kvm {
                 "host"

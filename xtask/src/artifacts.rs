@@ -12,6 +12,8 @@ use serde::Serialize;
 #[derive(Debug, Serialize)]
 pub(crate) struct Artifacts {
     pub(crate) kernel_release: String,
+    /// The kernel has detectors of every kind.
+    pub(crate) debug: bool,
     /// The kernel's image.
     pub(crate) kernel: PathBuf,
     /// Its modules: `lib/modules/RELEASE`.

@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     cache::{Build, Cache},
+    debug_kernel,
     fetch::stored,
     kernel::{Kernel, chosen},
     key::{Key, KeyBuilder},
@@ -26,7 +27,7 @@ use crate::{
 };
 
 /// The layers of a root in which modules for one kernel can be built.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct BuildRoot {
     /// The name of the headers' entry, which stands for the content of both layers.
     pub(crate) key: String,
@@ -70,6 +71,14 @@ pub(crate) fn tools(cache: &Cache, kernel: &Kernel) -> Result<(Key, PathBuf)> {
 }
 
 pub(crate) fn provision(cache: &Cache, kernel: &Kernel) -> Result<BuildRoot> {
+    if kernel.debug {
+        return Ok(debug_kernel::provision(cache, kernel)?.root);
+    }
+    stock(cache, kernel)
+}
+
+/// Of the kernel as Debian builds it.
+pub(crate) fn stock(cache: &Cache, kernel: &Kernel) -> Result<BuildRoot> {
     let (tools_key, tools) = tools(cache, kernel)?;
     let key = |pins: &[Pin]| {
         chosen(pins, HEADER_PACKAGES)

@@ -1,4 +1,4 @@
-//! The stock kernels: image and modules, unpacked from Debian's packages, nothing installed.
+//! The kernels. The stock ones are unpacked from Debian's packages, image and modules, nothing installed.
 
 use std::path::PathBuf;
 
@@ -6,11 +6,14 @@ use anyhow::{Context, Result};
 
 use crate::{
     cache::Cache,
+    debug_kernel,
     fetch::stored,
     key::KeyBuilder,
     pins::Pin,
     process::{self, bound_command},
-    sets::{FORKY_TOOLS, KERNEL_7_2, KERNEL_7_3, PackageSet, TRIXIE_TOOLS, kernel_release},
+    sets::{
+        DEBUG_TOOLS, FORKY_TOOLS, KERNEL_7_2, KERNEL_7_3, PackageSet, TRIXIE_TOOLS, kernel_release,
+    },
     space,
     ui::{Measure, Step},
 };
@@ -21,16 +24,20 @@ pub(crate) struct Kernel {
     /// What `--kernel` calls it.
     pub(crate) series: &'static str,
     pub(crate) packages: &'static PackageSet,
-    /// The root with the very compilers that Debian built it with.
+    /// The root with the very compilers that Debian built it with, or with those that can build it for debugging.
     pub(crate) tools: &'static PackageSet,
     /// The C compiler in that root.
     pub(crate) cc: &'static str,
+    /// Whether it is built here, with detectors of every kind.
+    pub(crate) debug: bool,
 }
 
 /// The kernel that everything is run on.
 pub(crate) const USUAL: &str = "7.3";
 /// The second version that distributions have.
 pub(crate) const SECOND: &str = "7.2";
+/// The usual one, built to find mistakes.
+pub(crate) const DEBUG: &str = "debug";
 
 pub(crate) const KERNELS: &[Kernel] = &[
     Kernel {
@@ -38,12 +45,21 @@ pub(crate) const KERNELS: &[Kernel] = &[
         packages: &KERNEL_7_3,
         tools: &TRIXIE_TOOLS,
         cc: "x86_64-linux-gnu-gcc-14",
+        debug: false,
     },
     Kernel {
         series: SECOND,
         packages: &KERNEL_7_2,
         tools: &FORKY_TOOLS,
         cc: "x86_64-linux-gnu-gcc-16",
+        debug: false,
+    },
+    Kernel {
+        series: DEBUG,
+        packages: &KERNEL_7_3,
+        tools: &DEBUG_TOOLS,
+        cc: "clang-19",
+        debug: true,
     },
 ];
 
@@ -71,6 +87,9 @@ pub(crate) struct Unpacked {
 impl Kernel {
     pub(crate) fn provision(&self, cache: &Cache) -> Result<Unpacked> {
         const RECIPE: &str = "kernel 1";
+        if self.debug {
+            return Ok(debug_kernel::provision(cache, self)?.kernel);
+        }
         let key = |pins: &[Pin]| {
             chosen(pins, &["linux-binary-", "linux-modules-"])
                 .iter()

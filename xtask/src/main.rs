@@ -4,6 +4,7 @@ mod apt;
 mod artifacts;
 mod cache;
 mod counts;
+mod debug_kernel;
 mod fetch;
 mod headers;
 mod host_packages;
@@ -41,8 +42,8 @@ use crate::{
 struct Arguments {
     #[command(subcommand)]
     task: Task,
-    /// The stock kernel to build for and to boot
-    #[arg(long, global = true, default_value = kernel::USUAL, value_name = "7.3|7.2")]
+    /// The kernel to build for and to boot: a stock one, or the usual one with detectors of every kind
+    #[arg(long, global = true, default_value = kernel::USUAL, value_name = "7.3|7.2|debug")]
     kernel: String,
 }
 

@@ -145,6 +145,7 @@ impl Project {
         };
         Artifacts {
             kernel_release: kernel.release,
+            debug: self.kernel.debug,
             lab_kernel: lab_kernel.image,
             lab_modules_dir: lab_kernel.modules,
             kernel: kernel.image,

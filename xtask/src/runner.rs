@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     counts::Counts,
-    kernel::{SECOND, USUAL},
+    kernel::{DEBUG, SECOND, USUAL},
     module,
     process::{bound_in_group, stop_if_interrupted},
     provision::Project,
@@ -41,7 +41,7 @@ pub(crate) struct TestArguments {
     /// Leave out the slow hosts
     #[arg(long)]
     quick: bool,
-    /// Try harder and longer, and on a second kernel
+    /// Try harder and longer, on a second kernel and on one with detectors as well
     #[arg(long, conflicts_with = "quick")]
     deep: bool,
     /// Run the QEMU tests of this kind of host only
@@ -143,9 +143,22 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
+    const DETECTORS: Self = Self {
+        kernel: DEBUG,
+        tier: "smoke",
+        quick: true,
+        host: Some("tcg"),
+    };
+
     /// Those that `arguments` ask for, when `kernel` is the one chosen.
     fn plan(kernel: &'static str, arguments: &'a TestArguments) -> Vec<Self> {
         let host = arguments.host.as_deref();
+        if kernel == DEBUG {
+            return vec![Self {
+                host: Some(host.unwrap_or("tcg")),
+                ..Self::DETECTORS
+            }];
+        }
         let mut runs = vec![Self {
             kernel,
             tier: if arguments.deep { "deep" } else { "usual" },
@@ -160,6 +173,7 @@ impl<'a> Run<'a> {
                 quick: true,
                 host: Some("tcg"),
             });
+            runs.push(Self::DETECTORS);
         }
         runs
     }
@@ -433,10 +447,11 @@ mod tests {
         };
         assert_eq!(kernels(USUAL, true, false, None), [(USUAL, "usual")]);
         assert_eq!(kernels(SECOND, false, true, None), [(SECOND, "deep")]);
+        assert_eq!(kernels(DEBUG, false, false, None), [(DEBUG, "smoke")]);
         assert_eq!(kernels(USUAL, false, true, Some("kvm")), [(USUAL, "deep")]);
         assert_eq!(
             kernels(USUAL, false, true, None),
-            [(USUAL, "deep"), (SECOND, "smoke")]
+            [(USUAL, "deep"), (SECOND, "smoke"), (DEBUG, "smoke")]
         );
     }
 

@@ -154,6 +154,34 @@ pub(crate) const FORKY_TOOLS: PackageSet = PackageSet {
     pins: include_str!("../pins/tools-forky.pins"),
 };
 
+/// A kernel in C and Rust can have KASAN only when clang compiles the C.
+pub(crate) const DEBUG_TOOLS: PackageSet = PackageSet {
+    name: "tools-debug",
+    suites: &["trixie"],
+    contents: Contents::Root(&[
+        "bc",
+        "bindgen",
+        "bison",
+        "clang-19",
+        "flex",
+        "gcc-14",
+        "kmod",
+        "libc6-dev",
+        "libelf-dev",
+        "libssl-dev",
+        "make",
+        "pahole",
+        "perl-base",
+        "python3-minimal",
+        "rust-clippy",
+        "rust-src",
+        "rustc",
+        "rustfmt",
+        "xz-utils",
+    ]),
+    pins: include_str!("../pins/tools-debug.pins"),
+};
+
 pub(crate) const KERNEL_7_3: PackageSet = PackageSet {
     name: "kernel-7.3",
     suites: &["trixie-backports", "trixie"],
@@ -184,11 +212,12 @@ const KERNEL_PACKAGES: &[&str] = &[
     "linux-source-{series}",
 ];
 
-pub(crate) const ALL: [&PackageSet; 7] = [
+pub(crate) const ALL: [&PackageSet; 8] = [
     &KERNEL_7_3,
     &KERNEL_7_2,
     &TRIXIE_TOOLS,
     &FORKY_TOOLS,
+    &DEBUG_TOOLS,
     &GUEST,
     &LAB,
     &FILESYSTEMS,
