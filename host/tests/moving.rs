@@ -10,6 +10,7 @@ use common::guest_side::Shared;
 use common::{Random, Vm};
 use pagefusion_abi::wire::{FileIdentity, Record, Run, file_kind};
 use pagefusion_host::engine::{Guest, ReportedRun};
+use pagefusion_host::protocol::EngineStatus;
 use pagefusion_host::store::{Group, PAGE};
 
 const PAGES: u64 = 4;
@@ -118,4 +119,65 @@ fn a_file_that_goes_and_comes_back_is_still_remembered() {
     };
     let records = [gone, back, run_at(8)];
     assert_eq!(after(&records), (PAGES, PAGES as u16));
+}
+
+/// What a guest is counted for that reports its file at frame 0, and with it these pages of it at these frames.
+fn counted(others: &[(u64, u64, u32)]) -> EngineStatus {
+    let bytes = Random(9).bytes(PAGES as usize * PAGE);
+    let group = Arc::new(Mutex::new(Group::anonymous().unwrap()));
+    let vm = filled(&group, 1, &bytes);
+    let shared = Shared::new();
+    let mut guest = Guest::new(&shared.words[..], shared.layout, 77, 1024);
+    shared.attach(5);
+    while guest.progress(&vm.sharing).busy {}
+    shared.produce(&Record::File {
+        file: FILE,
+        identity: identity(),
+        name: b"libc.so",
+    });
+    shared.produce(&run_at(0));
+    for &(page, gfn, pages) in others {
+        shared.produce(&Record::Run(Run {
+            file: FILE,
+            page,
+            gfn,
+            pages,
+        }));
+    }
+    while guest.progress(&vm.sharing).busy {}
+    let mut status = EngineStatus::default();
+    guest.fill_status(&mut status);
+    status
+}
+
+#[test]
+fn a_frame_that_is_two_pages_at_once_is_refused_and_counted() {
+    for others in [
+        &[(1, 2, 2)][..],
+        &[(0, 3, 4)],
+        &[(3, 0, 1)],
+        &[(0, 8, 4), (1, 11, 1)],
+    ] {
+        let status = counted(others);
+        let lie = u64::from(others.last().unwrap().2);
+        assert_eq!(status.guest_errors, 1, "{others:?}");
+        assert_eq!(status.refusals["malformed"], lie, "{others:?}");
+        assert_eq!(status.pages_refused, lie, "{others:?}");
+    }
+}
+
+#[test]
+fn what_is_said_twice_is_no_lie() {
+    for others in [
+        &[(0, 0, 4)][..],
+        &[(2, 2, 2)],
+        &[(1, 1, 2), (3, 3, 1), (0, 4, 4)],
+    ] {
+        let status = counted(others);
+        assert_eq!(
+            (status.guest_errors, status.pages_refused),
+            (0, 0),
+            "{others:?}"
+        );
+    }
 }

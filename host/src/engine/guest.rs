@@ -90,6 +90,34 @@ impl Step {
     }
 }
 
+/// Which of `runs` have a frame that an earlier one has as another page, in order. A guest holds what it has reported until
+/// that is answered, so no frame can have become another page meanwhile. It may say the same twice, and its file may have
+/// been written to in between.
+fn contradictions(runs: &[ReportedRun]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..runs.len()).collect();
+    order.sort_unstable_by_key(|&i| (runs[i].gfn, i));
+    let end = |i: usize| runs[i].gfn.saturating_add(u64::from(runs[i].pages));
+    let inode = |key: &FileKey| (key.fs_uuid, key.inode, key.generation, key.kind);
+    let same = |a: &ReportedRun, b: &ReportedRun| {
+        inode(&a.file) == inode(&b.file) && a.gfn.wrapping_sub(a.page) == b.gfn.wrapping_sub(b.page)
+    };
+    let mut lies = Vec::new();
+    // Of those before that are believed, the one that ends last. Whatever else reaches so far says the same.
+    let mut last: Option<usize> = None;
+    for i in order {
+        match last {
+            Some(before) if runs[i].gfn < end(before) && !same(&runs[before], &runs[i]) => {
+                lies.push(i.max(before));
+                last = Some(i.min(before));
+            }
+            Some(before) if end(before) >= end(i) => {}
+            _ => last = Some(i),
+        }
+    }
+    lies.sort_unstable();
+    lies
+}
+
 /// Sums since the engine started.
 #[derive(Clone, Debug, Default)]
 struct Counts {
@@ -345,11 +373,21 @@ impl<M: Words> Guest<M> {
         if runs.is_empty() {
             return;
         }
+        let reported: Vec<ReportedRun> = runs.iter().map(|(_, run)| *run).collect();
         let results = if revoked {
             vec![refused(reason::REVOKED); runs.len()]
         } else {
-            let reported: Vec<ReportedRun> = runs.iter().map(|(_, run)| *run).collect();
-            sharing.share_while(&reported, &|| self.ring.is_current())
+            let lies = contradictions(&reported);
+            self.counts.errors += lies.len() as u64;
+            let mut believed = reported;
+            for lie in lies.iter().rev() {
+                believed.remove(*lie);
+            }
+            let mut results = sharing.share_while(&believed, &|| self.ring.is_current());
+            for lie in lies {
+                results.insert(lie, refused(reason::MALFORMED));
+            }
+            results
         };
         let mut shared = 0;
         for ((position, run), outcome) in runs.iter().zip(results) {
