@@ -152,14 +152,16 @@ fn counted(others: &[(u64, u64, u32)]) -> EngineStatus {
 
 #[test]
 fn a_frame_that_is_two_pages_at_once_is_refused_and_counted() {
-    for others in [
-        &[(1, 2, 2)][..],
-        &[(0, 3, 4)],
-        &[(3, 0, 1)],
-        &[(0, 8, 4), (1, 11, 1)],
+    // The lie comes second; the last of the reports says again what the first but one has said.
+    let believed_before_and_behind = &[(1, 8, 3), (7, 10, 1), (0, 7, 5)][..];
+    for (others, lie) in [
+        (&[(1, 2, 2)][..], 2),
+        (&[(0, 3, 4)], 4),
+        (&[(3, 0, 1)], 1),
+        (&[(0, 8, 4), (1, 11, 1)], 1),
+        (believed_before_and_behind, 1),
     ] {
         let status = counted(others);
-        let lie = u64::from(others.last().unwrap().2);
         assert_eq!(status.guest_errors, 1, "{others:?}");
         assert_eq!(status.refusals["malformed"], lie, "{others:?}");
         assert_eq!(status.pages_refused, lie, "{others:?}");

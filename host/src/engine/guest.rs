@@ -90,32 +90,34 @@ impl Step {
     }
 }
 
-/// Which of `runs` have a frame that an earlier one has as another page, in order. A guest holds what it has reported until
-/// that is answered, so no frame can have become another page meanwhile. It may say the same twice, and its file may have
-/// been written to in between.
-fn contradictions(runs: &[ReportedRun]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..runs.len()).collect();
-    order.sort_unstable_by_key(|&i| (runs[i].gfn, i));
-    let end = |i: usize| runs[i].gfn.saturating_add(u64::from(runs[i].pages));
-    let inode = |key: &FileKey| (key.fs_uuid, key.inode, key.generation, key.kind);
-    let same = |a: &ReportedRun, b: &ReportedRun| {
-        inode(&a.file) == inode(&b.file) && a.gfn.wrapping_sub(a.page) == b.gfn.wrapping_sub(b.page)
-    };
-    let mut lies = Vec::new();
-    // Of those before that are believed, the one that ends last. Whatever else reaches so far says the same.
-    let mut last: Option<usize> = None;
-    for i in order {
-        match last {
-            Some(before) if runs[i].gfn < end(before) && !same(&runs[before], &runs[i]) => {
-                lies.push(i.max(before));
-                last = Some(i.min(before));
-            }
-            Some(before) if end(before) >= end(i) => {}
-            _ => last = Some(i),
+/// For each of `runs`, whether it has a frame as another page than an earlier one that is believed. A guest holds what it
+/// has reported until that is answered, so no frame can have become another page meanwhile. It may say the same twice, and
+/// its file may have been written to in between.
+fn contradictions(runs: &[ReportedRun]) -> Vec<bool> {
+    // Frames by the first one of each range, with what was said of them; ranges that overlap say the same and are one.
+    let mut believed = BTreeMap::new();
+    let contradicts = |run: &ReportedRun| {
+        let file = &run.file;
+        let inode = (file.fs_uuid, file.inode, file.generation, file.kind);
+        let said = (inode, run.gfn.wrapping_sub(run.page));
+        let (mut first, mut end) = (run.gfn, run.gfn.saturating_add(u64::from(run.pages)));
+        let before = believed.range(..end).rev();
+        let overlapping: Vec<u64> = before
+            .take_while(|(_, (end, _))| *end > first)
+            .map(|(first, _)| *first)
+            .collect();
+        if overlapping.iter().any(|it| believed[it].1 != said) {
+            return true;
         }
-    }
-    lies.sort_unstable();
-    lies
+        for it in overlapping {
+            if let Some((its_end, _)) = believed.remove(&it) {
+                (first, end) = (first.min(it), end.max(its_end));
+            }
+        }
+        believed.insert(first, (end, said));
+        false
+    };
+    runs.iter().map(contradicts).collect()
 }
 
 /// Sums since the engine started.
@@ -378,16 +380,17 @@ impl<M: Words> Guest<M> {
             vec![refused(reason::REVOKED); runs.len()]
         } else {
             let lies = contradictions(&reported);
-            self.counts.errors += lies.len() as u64;
-            let mut believed = reported;
-            for lie in lies.iter().rev() {
-                believed.remove(*lie);
-            }
-            let mut results = sharing.share_while(&believed, &|| self.ring.is_current());
-            for lie in lies {
-                results.insert(lie, refused(reason::MALFORMED));
-            }
-            results
+            let believed = reported.iter().zip(&lies).filter(|(_, lie)| !**lie);
+            let believed: Vec<ReportedRun> = believed.map(|(run, _)| *run).collect();
+            self.counts.errors += (reported.len() - believed.len()) as u64;
+            let mut results = sharing
+                .share_while(&believed, &|| self.ring.is_current())
+                .into_iter();
+            let answer = |lie: bool| {
+                let believed = if lie { None } else { results.next() };
+                believed.unwrap_or_else(|| refused(reason::MALFORMED))
+            };
+            lies.into_iter().map(answer).collect()
         };
         let mut shared = 0;
         for ((position, run), outcome) in runs.iter().zip(results) {
