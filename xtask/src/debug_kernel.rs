@@ -1,9 +1,6 @@
 //! The debug kernel: Debian's source with Debian's configuration, and every detector of misuse that there is.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -133,7 +130,7 @@ fn make(
     release: &str,
     pins: &[Pin],
 ) -> Result<()> {
-    let step = Step::start("debug kernel", Measure::Lines(4500));
+    let step = Step::start("debug kernel", Measure::Lines(4000));
     let work = build.dir.join("work");
     let package = work.join("package");
     fs::create_dir_all(&package)?;
@@ -165,19 +162,11 @@ fn make(
         &step,
         &mut build.log,
     )?;
-    move_modules(&work.join("out/lib"), build.dir)?;
-    let mut depmod = bound_command("depmod");
-    depmod
-        .arg("-b")
-        .arg(build.dir)
-        .arg(release)
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
-    process::run("depmod", depmod, &step, &mut build.log)?;
+    let modules = work.join("out/lib");
+    fs::rename(&modules, build.dir.join("lib"))
+        .with_context(|| format!("cannot move {}", modules.display()))?;
+    kernel::depmod(build, release, &step)?;
     fs::remove_dir_all(&work)?;
     step.done();
     Ok(())
-}
-
-fn move_modules(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to.join("lib")).with_context(|| format!("cannot move {}", from.display()))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::{
-    cache::Cache,
+    cache::{Build, Cache},
     debug_kernel,
     fetch::stored,
     key::KeyBuilder,
@@ -112,13 +112,7 @@ impl Kernel {
             if !build.dir.join("lib").exists() {
                 std::os::unix::fs::symlink("usr/lib", build.dir.join("lib"))?;
             }
-            let mut depmod = bound_command("depmod");
-            depmod
-                .arg("-b")
-                .arg(build.dir)
-                .arg(&release)
-                .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
-            process::run("depmod", depmod, &step, &mut build.log)?;
+            depmod(build, &release, &step)?;
             step.done();
             Ok(())
         })?;
@@ -130,6 +124,17 @@ impl Kernel {
             release,
         })
     }
+}
+
+/// Computes the dependencies of the modules in `build`, which are for `release`.
+pub(crate) fn depmod(build: &mut Build<'_>, release: &str, step: &Step) -> Result<()> {
+    let mut depmod = bound_command("depmod");
+    depmod
+        .arg("-b")
+        .arg(build.dir)
+        .arg(release)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+    process::run("depmod", depmod, step, &mut build.log)
 }
 
 /// The pins whose names begin with one of `prefixes`.

@@ -31,8 +31,8 @@ pub(crate) struct PackageSet {
 
 #[derive(Debug)]
 pub(crate) enum Contents {
-    /// A root file system: the essential packages, apt, these, and all they depend on.
-    Root(&'static [&'static str]),
+    /// A root file system: the essential packages, apt, those of these lists, and all they depend on.
+    Root(&'static [&'static [&'static str]]),
     /// These alone; in the names `{release}` stands for a kernel release and `{series}` for its first two numbers.
     Kernel {
         /// What a release of this series begins and ends with; a number stands between.
@@ -44,7 +44,7 @@ pub(crate) enum Contents {
 pub(crate) const GUEST: PackageSet = PackageSet {
     name: "guest",
     suites: &["trixie"],
-    contents: Contents::Root(&[
+    contents: Contents::Root(&[&[
         "adduser",
         "ca-certificates",
         "coreutils",
@@ -65,14 +65,14 @@ pub(crate) const GUEST: PackageSet = PackageSet {
         "tzdata",
         "udev",
         "util-linux",
-    ]),
+    ]]),
     pins: include_str!("../pins/guest.pins"),
 };
 
 pub(crate) const LAB: PackageSet = PackageSet {
     name: "lab",
     suites: &["trixie"],
-    contents: Contents::Root(&[
+    contents: Contents::Root(&[&[
         "coreutils",
         "iproute2",
         "kmod",
@@ -80,7 +80,7 @@ pub(crate) const LAB: PackageSet = PackageSet {
         "procps",
         "qemu-system-x86",
         "util-linux",
-    ]),
+    ]]),
     pins: include_str!("../pins/lab.pins"),
 };
 
@@ -88,7 +88,7 @@ pub(crate) const LAB: PackageSet = PackageSet {
 pub(crate) const FILESYSTEMS: PackageSet = PackageSet {
     name: "filesystems",
     suites: &["trixie"],
-    contents: Contents::Root(&[
+    contents: Contents::Root(&[&[
         "bash",
         "btrfs-progs",
         "coreutils",
@@ -97,33 +97,35 @@ pub(crate) const FILESYSTEMS: PackageSet = PackageSet {
         "perl-base",
         "squashfs-tools",
         "xfsprogs",
-    ]),
+    ]]),
     pins: include_str!("../pins/filesystems.pins"),
 };
+
+/// What kernels with Rust are built with, beside compilers for C.
+const KERNEL_TOOLS: &[&str] = &[
+    "bc",
+    "bindgen",
+    "bison",
+    "flex",
+    "kmod",
+    "libc6-dev",
+    "libelf-dev",
+    "libssl-dev",
+    "make",
+    "pahole",
+    "perl-base",
+    "python3-minimal",
+    "rust-clippy",
+    "rust-src",
+    "rustc",
+    "rustfmt",
+    "xz-utils",
+];
 
 pub(crate) const TRIXIE_TOOLS: PackageSet = PackageSet {
     name: "tools-trixie",
     suites: &["trixie"],
-    contents: Contents::Root(&[
-        "bc",
-        "bindgen",
-        "bison",
-        "flex",
-        "gcc-14",
-        "kmod",
-        "libc6-dev",
-        "libelf-dev",
-        "libssl-dev",
-        "make",
-        "pahole",
-        "perl-base",
-        "python3-minimal",
-        "rust-clippy",
-        "rust-src",
-        "rustc",
-        "rustfmt",
-        "xz-utils",
-    ]),
+    contents: Contents::Root(&[KERNEL_TOOLS, &["gcc-14"]]),
     pins: include_str!("../pins/tools-trixie.pins"),
 };
 
@@ -131,26 +133,7 @@ pub(crate) const TRIXIE_TOOLS: PackageSet = PackageSet {
 pub(crate) const FORKY_TOOLS: PackageSet = PackageSet {
     name: "tools-forky",
     suites: &["forky"],
-    contents: Contents::Root(&[
-        "bc",
-        "bindgen",
-        "bison",
-        "flex",
-        "gcc-16",
-        "kmod",
-        "libc6-dev",
-        "libelf-dev",
-        "libssl-dev",
-        "make",
-        "pahole",
-        "perl-base",
-        "python3-minimal",
-        "rust-clippy",
-        "rust-src",
-        "rustc",
-        "rustfmt",
-        "xz-utils",
-    ]),
+    contents: Contents::Root(&[KERNEL_TOOLS, &["gcc-16"]]),
     pins: include_str!("../pins/tools-forky.pins"),
 };
 
@@ -158,27 +141,7 @@ pub(crate) const FORKY_TOOLS: PackageSet = PackageSet {
 pub(crate) const DEBUG_TOOLS: PackageSet = PackageSet {
     name: "tools-debug",
     suites: &["trixie"],
-    contents: Contents::Root(&[
-        "bc",
-        "bindgen",
-        "bison",
-        "clang-19",
-        "flex",
-        "gcc-14",
-        "kmod",
-        "libc6-dev",
-        "libelf-dev",
-        "libssl-dev",
-        "make",
-        "pahole",
-        "perl-base",
-        "python3-minimal",
-        "rust-clippy",
-        "rust-src",
-        "rustc",
-        "rustfmt",
-        "xz-utils",
-    ]),
+    contents: Contents::Root(&[KERNEL_TOOLS, &["clang-19", "gcc-14"]]),
     pins: include_str!("../pins/tools-debug.pins"),
 };
 
@@ -225,9 +188,10 @@ pub(crate) const ALL: [&PackageSet; 8] = [
 
 impl PackageSet {
     /// The packages asked for by name.
-    pub(crate) fn requested(&self) -> &'static [&'static str] {
+    pub(crate) fn requested(&self) -> Vec<&'static str> {
         match self.contents {
-            Contents::Root(packages) | Contents::Kernel { packages, .. } => packages,
+            Contents::Root(lists) => lists.concat(),
+            Contents::Kernel { packages, .. } => packages.to_vec(),
         }
     }
 
@@ -293,9 +257,9 @@ impl PackageSet {
         let apt = PrivateApt::new(cache, self.suites)?;
         apt.update()?;
         match &self.contents {
-            Contents::Root(packages) => {
+            Contents::Root(_) => {
                 let mut arguments = vec!["-t", self.suites[0], "install", "?essential", "apt"];
-                arguments.extend(*packages);
+                arguments.extend(self.requested());
                 apt.uris(&arguments)
             }
             Contents::Kernel { release, packages } => {
