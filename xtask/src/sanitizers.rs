@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Command};
 
-/// Tests that run in one process, and may.
+/// Tests that can be run under it, and how.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tests {
     pub(crate) what: &'static str,

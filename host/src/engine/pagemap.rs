@@ -14,6 +14,7 @@ use std::ptr;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
+use super::mapped::mask;
 use super::memory::WINDOW_PAGES;
 use crate::store::PAGE;
 
@@ -196,7 +197,7 @@ impl Pagemap {
     /// first question about it: for counting many overlays in order.
     pub(super) fn intact_lately(&mut self, address: usize, pages: usize) -> io::Result<u64> {
         let own = self.own_lately(address, pages, |_| true)?;
-        Ok(!own & (u64::MAX >> (WINDOW_PAGES - pages)))
+        Ok(!own & mask(pages))
     }
 
     /// Which of at most 64 pages at `address`, all of them on overlays, are memory of the guest's
