@@ -118,8 +118,8 @@ impl Attached {
         // SAFETY: By this function's requirements; no callback uses its data.
         let added =
             unsafe { bindings::tracepoint_probe_register(point.as_ptr(), probe, null_mut()) };
-        // INVARIANT: Just added.
-        (added == 0).then_some(Self { point, probe })
+        // INVARIANT: Just added. Only then is there one, whose end removes it.
+        (added == 0).then(|| Self { point, probe })
     }
 }
 
