@@ -70,7 +70,7 @@ impl Tally {
 /// Which scenarios are wanted.
 #[derive(Clone, Copy, Debug)]
 pub struct Choice<'a> {
-    /// Those of this tier and of those below.
+    /// Those that this tier includes.
     pub tier: Tier,
     /// If there are any: those whose name contains one of these, of whatever tier.
     pub filters: &'a [String],
@@ -84,7 +84,7 @@ impl Choice<'_> {
     /// Whether something of this name and tier is wanted.
     pub fn wants_called(self, name: &str, tier: Tier) -> bool {
         if self.filters.is_empty() {
-            tier <= self.tier
+            self.tier.includes(tier)
         } else {
             self.filters.iter().any(|filter| name.contains(filter))
         }
@@ -172,6 +172,11 @@ mod tests {
         assert!(wants(Tier::Usual, &[], Tier::Smoke));
         assert!(wants(Tier::Usual, &[], Tier::Usual));
         assert!(!wants(Tier::Usual, &[], Tier::Deep));
+        assert!(!wants(Tier::Deep, &[], Tier::Debug));
+        assert!(wants(Tier::Debug, &[], Tier::Debug));
+        assert!(wants(Tier::Debug, &[], Tier::Smoke));
+        assert!(!wants(Tier::Debug, &[], Tier::Usual));
+        assert!(!wants(Tier::Debug, &[], Tier::Deep));
         assert!(wants(Tier::Smoke, &["other", "name"], Tier::Deep));
         assert!(!wants(Tier::Deep, &["other"], Tier::Smoke));
     }

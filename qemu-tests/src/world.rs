@@ -185,6 +185,15 @@ impl World {
         self.launch(&config)
     }
 
+    /// Starts QEMU for one more guest of the group with Debian's files and, in place of services, the agent.
+    pub fn start_files(&mut self, cpus: u32, kernel_arguments: &str) -> Result<()> {
+        let image = self.artifacts.guest_image.clone();
+        let mut config = self.config(Mode::Bare, 768, vec![image]);
+        config.cpus = cpus;
+        config.kernel_arguments = kernel_arguments.to_owned();
+        self.launch(&config)
+    }
+
     fn launch(&mut self, config: &Config) -> Result<()> {
         let qemu = &self.artifacts.qemu;
         let launcher = if self.plain {

@@ -145,7 +145,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     const DETECTORS: Self = Self {
         kernel: DEBUG,
-        tier: "smoke",
+        tier: "debug",
         quick: true,
         host: Some("tcg"),
     };
@@ -447,11 +447,11 @@ mod tests {
         };
         assert_eq!(kernels(USUAL, true, false, None), [(USUAL, "usual")]);
         assert_eq!(kernels(SECOND, false, true, None), [(SECOND, "deep")]);
-        assert_eq!(kernels(DEBUG, false, false, None), [(DEBUG, "smoke")]);
+        assert_eq!(kernels(DEBUG, false, false, None), [(DEBUG, "debug")]);
         assert_eq!(kernels(USUAL, false, true, Some("kvm")), [(USUAL, "deep")]);
         assert_eq!(
             kernels(USUAL, false, true, None),
-            [(USUAL, "deep"), (SECOND, "smoke"), (DEBUG, "smoke")]
+            [(USUAL, "deep"), (SECOND, "smoke"), (DEBUG, "debug")]
         );
     }
 

@@ -4,6 +4,7 @@
 //! sharing guests as it asks for; guests that the scenario before broke are replaced.
 
 mod crowd;
+mod detectors;
 mod filesystems;
 mod isolation;
 mod kernel;
@@ -37,6 +38,18 @@ pub enum Tier {
     Usual,
     /// Everything.
     Deep,
+    /// What shows that the module works, and what only a kernel with detectors can tell.
+    Debug,
+}
+
+impl Tier {
+    /// Whether what is of tier `other` is part of this one.
+    pub fn includes(self, other: Self) -> bool {
+        match self {
+            Self::Debug => matches!(other, Self::Smoke | Self::Debug),
+            _ => other <= self,
+        }
+    }
 }
 
 /// One scenario.
@@ -185,6 +198,12 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: crowd::ten_thousand_processes,
+    },
+    Scenario {
+        name: "any_allocation_may_fail",
+        tier: Tier::Debug,
+        guests: 0,
+        run: detectors::any_allocation_may_fail,
     },
     Scenario {
         name: "module_unloads_and_reloads_while_sharing",
