@@ -8,6 +8,7 @@ use std::{
     path::Path,
     sync::{Arc, Mutex, PoisonError, mpsc::Sender},
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -15,7 +16,11 @@ use anyhow::{Context, Result};
 use crate::{console, protocol::Message};
 
 /// How many console lines an error shows.
-const TAIL: usize = 25;
+const TAIL: usize = 60;
+/// How long a trace may take that follows what is fatal.
+const TRACE: Duration = Duration::from_secs(2);
+/// Between two looks for its end.
+const SLICE: Duration = Duration::from_millis(50);
 
 /// Something a machine did.
 #[derive(Debug)]
@@ -39,6 +44,14 @@ impl Tail {
             lines.pop_front();
         }
         lines.push_back(line);
+    }
+
+    /// Waits until a trace has come to its end, but not long: not all that is fatal has one.
+    pub(super) fn wait_for_trace(&self) {
+        let deadline = Instant::now() + TRACE;
+        while Instant::now() < deadline && !self.text().contains("---[ end ") {
+            thread::sleep(SLICE);
+        }
     }
 
     pub(super) fn text(&self) -> String {

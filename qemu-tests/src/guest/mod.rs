@@ -442,7 +442,12 @@ impl Guest {
 
     fn note(&mut self, event: &Event) {
         let failure = match event {
-            Event::Fatal(line) => line.clone(),
+            Event::Fatal(line) => {
+                if self.failure.is_none() {
+                    self.tail.wait_for_trace();
+                }
+                line.clone()
+            }
             Event::Closed => {
                 let said = std::fs::read_to_string(&self.own_log).unwrap_or_default();
                 let last = said
