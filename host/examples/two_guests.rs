@@ -101,7 +101,7 @@ impl Guest {
         // From here on it is the engine's.
         let uffd = Uffd::open(None)?;
         let events = uffd.try_clone()?;
-        let mut engine = Memory::new(uffd, true)?;
+        let mut engine = Memory::new(uffd)?;
         let region = Region {
             gfn: 0,
             pages: PAGES as u64,

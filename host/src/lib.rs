@@ -43,7 +43,7 @@
 //!     // Guest memory: private and anonymous, and nobody else's.
 //!     let uffd = Uffd::open(None)?;
 //!     let events = uffd.try_clone()?;
-//!     let mut memory = Memory::new(uffd, true)?;
+//!     let mut memory = Memory::new(uffd)?;
 //!     memory.insert_region(0, guest_memory)?;
 //!     let sharing = Arc::new(Sharing::new(memory));
 //!

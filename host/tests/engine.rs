@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::{GuestRam, Random, Vm, file, fill};
+use common::{GuestRam, Random, Vm, file, fill, huge_kilobytes};
 use pagefusion_abi::wire::reason;
 use pagefusion_host::engine::{ReportedRun, WINDOW_PAGES, audit};
 use pagefusion_host::store::{Group, PAGE};
@@ -256,21 +256,6 @@ fn a_huge_page_is_split_when_several_runs_of_it_are_shared() {
         assert_eq!(u32::from(outcome.shared), run.pages, "{outcome:?}");
     }
     assert_eq!((huge_kilobytes(&vm.ram), in_large_folios()), (0, 0));
-}
-
-fn huge_kilobytes(ram: &GuestRam) -> u64 {
-    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
-    let mut inside = false;
-    let mut sum = 0;
-    for line in smaps.lines() {
-        let start = line.split_once('-').map(|(start, _)| start);
-        if let Some(Ok(start)) = start.map(|start| usize::from_str_radix(start, 16)) {
-            inside = (ram.at(0)..ram.at(ram.pages)).contains(&start);
-        } else if let (true, Some(size)) = (inside, line.strip_prefix("AnonHugePages:")) {
-            sum += size.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
-        }
-    }
-    sum
 }
 
 #[test]

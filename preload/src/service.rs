@@ -105,8 +105,9 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
         .map_err(|e| format!("the device's memory: {e:?}"))?;
     let uffd = Uffd::open(uffd_device.as_ref().map(AsFd::as_fd))?;
     let events = uffd.try_clone()?;
-    let mut memory = Memory::new(uffd, true)?;
+    let mut memory = Memory::new(uffd)?;
     memory.set_paused(welcome.paused);
+    memory.set_split_huge_pages(welcome.split_huge_pages);
     let sharing = Arc::new(Sharing::new(memory));
     sharing.connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
     let mut guest = Guest::new(shared, layout, instance(), MAX_INFLIGHT_PAGES);
@@ -269,7 +270,11 @@ impl Service {
     fn connect_again(&self, socket: &Path) -> Result<(), Box<dyn Error>> {
         let (client, welcome) = StoreClient::connect(socket)?;
         let WelcomeWithFds { welcome, store, .. } = welcome;
-        self.sharing.memory().set_paused(welcome.paused);
+        {
+            let mut memory = self.sharing.memory();
+            memory.set_paused(welcome.paused);
+            memory.set_split_huge_pages(welcome.split_huge_pages);
+        }
         self.sharing
             .connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
         // What only this guest has was known to the old daemon alone.
@@ -336,6 +341,13 @@ impl Service {
             },
             ControlRequest::Pause => {
                 self.set_paused(true);
+                ControlReply::Done
+            }
+            ControlRequest::SplitHugePages(choice) => {
+                if self.sharing.memory().set_split_huge_pages(choice) {
+                    lock(&self.guest).request_rescan();
+                    self.ring_guest();
+                }
                 ControlReply::Done
             }
             ControlRequest::Resume => {

@@ -157,6 +157,7 @@ fn exchange(
         ControlRequest::Undo(_)
         | ControlRequest::Tidy { .. }
         | ControlRequest::Pause
+        | ControlRequest::SplitHugePages(_)
         | ControlRequest::Resume => SLOW,
         ControlRequest::Status | ControlRequest::Files { .. } | ControlRequest::Report { .. } => {
             QUICK * 2

@@ -35,6 +35,7 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
                 if let Some(request) = vm.pause().request() {
                     vm.control.ask(request);
                 }
+                vm.tell_split_huge_pages();
                 Ok(true)
             }
         }
@@ -157,6 +158,7 @@ fn welcome(vm: &Vm, connection: &mut Connection) -> io::Result<()> {
         has_device: vm.device.is_some(),
         has_uffd_device: uffd.is_some(),
         paused: vm.pause().is_paused(),
+        split_huge_pages: vm.welcome_split_huge_pages(),
     };
     connection.send_with_descriptors(&HelloReply::Welcome(Box::new(welcome)), &descriptors)
 }

@@ -193,6 +193,11 @@ impl Figures {
             |it| it.engine.pages_remembered as f64,
         );
         of_vms(
+            "vm_spared_pages",
+            "Pages not shared for the sake of huge pages",
+            |it| it.engine.pages_spared as f64,
+        );
+        of_vms(
             "vm_limited_pages",
             "Pages that a limit has kept from it",
             |it| it.pages_limited as f64,

@@ -108,7 +108,9 @@ pub(super) fn set(
         ));
     }
     if matches!(scope, Scope::Vm(_)) && !policy.is_empty() {
-        return Err("a group shares or does not: set mode and policy for a group, or all".into());
+        return Err(
+            "mode, policy and huge pages are a group's: set them for a group, or all".into(),
+        );
     }
     let vms = match scope {
         Scope::Vm(_) => registry.in_scope(scope)?,
@@ -116,6 +118,10 @@ pub(super) fn set(
         _ => registry.in_scope(scope).unwrap_or_default(),
     };
     noted(registry.set_limits(scope, &vms, each_vm, changes, policy))?;
+    for vm in &vms {
+        // Nobody waits for the answer, as with limits.
+        vm.tell_split_huge_pages();
+    }
     rescan(registry);
     Ok(Outcome {
         vms: vms.len(),

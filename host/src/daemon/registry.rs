@@ -464,6 +464,8 @@ impl Registry {
             vm.group_store
                 .apply_limits(limits.of_group(group).or(default));
             vm.apply_limits(limits.of_vm(group, vm.own_limits()));
+            let split = limits.policy_of(group).split_huge_pages;
+            vm.set_split_huge_pages(split.unwrap_or_default());
         }
     }
 

@@ -143,6 +143,7 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
                 name: group_name(vm),
                 mode: policy.mode.unwrap_or_default(),
                 policy: policy.policy.unwrap_or_default(),
+                split_huge_pages: policy.split_huge_pages.unwrap_or_default(),
                 pages_would_share: store.would_share.map(|(shared, _)| shared),
                 bytes_would_save: store.would_share.map(saving),
                 store_pages: store.store_pages,

@@ -8,7 +8,7 @@ use super::process::Process;
 use super::registry::{Pause, SharedGroup};
 use super::runtime::{Runtime, UndoneFile, VmRecord};
 use crate::device::PagefusionDevice;
-use crate::protocol::{FileKey, LimitChanges, Limits};
+use crate::protocol::{ControlRequest, FileKey, LimitChanges, Limits, SplitHugePages};
 use crate::store::{Group, PAGE, VmLimits};
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -19,6 +19,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most connections of an engine at one time.
 const MAX_CONNECTIONS: usize = 4;
+
+/// Whether huge pages are split: as the operator wants it, and as the engine was told last.
+#[derive(Clone, Copy, Debug, Default)]
+struct HugePages {
+    wanted: SplitHugePages,
+    told: SplitHugePages,
+}
 
 /// A living VM.
 #[derive(Debug)]
@@ -37,6 +44,7 @@ pub(super) struct Vm {
     /// What it may put into the store.
     pub(super) pace: Pace,
     limits: Mutex<Limits>,
+    huge_pages: Mutex<HugePages>,
     pub(super) control: Control,
     record: Mutex<VmRecord>,
     /// Those of the record, to look a file up.
@@ -74,6 +82,7 @@ impl Vm {
             group_store,
             pace: Pace::default(),
             limits: Mutex::default(),
+            huge_pages: Mutex::default(),
             control: Control::default(),
             undone_files: Mutex::new(Arc::new(keys(&record.undone_files))),
             record: Mutex::new(record),
@@ -155,6 +164,33 @@ impl Vm {
             granted_pages: pages(limits.max_overlays),
         };
         self.store().set_vm_limits(self.number, vm_limits);
+    }
+
+    /// Has huge pages be split or not once the engine is told.
+    pub(super) fn set_split_huge_pages(&self, wanted: SplitHugePages) {
+        lock(&self.huge_pages).wanted = wanted;
+    }
+
+    /// Whether huge pages are split, for an engine that is told so now.
+    pub(super) fn welcome_split_huge_pages(&self) -> SplitHugePages {
+        let mut huge_pages = lock(&self.huge_pages);
+        huge_pages.told = huge_pages.wanted;
+        huge_pages.told
+    }
+
+    /// Tells the engine whether to split huge pages, if it believes something else.
+    pub(super) fn tell_split_huge_pages(&self) {
+        let mut huge_pages = lock(&self.huge_pages);
+        let HugePages { wanted, told } = *huge_pages;
+        // One that is not connected is told when it is.
+        if wanted != told
+            && self
+                .control
+                .ask(ControlRequest::SplitHugePages(wanted))
+                .is_some()
+        {
+            huge_pages.told = wanted;
+        }
     }
 
     /// Whether the VMM has the device; not known of a VM older than this daemon.

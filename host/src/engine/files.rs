@@ -27,6 +27,11 @@ impl Files {
         Some(number)
     }
 
+    /// The file's number if it was met before.
+    pub(super) fn known(&self, key: &FileKey) -> Option<u32> {
+        self.numbers.get(key).copied()
+    }
+
     /// Most files one guest may name; a guest that renames its files without end is cut off.
     pub(super) const MOST: u32 = 1 << 18;
 

@@ -124,7 +124,9 @@ fn contradictions(runs: &[ReportedRun]) -> Vec<bool> {
 #[derive(Clone, Debug, Default)]
 struct Counts {
     reported: u64,
+    /// Spared ones included.
     remembered: u64,
+    spared: u64,
     refused: u64,
     refusals: BTreeMap<&'static str, u64>,
     errors: u64,
@@ -313,6 +315,7 @@ impl<M: Words> Guest<M> {
         self.files.clear();
         self.numbers.clear();
         self.waiting.clear();
+        sharing.memory().forget_spared();
         self.progress = Progress::start();
         self.ring.set_paused(self.paused);
         self.ring
@@ -392,6 +395,9 @@ impl<M: Words> Guest<M> {
             };
             lies.into_iter().map(answer).collect()
         };
+        let spared = sharing.memory().take_spared();
+        self.counts.spared += spared.pages;
+        self.request_all(&spared.again);
         let mut shared = 0;
         for ((position, run), outcome) in runs.iter().zip(results) {
             self.ring.set_outcome(*position, outcome);
@@ -429,6 +435,11 @@ impl<M: Words> Guest<M> {
 
     /// Asks the guest to report these file pages again; whether it is to be rung.
     pub fn request_report(&mut self, spans: &[FileSpan]) -> bool {
+        self.request_all(spans);
+        self.post_waiting()
+    }
+
+    fn request_all(&mut self, spans: &[FileSpan]) {
         for span in spans {
             let Some(file) = self.numbers.get(&span.file) else {
                 continue;
@@ -440,7 +451,6 @@ impl<M: Words> Guest<M> {
                 pages,
             });
         }
-        self.post_waiting()
     }
 
     fn request(&mut self, request: Request) {
@@ -502,7 +512,8 @@ impl<M: Words> Guest<M> {
     pub fn fill_status(&self, status: &mut EngineStatus) {
         status.guest_attached = self.attached;
         status.pages_reported = self.counts.reported;
-        status.pages_remembered = self.counts.remembered;
+        status.pages_remembered = self.counts.remembered.saturating_sub(self.counts.spared);
+        status.pages_spared = self.counts.spared;
         status.pages_refused = self.counts.refused;
         status.refusals = self
             .counts

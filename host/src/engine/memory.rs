@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use super::attributes::{AttributeMap, Unsuitable, examine};
 use super::changes::Changes;
 use super::files::Files;
+use super::huge_pages::HugePages;
 use super::mapped;
 use super::mappings::MappingBudget;
 use super::overlays::{Overlay, Overlays};
@@ -58,11 +59,11 @@ pub struct Memory {
     pub(super) suitability: HashMap<u64, Suitability>,
     pub(super) overlays: Overlays,
     pub(super) changes: Changes,
-    files: Files,
+    pub(super) files: Files,
     pub(super) store: Option<StoreView>,
     pub(super) budget: MappingBudget,
     pub(super) pagemap: Pagemap,
-    pub(super) split_huge_pages: bool,
+    pub(super) huge_pages: HugePages,
     /// Where the batch at hand has split all huge pages.
     pub(super) split: Range<usize>,
     paused: bool,
@@ -77,7 +78,7 @@ pub struct Memory {
 
 impl Memory {
     /// Guest memory of this process; regions are added as the VMM makes them known.
-    pub fn new(uffd: Uffd, split_huge_pages: bool) -> io::Result<Self> {
+    pub fn new(uffd: Uffd) -> io::Result<Self> {
         Ok(Self {
             uffd,
             regions: Regions::default(),
@@ -88,7 +89,7 @@ impl Memory {
             store: None,
             budget: MappingBudget::new()?,
             pagemap: Pagemap::open()?,
-            split_huge_pages,
+            huge_pages: HugePages::default(),
             split: 0..0,
             paused: false,
             undoing: 0,
@@ -146,6 +147,7 @@ impl Memory {
             return Ok(());
         };
         self.restore(&region.addresses())?;
+        self.forget_spared_at(&region.addresses());
         if let Some(Suitability::Ready(_)) = self.suitability.remove(&key) {
             // The VMM may have unmapped it already; then there is nothing to undo.
             let _ = self.uffd.unregister(&region.addresses());

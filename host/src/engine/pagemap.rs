@@ -217,6 +217,11 @@ impl Pagemap {
         Ok(found.iter().take(count).map(pages).sum())
     }
 
+    /// Whether the kernel can tell what [`Self::huge_now`] asks.
+    pub(super) fn tells_huge_pages(&self) -> bool {
+        self.huge_now(&(PAGE..2 * PAGE)).is_ok()
+    }
+
     fn own_lately(
         &mut self,
         address: usize,

@@ -118,6 +118,7 @@ impl Sharing {
 
     /// Tells the store that the guest does not have these file pages any more.
     pub fn forget(&self, span: FileSpan) {
+        self.memory().forget_waiting(&span);
         self.with_store(|store| store.pages.forget(span));
     }
 
@@ -210,7 +211,8 @@ impl Sharing {
         Ok(())
     }
 
-    /// Resolves runs whose pages the guest holds pinned; one outcome per run.
+    /// Resolves runs whose pages the guest holds pinned; one outcome per run. What was spared
+    /// for the sake of huge pages ([`Memory::take_spared`]) counts as remembered.
     pub fn share(&self, runs: &[ReportedRun]) -> Vec<Outcome> {
         self.share_while(runs, &|| true)
     }

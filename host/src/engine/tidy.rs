@@ -31,7 +31,7 @@ const WORTHLESS: usize = 8;
 /// Tidies up. `alone` are store pages that no other process has been granted. Returns file pages
 /// that the guest is to report again: those that were turned back though it has not written them,
 /// of which the store knows nothing afterwards, and those that are on overlays, were written, and
-/// have the same content all the same.
+/// have the same content all the same, and those that were spared for huge pages that are none any more.
 pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>> {
     let (overlays, alone) = {
         let memory = sharing.memory();
@@ -74,7 +74,7 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
                 .map(|part| address + part.start * PAGE..address + part.end * PAGE),
         );
     }
-    let spans = {
+    let mut spans: Vec<FileSpan> = {
         let mut memory = sharing.memory();
         memory.look_away();
         let span = |&(file, page, pages): &(u32, u64, usize)| FileSpan {
@@ -85,6 +85,10 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
         wanted.iter().map(span).collect()
     };
     sharing.undo_ranges(|_| ranges)?;
+    let mut next = Some(0);
+    while let Some(from) = next {
+        next = sharing.memory().take_split(from, &mut spans);
+    }
     Ok(spans)
 }
 

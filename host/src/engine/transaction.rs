@@ -3,9 +3,12 @@
 //! What becomes of one batch of runs: the store is asked, what it has is overlaid, what it has not
 //! is hashed, and published once a second reporter has come.
 
+use std::collections::BTreeMap;
+
 use pagefusion_abi::wire::{Outcome, reason};
 use roaring::RoaringBitmap;
 
+use super::huge_pages::{HUGE_PAGE, Waiting};
 use super::memory::{Refusal, WINDOW_PAGES};
 use super::overlays::Overlay;
 use super::regions::Piece;
@@ -157,7 +160,7 @@ impl<'a> Transaction<'a> {
         for batch in split_by_pages(&unknown, MAX_SIGHTINGS) {
             wanted.extend(self.sight(store, &batch)?);
         }
-        for part in join(wanted) {
+        for part in join(self.spare_unpublished(wanted)) {
             for from in (0..part.pages).step_by(MAX_PUBLISH_PAGES) {
                 let pages = MAX_PUBLISH_PAGES.min(part.pages - from);
                 self.publish(store, part.slice(from, pages))?;
@@ -195,9 +198,60 @@ impl<'a> Transaction<'a> {
                 rest = Some(segment.skip(pages as u32)).filter(|s| s.pages > 0);
             }
         }
-        unknown.extend(self.overlay(&found));
+        unknown.extend(self.overlay_unless_spared(found));
         unknown.sort_unstable_by_key(|part| (part.run, part.page));
         Ok(unknown)
+    }
+
+    /// As [`Self::overlay`], but for what is spared.
+    fn overlay_unless_spared(&mut self, found: Vec<(Part, StorePage)>) -> Vec<Part> {
+        for (part, store) in &found {
+            self.granted.insert_range(*store..store + part.pages as u32);
+        }
+        let found = self.spare(found);
+        self.overlay(&found)
+    }
+
+    /// Takes out what is not worth publishing either, as it would be spared.
+    fn spare_unpublished(&mut self, wanted: Vec<Part>) -> Vec<Part> {
+        let wanted = wanted.into_iter().map(|part| (part, 0)).collect();
+        let rest = self.spare(wanted).into_iter();
+        let mut rest: Vec<Part> = rest.map(|(part, _)| part).collect();
+        rest.sort_unstable_by_key(|part| (part.run, part.page));
+        rest
+    }
+
+    /// Takes out what lies in huge pages that are not to be split. It counts as remembered: as
+    /// soon as it can be shared, the guest is asked for it.
+    fn spare(&mut self, found: Vec<(Part, StorePage)>) -> Vec<(Part, StorePage)> {
+        if !self.sharing.memory().spares_huge_pages() {
+            return found;
+        }
+        let mut by_huge_page = BTreeMap::<usize, Vec<(Part, StorePage)>>::new();
+        for (part, store) in found {
+            let mut from = 0;
+            while from < part.pages {
+                let huge = (part.hva + from * PAGE) / HUGE_PAGE;
+                let room = ((huge + 1) * HUGE_PAGE - part.hva) / PAGE - from;
+                let piece = part.slice(from, room.min(part.pages - from));
+                let pieces = by_huge_page.entry(huge).or_default();
+                pieces.push((piece, store + from as u32));
+                from += piece.pages;
+            }
+        }
+        let mut rest = Vec::new();
+        for (huge, pieces) in by_huge_page {
+            let waiting = |(it, _): &(Part, _)| Waiting::at(it.hva, it.pages, it.number, it.page);
+            let waiting: Vec<Waiting> = pieces.iter().map(waiting).collect();
+            if self.sharing.memory().spares(huge, &waiting) {
+                for (piece, _) in pieces {
+                    self.counts[piece.run].remembered += piece.pages as u32;
+                }
+            } else {
+                rest.extend(pieces);
+            }
+        }
+        rest
     }
 
     /// Overlays parts with the store pages from each one's position on, window by window, by
@@ -305,7 +359,7 @@ impl<'a> Transaction<'a> {
                 }
             }
         }
-        for different in self.overlay(&by_content) {
+        for different in self.overlay_unless_spared(by_content) {
             self.refuse(different.run, reason::DIFFERENT);
         }
         Ok(wanted)

@@ -17,6 +17,7 @@ use std::ops::Range;
 use pagefusion_abi::wire::reason;
 
 use super::attributes::Attributes;
+use super::huge_pages::HUGE_PAGE;
 use super::mapped::{self, mask};
 use super::memory::{Memory, Refusal, Suitability, WINDOW_PAGES, host_error};
 use super::overlays::Overlay;
@@ -31,9 +32,6 @@ pub const WINDOW_MAPPINGS: usize = 2;
 /// Pages of a window that is so short that looking at them before it opens costs more than it
 /// saves those who wait for it; runs share a window only as long as it stays that short.
 const SHORT_PAGES: usize = 16;
-
-/// Huge pages of the processor; of bigger ones this is a part.
-const HUGE_PAGE: usize = 2 << 20;
 
 /// Store pages, and where in guest memory they are to go.
 #[derive(Clone, Copy, Debug)]
@@ -225,7 +223,7 @@ impl Memory {
                 .register(&range)
                 .map_err(|e| host_error("registering an overlay", &e.into()))?;
         }
-        if self.split_huge_pages && !attributes.no_huge_page {
+        if !attributes.no_huge_page {
             self.split_huge_pages(&range, next);
         }
         let store = self.store.as_ref().ok_or(reason::NO_STORE)?;

@@ -302,6 +302,18 @@ fn pages(vm: &VmStatus, causes: &mut Vec<Cause>) {
             )
         });
     }
+    if engine.pages_spared > 0 {
+        let group = vm.group.as_ref();
+        let scope = group.map_or_else(|| "--all".into(), |group| format!("--group {group}"));
+        causes.push(Cause {
+            pages: Some(engine.pages_spared),
+            ..cause(
+                "spared",
+                "could have been shared, and were left alone so that huge pages stay whole",
+                format!("pagefusionctl set {scope} --split-huge-pages always"),
+            )
+        });
+    }
     if engine.pages_reported == 0 {
         causes.push(cause(
             "nothing-reported",
@@ -406,6 +418,8 @@ mod tests {
         assert_eq!(causes(vm.clone()), [""; 0]);
         vm.engine.pages_remembered = 3;
         assert_eq!(causes(vm.clone()), ["only-here"]);
+        vm.engine.pages_spared = 3;
+        assert_eq!(causes(vm.clone()), ["only-here", "spared"]);
         vm.engine.guest_attached = false;
         assert_eq!(causes(vm.clone()), ["no-guest"]);
         vm.paused = true;

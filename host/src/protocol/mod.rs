@@ -20,7 +20,7 @@ pub use admin::{AdminClient, AdminError, CreatedVm};
 pub use client::{ControlConnection, DeviceDescriptors, StoreClient, WelcomeWithFds};
 pub use limits::{Limit, LimitChanges, Limits};
 pub use operator::{AdminReply, AdminRequest, Outcome, Scope, Selection};
-pub use policy::{Mode, Policy, PolicyChanges};
+pub use policy::{Mode, Policy, PolicyChanges, SplitHugePages};
 pub use status::{FileStatus, GroupStatus, Status, VmStatus};
 #[cfg(feature = "cli")]
 pub(crate) use transport::peer;
@@ -30,7 +30,7 @@ use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak the same version.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Largest encoded message, bytes, payload excluded.
 pub const MAX_MESSAGE: usize = 1 << 20;
 /// Most pages in one [`EngineRequest::Publish`].
@@ -200,6 +200,8 @@ pub struct Welcome {
     pub has_uffd_device: bool,
     /// Whether sharing is paused for this VM.
     pub paused: bool,
+    /// Whether its huge pages are split.
+    pub split_huge_pages: SplitHugePages,
 }
 
 /// Engine to daemon.
@@ -285,6 +287,9 @@ pub enum ControlRequest {
     /// Share nothing more until [`ControlRequest::Resume`]; overlays stay. Answered by
     /// [`ControlReply::Done`].
     Pause,
+    /// From now on, split huge pages or not; what is shared stays. The guest is asked to report
+    /// everything if that is new. Answered by [`ControlReply::Done`].
+    SplitHugePages(SplitHugePages),
     /// Share (again). The guest is asked to report everything. Answered by
     /// [`ControlReply::Done`].
     Resume,
@@ -351,6 +356,8 @@ pub struct EngineStatus {
     pub pages_broken: u64,
     /// Pages noted because nobody else had them.
     pub pages_remembered: u64,
+    /// Pages not shared for the sake of huge pages, which are not to be split.
+    pub pages_spared: u64,
     /// Pages refused.
     pub pages_refused: u64,
     /// Pages refused by [`wire::reason::name`].

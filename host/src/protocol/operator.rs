@@ -100,7 +100,7 @@ pub enum AdminRequest {
         each_vm: bool,
         /// Limits that change.
         changes: LimitChanges,
-        /// Mode and policy that change; not those of a single VM.
+        /// Mode, policy and the like that change; not those of a single VM.
         policy: PolicyChanges,
     },
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! When a trust group shares.
+//! When a trust group shares, and at what price.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,21 @@ pub enum Policy {
     Pressure,
 }
 
+/// Whether huge pages of guest memory are split so that pages in them can be shared. Split ones
+/// cost the guest misses of the TLB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum SplitHugePages {
+    /// Never: only what lies in small pages is shared.
+    Never,
+    /// When an eighth of one could be shared.
+    Worthwhile,
+    /// Always.
+    #[default]
+    Always,
+}
+
 /// New values; `None` leaves one as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -36,6 +51,8 @@ pub struct PolicyChanges {
     pub mode: Option<Mode>,
     /// The policy.
     pub policy: Option<Policy>,
+    /// Whether huge pages are split.
+    pub split_huge_pages: Option<SplitHugePages>,
 }
 
 impl PolicyChanges {
@@ -55,6 +72,7 @@ impl PolicyChanges {
         Self {
             mode: self.mode.or(wider.mode),
             policy: self.policy.or(wider.policy),
+            split_huge_pages: self.split_huge_pages.or(wider.split_huge_pages),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 //! Figures for the operator.
 
-use super::{EngineStatus, FileKey, Limits, Mode, Policy};
+use super::{EngineStatus, FileKey, Limits, Mode, Policy, SplitHugePages};
 use serde::{Deserialize, Serialize};
 
 /// The whole host.
@@ -45,6 +45,8 @@ pub struct GroupStatus {
     pub mode: Mode,
     /// When.
     pub policy: Policy,
+    /// Whether it splits huge pages.
+    pub split_huge_pages: SplitHugePages,
     /// While it only learns: pages that would be shared, those of first reporters included.
     pub pages_would_share: Option<u64>,
     /// While it only learns: memory that this would save, bytes, less canonical pages.

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagefusion_abi::wire::{
-    EMPTY_RECORD, Layout, Outcome, Record, guest_area, guest_state, host_area,
+    EMPTY_RECORD, Layout, Outcome, Record, Request, guest_area, guest_state, host_area,
 };
 use pagefusion_host::engine::RingConsumer;
 
@@ -82,6 +82,19 @@ impl Shared {
         }
         self.set_head(head + slots as u64);
         head
+    }
+
+    /// Takes the host's next request off its ring.
+    pub(crate) fn take_request(&self) -> Option<Request> {
+        let tail = self.guest(guest_area::REQUEST_TAIL);
+        let position = tail.load(Ordering::SeqCst);
+        if position == self.host_word(host_area::REQUEST_HEAD) {
+            return None;
+        }
+        let at = self.layout.request_slot(position);
+        let slot = [0, 8, 16, 24].map(|i| self.at(at + i).load(Ordering::SeqCst));
+        tail.store(position + 1, Ordering::SeqCst);
+        Some(Request::decode(&slot).unwrap())
     }
 
     pub(crate) fn outcome(&self, position: u64) -> Option<Outcome> {

@@ -72,6 +72,12 @@ impl GuestRam {
         Self { base, pages }
     }
 
+    /// Splits a huge page as whoever else may do it.
+    pub(crate) fn split_huge_page(&self, page: usize) {
+        // SAFETY: part of this memory; its content stays.
+        unsafe { madvise(self.at(page) as *mut _, PAGE, Advice::LinuxCold) }.unwrap();
+    }
+
     /// As QEMU sets its guests' memory up.
     pub(crate) fn dont_fork(&self) {
         // SAFETY: the memory that `new` mapped; its content stays.
@@ -194,7 +200,7 @@ impl Vm {
     pub(crate) fn with_ram(group: &Arc<Mutex<Group>>, vm: u32, ram: GuestRam) -> Self {
         let uffd = Uffd::open(None).expect("userfaultfd (root, or vm.unprivileged_userfaultfd)");
         let events = uffd.try_clone().unwrap();
-        let mut memory = Memory::new(uffd, true).unwrap();
+        let mut memory = Memory::new(uffd).unwrap();
         memory.insert_region(0, ram.region()).unwrap();
         let sharing = Arc::new(Sharing::new(memory));
         let local = LocalStore::new(group.clone(), vm);
@@ -261,6 +267,22 @@ pub(crate) fn fill(group: &Arc<Mutex<Group>>, file: FileKey, bytes: &[u8]) -> [L
         assert!(at.iter().all(Option::is_some), "the store took every page");
     }
     stores
+}
+
+/// How much of guest memory is in huge pages that are mapped as a whole.
+pub(crate) fn huge_kilobytes(ram: &GuestRam) -> u64 {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut inside = false;
+    let mut sum = 0;
+    for line in smaps.lines() {
+        let start = line.split_once('-').map(|(start, _)| start);
+        if let Some(Ok(start)) = start.map(|start| usize::from_str_radix(start, 16)) {
+            inside = (ram.at(0)..ram.at(ram.pages)).contains(&start);
+        } else if let (true, Some(size)) = (inside, line.strip_prefix("AnonHugePages:")) {
+            sum += size.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+        }
+    }
+    sum
 }
 
 /// Small deterministic random numbers (SplitMix64).

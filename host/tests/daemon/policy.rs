@@ -3,6 +3,7 @@
 //! Groups that only learn: by order, or because the host has memory enough.
 
 use crate::support::{Daemon, Host, Vmm};
+use pagefusion_host::protocol::SplitHugePages;
 
 fn connected(host: &Host, name: &str) -> Vmm {
     let mut vmm = Vmm::start(host, name, "g");
@@ -125,4 +126,39 @@ fn pages_that_only_one_vm_has_are_given_back_to_it() {
     assert!(first.is_some() && first < then, "{orders}");
     let orders = two.tell("await");
     assert!(!orders.contains("tidy 5"), "{orders}");
+}
+
+#[test]
+fn huge_pages_are_split_as_set_for_the_group_and_else_for_all() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one");
+    assert_eq!(one.tell("splits"), "Always");
+    set(&host, "--all --split-huge-pages worthwhile");
+    assert_eq!(one.tell("await"), "split Worthwhile");
+    set(&host, "--group g --split-huge-pages never");
+    assert_eq!(one.tell("await"), "split Never");
+    // Nobody is told what it knows.
+    set(&host, "--all --split-huge-pages always");
+    set(&host, "--group g --mode would-save");
+    assert_eq!(one.tell("await"), "resume");
+    let group = host.status().groups.remove(0);
+    assert_eq!(group.split_huge_pages, SplitHugePages::Never);
+    let mut other = Vmm::start(&host, "other", "h");
+    other.tell("connect");
+    assert_eq!(other.tell("splits"), "Always");
+    // What a single VM has in huge pages is its group's matter.
+    let (status, _, errors) = host.ctl("set --vm one --split-huge-pages never");
+    assert_eq!(status, 2, "{errors}");
+    drop(daemon);
+
+    let _daemon = Daemon::start(&host);
+    for (vm, splits) in [(&mut one, "Never"), (&mut other, "Always")] {
+        vm.tell("connect");
+        assert_eq!(vm.tell("splits"), splits);
+    }
+    // Said between the two connections of an engine.
+    set(&host, "--group g --split-huge-pages worthwhile");
+    assert_eq!(one.tell("listen"), "listening");
+    assert_eq!(one.tell("await"), "split Worthwhile");
 }

@@ -74,6 +74,10 @@ impl Vmm {
     fn obey(&mut self, command: &str, numbers: &[u64]) -> String {
         match (command, numbers) {
             ("connect", []) => self.connect(),
+            ("splits", []) => {
+                let (_, welcome) = self.store.as_ref().unwrap();
+                format!("{:?}", welcome.welcome.split_huge_pages)
+            }
             ("announce", []) => self.announce(),
             ("share", &[file, page, pages]) => self.share(file, page, pages),
             ("release", &[file, page]) => self.release(file, page),
@@ -296,6 +300,10 @@ impl Vmm {
                     }
                     ControlRequest::Pause => {
                         note("pause".into());
+                        ControlReply::Done
+                    }
+                    ControlRequest::SplitHugePages(choice) => {
+                        note(format!("split {choice:?}"));
                         ControlReply::Done
                     }
                     ControlRequest::Resume => {

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use pagefusion_host::operator::parse_size;
 use pagefusion_host::protocol::{
-    Limit, LimitChanges, Mode, Policy, PolicyChanges, Scope, Selection,
+    Limit, LimitChanges, Mode, Policy, PolicyChanges, Scope, Selection, SplitHugePages,
 };
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -185,6 +185,10 @@ pub(crate) struct LimitArguments {
     /// Shares always, or only from when on the host is short of memory.
     #[arg(long, value_enum, conflicts_with = "vm")]
     policy: Option<Policy>,
+    /// Splits huge pages of guests to share what is in them: never, when an eighth of one could be
+    /// shared, or always.
+    #[arg(long, value_enum, conflicts_with = "vm")]
+    split_huge_pages: Option<SplitHugePages>,
 }
 
 impl From<LimitArguments> for (LimitChanges, PolicyChanges) {
@@ -195,13 +199,19 @@ impl From<LimitArguments> for (LimitChanges, PolicyChanges) {
             publish_rate,
             mode,
             policy,
+            split_huge_pages,
         } = arguments;
         let limits = LimitChanges {
             max_store,
             max_overlays,
             publish_rate,
         };
-        (limits, PolicyChanges { mode, policy })
+        let policy = PolicyChanges {
+            mode,
+            policy,
+            split_huge_pages,
+        };
+        (limits, policy)
     }
 }
 
