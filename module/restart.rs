@@ -93,6 +93,8 @@ unsafe extern "C" fn notified(
         // SAFETY: By this function's requirements.
         let thread = unsafe { (*notifier.cast::<Block>()).thread };
         NEAR.store(1, ordering::Release);
+        // SAFETY: The thread exists, by this function's requirements.
+        unsafe { thread::hurry(thread) };
         thread::kick();
         let began = thread::now_ms();
         // SAFETY: The thread exists, by this function's requirements. One that is frozen, as

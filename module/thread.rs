@@ -111,6 +111,8 @@ impl<W: Work> Thread<W> {
 
 impl<W: Work> Drop for Thread<W> {
     fn drop(&mut self) {
+        // SAFETY: By the invariants the thread exists.
+        unsafe { hurry(self.task.as_ptr()) };
         // SAFETY: By the invariants the thread exists and has not been stopped; it never exits
         // by itself, as `entry` waits to be stopped.
         unsafe { bindings::kthread_stop(self.task.as_ptr()) };
@@ -123,6 +125,17 @@ impl<W: Work> Drop for Thread<W> {
         // SAFETY: By the invariants this is the work, and its only other user has ended.
         drop(unsafe { KBox::from_raw(self.work) });
     }
+}
+
+/// Gives a thread that somebody waits for the usual priority: at the lowest, everybody else comes
+/// before it, and before who waits.
+///
+/// # Safety
+///
+/// `task` must be that of a [`Thread`] that exists.
+pub(crate) unsafe fn hurry(task: *mut bindings::task_struct) {
+    // SAFETY: By this function's requirements; this takes no lock that our callers may hold.
+    unsafe { bindings::sched_set_normal(task, 0) };
 }
 
 /// # Safety
