@@ -252,12 +252,9 @@ impl Ivshmem {
         };
         let host_peer = memory.read(header::HOST_PEER as u64) as u16;
         device.set_master();
+        // A kernel without MSI can still ring. Where there is no doorbell, ringing does nothing.
+        let registers = Self::registers(device)?;
         let interrupt = Interrupt::request(device);
-        let registers = if interrupt.is_some() {
-            Self::registers(device)?
-        } else {
-            None
-        };
         Ok(Self {
             interrupt,
             registers,
