@@ -358,6 +358,34 @@ fn a_machine_restored_from_a_snapshot_meets_a_new_host() {
 }
 
 #[test]
+fn news_are_found_without_a_ring() {
+    let shared = Shared::new();
+    let mut host = shared.host();
+    assert!(!host.has_news(), "nobody is there");
+    shared.attach(1);
+    assert!(host.has_news(), "a guest has come");
+    host.attach();
+    assert!(!host.has_news());
+    let attached = snapshot(&shared);
+    shared.produce(&RUN);
+    assert!(host.has_news(), "there is a record");
+    let batch = host.claim(8, |_| ()).unwrap().unwrap();
+    host.acknowledge(batch);
+    assert!(!host.has_news());
+    restore(&shared, &attached);
+    assert!(host.has_news(), "the machine was restored");
+    assert_eq!(host.attach(), Attachment::Restored);
+    assert!(!host.has_news(), "the guest believes in another host");
+    // One that makes no sense is not looked at for ever.
+    shared.attach(2);
+    host.attach();
+    shared.set_head(u64::MAX);
+    assert!(host.has_news());
+    assert_eq!(host.claim(8, |_| ()), Err(RingError::Head));
+    assert!(!host.has_news());
+}
+
+#[test]
 fn a_guest_of_another_host_is_none() {
     let shared = Shared::new();
     let mut former = shared.host();

@@ -33,6 +33,11 @@ use crate::search::Search;
 const MAX_INFLIGHT_PAGES: u64 = 16384;
 /// Between tries to reach a daemon that is gone.
 const RECONNECT: Duration = Duration::from_millis(100);
+/// Between two looks at what nobody rings for.
+const LOOK: Timespec = Timespec {
+    tv_sec: 5,
+    tv_nsec: 0,
+};
 /// Until what could not be done for the guest is tried again.
 const RETRY: Timespec = Timespec {
     tv_sec: 0,
@@ -187,8 +192,9 @@ impl Service {
                         &self.from_guest,
                         rustix::event::PollFlags::IN,
                     )];
-                    let limit = retry.then_some(&RETRY);
-                    if rustix::event::poll(&mut fd, limit) != Ok(0) {
+                    let limit = if retry { RETRY } else { LOOK };
+                    let waited = rustix::event::poll(&mut fd, Some(&limit)) == Ok(0);
+                    if !waited || !(retry || lock(&self.guest).has_news()) {
                         continue;
                     }
                 }

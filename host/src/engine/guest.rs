@@ -433,6 +433,13 @@ impl<M: Words> Guest<M> {
         posted
     }
 
+    /// Whether a call of [`Guest::progress`] has something to do though nobody has rung: ask now and
+    /// then, as a machine that was restored from a snapshot, or has come from another host, does not
+    /// know that it has to ring.
+    pub fn has_news(&self) -> bool {
+        self.ring.has_news()
+    }
+
     /// Asks the guest to report these file pages again; whether it is to be rung.
     pub fn request_report(&mut self, spans: &[FileSpan]) -> bool {
         self.request_all(spans);

@@ -187,6 +187,19 @@ impl<M: Words> RingConsumer<M> {
         slot
     }
 
+    /// Whether there is something that nobody need have rung for: the memory was restored with a
+    /// snapshot, in this VMM or from another one, or a guest without a doorbell has written.
+    pub fn has_news(&self) -> bool {
+        if !self.is_as_left() {
+            return true;
+        }
+        let epoch = self.guest(guest_area::EPOCH);
+        let attached = self.guest(guest_area::STATE) == guest_state::ATTACHED
+            && self.guest(guest_area::INSTANCE) == self.instance;
+        let is_new = epoch != self.epoch && epoch != 0;
+        attached && (is_new || !self.broken && self.guest(guest_area::HEAD) != self.claim)
+    }
+
     /// Looks whether a guest is there, and attaches to a new epoch.
     pub fn attach(&mut self) -> Attachment {
         if !self.is_as_left() {

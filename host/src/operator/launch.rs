@@ -190,7 +190,9 @@ fn device_arguments(vm: &CreatedVm) -> Vec<OsString> {
         "-chardev".into(),
         option("socket,id=pagefusion,path=", "ivshmem.sock", ""),
         "-device".into(),
-        "ivshmem-doorbell,chardev=pagefusion,vectors=1".into(),
+        // The device's memory belongs to this VM and moves with it: without that, QEMU refuses to
+        // migrate or save it.
+        "ivshmem-doorbell,chardev=pagefusion,vectors=1,master=on".into(),
         "-qmp".into(),
         option("unix:", "qmp.sock", ",server=on,wait=off"),
     ]
@@ -308,7 +310,7 @@ mod tests {
             "-chardev",
             "socket,id=pagefusion,path=/run/a,,b/vms/3/ivshmem.sock",
             "-device",
-            "ivshmem-doorbell,chardev=pagefusion,vectors=1",
+            "ivshmem-doorbell,chardev=pagefusion,vectors=1,master=on",
             "-qmp",
             "unix:/run/a,,b/vms/3/qmp.sock,server=on,wait=off",
         ];
