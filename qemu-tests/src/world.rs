@@ -323,8 +323,7 @@ impl World {
         let told = |what: Result<String>| what.unwrap_or_else(|error| format!("{error:#}"));
         let mut text = told(self.site.ctl(&["status", "--json"]));
         for guest in &mut self.guests {
-            let numbers = guest.output(&["sh", "-c", "cd /sys/kernel/pagefusion && grep -H . *"]);
-            let numbers = told(numbers).replace('\n', " ");
+            let numbers = told(guest.numbers());
             text.push_str(&format!("\n{}: {numbers}", guest.name()));
         }
         text

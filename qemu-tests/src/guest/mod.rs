@@ -1,6 +1,7 @@
 //! One machine: its QEMU, its console, its agent, its monitor.
 
 mod config;
+mod debugger;
 mod lines;
 mod monitor;
 mod qmp;
@@ -332,6 +333,21 @@ impl Guest {
         text.trim()
             .parse()
             .with_context(|| format!("{}: {name} holds {text:?}", self.name))
+    }
+
+    /// Everything the module says of itself, in a line.
+    pub fn numbers(&mut self) -> Result<String> {
+        let mut names: Vec<String> = self.request(Op::List { path: SYSFS.into() })?;
+        names.sort_unstable();
+        let mut line = String::new();
+        for name in names {
+            let path = format!("{SYSFS}/{name}");
+            // Some may only be written.
+            if let Ok(value) = self.request::<String>(Op::Read { path }) {
+                line += &format!("{name}:{} ", value.trim());
+            }
+        }
+        Ok(line)
     }
 
     /// Sets a knob of the module.

@@ -53,10 +53,19 @@ impl Guest {
     /// not looked yet.
     pub fn host_frames(&mut self, path: &str) -> Result<Vec<u64>> {
         let frames: Vec<u64> = self.request(Op::HeldFrames { path: path.into() })?;
-        let memory = self.address_of(LOW)? - LOW * 4096;
+        let low = self.address_of(LOW)? - LOW * 4096;
+        // All that is there is in one piece as well.
+        let high = match frames.iter().any(|frame| *frame >= HIGH) {
+            true => self.address_of(HIGH)?,
+            false => 0,
+        };
         let pid = self.pid();
         let host = |frame: u64| {
-            let found = crate::frames::of_range(pid, memory + frame * 4096, 1)?;
+            let address = match frame.checked_sub(HIGH) {
+                Some(above) => high + above * 4096,
+                None => low + frame * 4096,
+            };
+            let found = crate::frames::of_range(pid, address, 1)?;
             Ok(found.first().copied().unwrap_or_default())
         };
         frames.into_iter().map(host).collect()

@@ -5,7 +5,7 @@ use std::{process::Command, time::Duration};
 use anyhow::{Context, Result, ensure};
 
 use super::Stage;
-use crate::{guest::Guest, integrity::Integrity, protocol::Op};
+use crate::{guest::Guest, integrity::Integrity, protocol::Op, world::World};
 
 const PCI: &str = "/sys/bus/pci";
 
@@ -53,6 +53,43 @@ pub(super) fn module_leaves_foreign_ivshmem(stage: &mut Stage) -> Result<()> {
         bound(&mut guest)?.is_empty(),
         "the module took a device that is not ours"
     );
+    guest.unload_module()?;
+    guest.healthy()?;
+    guest.kill()
+}
+
+/// What tells the kernel that its memory is encrypted, and whose processor does it.
+const VENDOR: &str = "cc_vendor";
+/// `CC_VENDOR_NONE`, `CC_VENDOR_INTEL`: TDX.
+const NONE: [u8; 4] = [0, 0, 0, 0];
+const INTEL: [u8; 4] = [2, 0, 0, 0];
+
+/// No such guest can be had here, so an ordinary one is made to believe that it is one.
+pub(super) fn module_refuses_confidential_guests(stage: &mut Stage) -> Result<()> {
+    let others = std::mem::take(&mut stage.world.guests);
+    let played = refused_by_confidential_guest(&mut stage.world);
+    stage.world.guests = others;
+    played
+}
+
+fn refused_by_confidential_guest(world: &mut World) -> Result<()> {
+    world.start_files(1, "")?;
+    let socket = world.directory().join("debugger");
+    let guest = &mut world.guests[0];
+    guest.wait_agent(world.limits.boot)?;
+    let found = guest.output(&["grep", "-w", VENDOR, "/proc/kallsyms"])?;
+    let address = found.split_whitespace().next().context("no such symbol")?;
+    let address = u64::from_str_radix(address, 16)?;
+
+    guest.poke(&socket, address, &INTEL)?;
+    let refused = guest.load_module();
+    guest.poke(&socket, address, &NONE)?;
+    let error = refused.err().context("it was loaded")?.to_string();
+    ensure!(error.contains("not supported"), "refused with: {error}");
+    let log = guest.output(&["dmesg"])?;
+    let said = "pagefusion: refused: this guest's memory is encrypted (SEV, TDX)";
+    ensure!(log.contains(said), "the log does not say why:\n{log}");
+    guest.load_module()?;
     guest.unload_module()?;
     guest.healthy()?;
     guest.kill()

@@ -10,6 +10,8 @@ mod isolation;
 mod kernel;
 mod knobs;
 mod lifecycle;
+mod moving;
+mod plug;
 mod power;
 mod quiet;
 mod shared_files;
@@ -80,6 +82,12 @@ pub const ALL: &[Scenario] = &[
         run: isolation::module_leaves_foreign_ivshmem,
     },
     Scenario {
+        name: "module_refuses_confidential_guests",
+        tier: Tier::Usual,
+        guests: 0,
+        run: isolation::module_refuses_confidential_guests,
+    },
+    Scenario {
         name: "knobs_are_what_the_manual_says",
         tier: Tier::Usual,
         guests: 0,
@@ -120,6 +128,36 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: kernel::kernels_at_two_addresses_share_less,
+    },
+    Scenario {
+        name: "device_taken_away_and_found_again",
+        tier: Tier::Usual,
+        guests: 0,
+        run: plug::device_taken_away_and_found_again,
+    },
+    Scenario {
+        name: "memory_plugged_in_and_pulled_out",
+        tier: Tier::Usual,
+        guests: 0,
+        run: plug::memory_plugged_in_and_pulled_out,
+    },
+    Scenario {
+        name: "a_guest_without_interrupts_shares",
+        tier: Tier::Usual,
+        guests: 0,
+        run: plug::without_interrupts,
+    },
+    Scenario {
+        name: "restored_from_a_file_twice",
+        tier: Tier::Deep,
+        guests: 0,
+        run: moving::restored_from_a_file_twice,
+    },
+    Scenario {
+        name: "migrated_while_it_runs",
+        tier: Tier::Usual,
+        guests: 0,
+        run: moving::migrated_while_it_runs,
     },
     Scenario {
         name: "suspended_to_memory",
@@ -192,6 +230,12 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: quiet::an_idle_guest_spends_next_to_nothing,
+    },
+    Scenario {
+        name: "an_idle_guest_without_interrupts_spends_next_to_nothing",
+        tier: Tier::Deep,
+        guests: 0,
+        run: quiet::an_idle_guest_without_interrupts,
     },
     Scenario {
         name: "ten_thousand_processes",

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{Stage, knobs::uptime};
 use crate::{
-    guest::{Accelerator, Guest, Mode, SYSFS},
+    guest::{Accelerator, Guest, SYSFS},
     protocol::Op,
     settle::settle,
     world::{Host, World},
@@ -121,15 +121,23 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Uses up all idle time, so that the guest's clock does not run away while it waits for the host.
 const SPIN: &str = "chrt -i 0 sh -c 'while :; do :; done' > /dev/null 2>&1 & echo $!";
 
-/// In a guest whose clock counts instructions, and passes the time at once when there is nothing to do.
 pub(super) fn an_idle_guest_spends_next_to_nothing(stage: &mut Stage) -> Result<()> {
+    idle(stage, "")
+}
+
+/// Where the host cannot interrupt the guest, which has to look by itself.
+pub(super) fn an_idle_guest_without_interrupts(stage: &mut Stage) -> Result<()> {
+    idle(stage, "pci=nomsi")
+}
+
+/// In a guest whose clock counts instructions, and passes the time at once when there is nothing to do.
+fn idle(stage: &mut Stage, kernel_arguments: &str) -> Result<()> {
     let host = Host {
         accelerator: Accelerator::Counted,
         nested: false,
     };
     let mut world = World::new(&stage.world.artifacts, host, None)?;
-    let image = world.artifacts.guest_image.clone();
-    world.start(Mode::Bare, 512, vec![image])?;
+    world.start_files(1, kernel_arguments)?;
     world.guests[0].wait_agent(world.limits.boot)?;
     let guest = &mut world.guests[0];
     let spinner = guest.output(&["sh", "-c", SPIN])?;

@@ -58,8 +58,8 @@ impl SharedFiles {
         self.files.iter().try_for_each(|file| file.hold_in(guest))
     }
 
-    /// One more file, in memory. That it is shared shows that everything works.
-    pub(super) fn add(&mut self, world: &mut World) -> Result<()> {
+    /// One more file, in memory, and its name. That it is shared shows that everything works.
+    pub(super) fn add(&mut self, world: &mut World) -> Result<String> {
         self.seed += 1;
         let file = File {
             path: format!("/tmp/pf-{}", self.seed),
@@ -68,8 +68,9 @@ impl SharedFiles {
         };
         each(world, |guest| file.hold_in(guest))?;
         all_same(world, &file.path)?;
+        let path = file.path.clone();
         self.files.push(file);
-        Ok(())
+        Ok(path)
     }
 
     /// Every file is the same memory in both guests.

@@ -1,0 +1,127 @@
+//! A running guest goes on in another QEMU.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::{Stage, filesystems::image, shared_files::SharedFiles, steps::has_another_host};
+use crate::{
+    guest::Guest,
+    interrupt,
+    world::{Small, World},
+};
+
+const LIMIT: Duration = Duration::from_secs(180);
+/// Between two looks at a migration.
+const SLICE: Duration = Duration::from_millis(50);
+
+pub(super) fn restored_from_a_file_twice(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = Small {
+        disks: vec![image(&stage.world, "ext4")?],
+        ..Small::default()
+    };
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let uri = format!("file:{}", world.directory().join("state").display());
+        let mut saved = world.guests.remove(0);
+        let instance = saved.counter("host_instance")?;
+        // What lies on overlays is read and saved like everything else.
+        migrate(&mut saved, &uri)?;
+        saved.kill()?;
+        for _ in 0..2 {
+            let guest = take_in(world, &small, &uri, &saved)?;
+            world.guests.insert(0, guest);
+            awake(world, instance)?;
+            files.are_right(world)?;
+            files.are_shared(world)?;
+            saved.take_over(&world.guests[0]);
+            world.guests.remove(0).kill()?;
+        }
+        let guest = take_in(world, &small, &uri, &saved)?;
+        world.guests.insert(0, guest);
+        awake(world, instance)?;
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
+
+pub(super) fn migrated_while_it_runs(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = Small {
+        disks: vec![image(&stage.world, "ext4")?],
+        ..Small::default()
+    };
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let uri = format!("unix:{}", world.directory().join("migration").display());
+        // There and back again.
+        for _ in 0..2 {
+            let mut before = world.guests.remove(0);
+            let instance = before.counter("host_instance")?;
+            let mut guest = incoming(world, &small)?;
+            guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
+            migrate(&mut before, &uri)?;
+            before.kill()?;
+            guest.take_over(&before);
+            world.guests.insert(0, guest);
+            awake(world, instance)?;
+            files.are_right(world)?;
+            files.are_shared(world)?;
+            files.add(world)?;
+        }
+        files.are_right(world)
+    })
+}
+
+/// A QEMU that waits to be told where a guest comes from.
+fn incoming(world: &mut World, small: &Small) -> Result<Guest> {
+    let small = Small {
+        arguments: vec!["-incoming".into(), "defer".into()],
+        ..small.clone()
+    };
+    world.launch_small_sharer(&small)
+}
+
+/// Goes on with a guest that was saved.
+fn take_in(world: &mut World, small: &Small, uri: &str, saved: &Guest) -> Result<Guest> {
+    let mut guest = incoming(world, small)?;
+    guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
+    guest.take_over(saved);
+    Ok(guest)
+}
+
+/// Has a guest leave its QEMU, which stops it in the end.
+fn migrate(guest: &mut Guest, uri: &str) -> Result<()> {
+    guest.monitor("migrate", json!({ "uri": uri }))?;
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        interrupt::check()?;
+        let state = guest.monitor("query-migrate", json!({}))?;
+        match &state["status"] {
+            Value::String(status) if status == "completed" => return Ok(()),
+            Value::String(status) if status == "failed" => bail!("migration failed: {state}"),
+            _ if Instant::now() >= deadline => bail!("migration takes too long: {state}"),
+            _ => std::thread::sleep(SLICE),
+        }
+    }
+}
+
+/// It runs, and knows that its host is another one.
+fn awake(world: &mut World, instance: u64) -> Result<()> {
+    let guest = world.guests.first_mut().context("no guest")?;
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        interrupt::check()?;
+        let state = guest.monitor("query-status", json!({}))?;
+        if state["running"] == true {
+            break;
+        }
+        if Instant::now() >= deadline {
+            bail!("it does not run in its new QEMU: {state}");
+        }
+        std::thread::sleep(SLICE);
+    }
+    has_another_host(guest, instance)
+}

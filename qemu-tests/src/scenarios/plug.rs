@@ -1,0 +1,212 @@
+//! What may be plugged into a machine and pulled out of it while its guest shares.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::{
+    Stage,
+    filesystems::image,
+    shared_files::SharedFiles,
+    steps::{has_another_host, unit},
+};
+use crate::{
+    guest::Guest,
+    interrupt,
+    protocol::Op,
+    world::{Small, World},
+};
+
+const LIMIT: Duration = Duration::from_secs(120);
+/// Between two looks.
+const SLICE: Duration = Duration::from_millis(100);
+const PCI: &str = "/sys/bus/pci";
+const MEMORY: &str = "/sys/devices/system/memory";
+/// What is plugged in.
+const DIMM_MIB: u64 = 256;
+
+fn disk(world: &World) -> Result<Small> {
+    Ok(Small {
+        disks: vec![image(world, "ext4")?],
+        ..Small::default()
+    })
+}
+
+/// By the guest, which is all the same to the module. That QEMU takes the device away cannot be tried here: where
+/// QEMU delivers its interrupts by itself (TCG), its main loop then goes on polling an eventfd that it has closed.
+pub(super) fn device_taken_away_and_found_again(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let guest = &mut world.guests[0];
+        let before = guest.counter("host_instance")?;
+        let mut bound: Vec<String> = guest.request(Op::List {
+            path: format!("{PCI}/drivers/pagefusion"),
+        })?;
+        bound.retain(|entry| entry.contains(':'));
+        let device = bound.pop().context("no device is bound")?;
+        write_one(guest, format!("{PCI}/devices/{device}/remove"))?;
+        ensure!(
+            guest.counter("host_instance")? == 0,
+            "the module believes in a host without a device"
+        );
+        files.are_right(world)?;
+        shares_nothing(world)?;
+
+        let guest = &mut world.guests[0];
+        write_one(guest, format!("{PCI}/rescan"))?;
+        // The engine in QEMU is the same as before.
+        has_another_host(guest, 0)?;
+        ensure!(guest.counter("host_instance")? == before, "another engine");
+        files.are_shared(world)?;
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
+
+fn write_one(guest: &mut Guest, path: String) -> Result<()> {
+    let data = "1".into();
+    unit(guest, Op::Write { path, data })
+}
+
+/// The first guest takes leave, and its engine some time.
+fn shares_nothing(world: &World) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        interrupt::check()?;
+        let shared = world.status()?.vm(world.guests[0].name())?.pages_shared;
+        if shared == 0 {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{shared} pages stay shared without a device"
+        );
+        std::thread::sleep(SLICE);
+    }
+}
+
+pub(super) fn memory_plugged_in_and_pulled_out(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = Small {
+        // Merged with the size that every guest has.
+        arguments: vec!["-m".into(), "slots=2,maxmem=2G".into()],
+        ..disk(&stage.world)?
+    };
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let first_frame = plug_in(&mut world.guests[0])?;
+        // Movable memory is what a kernel takes first for files.
+        let path = files.add(world)?;
+        let guest = &mut world.guests[0];
+        let frames: Vec<u64> = guest.request(Op::HeldFrames { path })?;
+        let inside = frames.iter().filter(|frame| **frame >= first_frame).count();
+        ensure!(
+            inside > frames.len() / 2,
+            "{inside} of {} pages lie in the memory that came",
+            frames.len()
+        );
+        files.are_right(world)?;
+
+        // The guest moves all that is in there, what it shares and what it has just reported.
+        let guest = &mut world.guests[0];
+        guest.monitor("device_del", json!({ "id": "dimm" }))?;
+        guest.wait_event("DEVICE_DELETED", LIMIT)?;
+        guest.monitor("object-del", json!({ "id": "extra" }))?;
+        files.are_right(world)?;
+        files.are_shared(world)?;
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
+
+/// Plugs memory in and waits until the guest uses it; its first frame.
+fn plug_in(guest: &mut Guest) -> Result<u64> {
+    let blocks = |guest: &mut Guest| -> Result<Vec<String>> {
+        let mut names: Vec<String> = guest.request(Op::List {
+            path: MEMORY.into(),
+        })?;
+        names.retain(|name| {
+            name.strip_prefix("memory")
+                .is_some_and(|rest| rest.parse::<u64>().is_ok())
+        });
+        Ok(names)
+    };
+    let read = |guest: &mut Guest, name: &str| -> Result<String> {
+        let path = format!("{MEMORY}/{name}");
+        let text: String = guest.request(Op::Read { path })?;
+        Ok(text.trim().to_owned())
+    };
+    let block_bytes = u64::from_str_radix(&read(guest, "block_size_bytes")?, 16)?;
+    let before = blocks(guest)?;
+    let size = DIMM_MIB << 20;
+    guest.monitor(
+        "object-add",
+        json!({ "qom-type": "memory-backend-ram", "id": "extra", "size": size }),
+    )?;
+    guest.monitor(
+        "device_add",
+        json!({ "driver": "pc-dimm", "id": "dimm", "memdev": "extra" }),
+    )?;
+    let deadline = Instant::now() + LIMIT;
+    let new = loop {
+        interrupt::check()?;
+        let mut new = blocks(guest)?;
+        new.retain(|name| !before.contains(name));
+        if new.len() as u64 == size / block_bytes {
+            break new;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the guest sees {} blocks of memory more",
+            new.len()
+        );
+        std::thread::sleep(SLICE);
+    };
+    let mut first = u64::MAX;
+    for name in new {
+        // It may have taken it into use by itself, as memory that cannot be pulled out again.
+        let state = read(guest, &format!("{name}/state"))?;
+        for data in ["offline", "online_movable"] {
+            if data != state {
+                let path = format!("{MEMORY}/{name}/state");
+                let data = data.into();
+                unit(guest, Op::Write { path, data })?;
+            }
+        }
+        let index = u64::from_str_radix(&read(guest, &format!("{name}/phys_index"))?, 16)?;
+        first = first.min(index * block_bytes / 4096);
+    }
+    Ok(first)
+}
+
+/// Interrupts of devices like ours are off: the guest looks by itself.
+pub(super) fn without_interrupts(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = Small {
+        kernel_arguments: "pci=nomsi".into(),
+        ..disk(&stage.world)?
+    };
+    stage.with_small_pair(&small, |world| {
+        for guest in &mut world.guests {
+            let interrupts: String = guest.request(Op::Read {
+                path: "/proc/interrupts".into(),
+            })?;
+            ensure!(
+                !interrupts.contains("pagefusion"),
+                "it has an interrupt: {interrupts}"
+            );
+        }
+        let mut files = SharedFiles::hold(world, seed)?;
+        files.are_right(world)?;
+        // What the host asks for arrives as well.
+        world.site.ctl(&["undo", "--all"])?;
+        files.are_right(world)?;
+        world.site.ctl(&["resume", "--all"])?;
+        files.are_shared(world)?;
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
