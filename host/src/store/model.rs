@@ -144,6 +144,19 @@ impl Pair {
         self.granted.get_mut(&vm).unwrap().insert(store, name);
     }
 
+    /// Everything ends, nothing is left, and it begins anew.
+    fn empty(&mut self) {
+        for vm in 1..=VMS {
+            self.group.end_vm(vm);
+            self.begin(vm);
+        }
+        self.sighted.clear();
+        self.sweep();
+        self.check();
+        let left = self.group.statistics();
+        assert_eq!((left.store_pages, left.remembered, left.files), (0, 0, 0));
+    }
+
     /// Drops from the model what nobody is granted.
     fn sweep(&mut self) {
         let granted: BTreeSet<_> = self.granted.values().flat_map(BTreeMap::keys).collect();
@@ -355,11 +368,76 @@ proptest! {
         for step in steps {
             pair.apply(step);
         }
-        for vm in 1..=VMS {
-            pair.group.end_vm(vm);
+        pair.empty();
+    }
+}
+
+/// Everything that two VMs can do with two pages of a file, of two contents.
+fn alphabet() -> Vec<Step> {
+    let mut steps = vec![Step::Restart { early: 2 }, Step::Restart { early: 4 }];
+    let (file, pages) = (0, 2);
+    for vm in 1..=2 {
+        for page in 0..2 {
+            for content in 0..2 {
+                let contents = vec![content];
+                steps.push(Step::Publish {
+                    vm,
+                    file,
+                    page,
+                    contents: contents.clone(),
+                });
+                steps.push(Step::Sight {
+                    vm,
+                    file,
+                    page,
+                    contents,
+                });
+            }
+            let store = page as StorePage;
+            steps.push(Step::Release {
+                vm,
+                page: store,
+                pages: 1,
+            });
         }
-        let statistics = pair.group.statistics();
-        prop_assert_eq!(pair.group.allocated_bytes().unwrap(), 0);
-        prop_assert_eq!((statistics.store_pages, statistics.remembered, statistics.files), (0, 0, 0));
+        steps.extend([
+            Step::Lookup {
+                vm,
+                file,
+                page: 0,
+                pages,
+            },
+            Step::Forget {
+                vm,
+                file,
+                page: 0,
+                pages: 1,
+            },
+            Step::End { vm },
+        ]);
+    }
+    steps
+}
+
+/// Every sequence of three steps, and of four where there is time.
+#[test]
+fn the_store_does_what_the_model_does_in_every_short_sequence() {
+    let length = if std::env::var_os("PAGEFUSION_DEEP_TESTS").is_some() {
+        4
+    } else {
+        3
+    };
+    let alphabet = alphabet();
+    let mut sequence = vec![0; length];
+    let mut pair = Pair::new();
+    loop {
+        for &step in &sequence {
+            pair.apply(alphabet[step].clone());
+        }
+        pair.empty();
+        let next = sequence.iter().rposition(|step| step + 1 < alphabet.len());
+        let Some(at) = next else { return };
+        sequence[at] += 1;
+        sequence[at + 1..].fill(0);
     }
 }
