@@ -4,10 +4,10 @@
 //!
 //! | function | whose bytes | what takes them |
 //! |---|---|---|
-//! | [`ring`] | a guest's | the ring consumer, records |
-//! | [`ivshmem`] | a guest's and a VMM's | header, registers, handshake |
-//! | [`protocol`] | a VMM's, a daemon's, an operator's | messages, the daemon's answers, the store |
-//! | [`qmp`] | QEMU's monitor's | what the preloaded library reads of guest memory |
+//! | [`ring()`] | a guest's | the ring consumer, records |
+//! | [`ivshmem()`] | a guest's and a VMM's | header, registers, handshake |
+//! | [`protocol()`] | a VMM's, a daemon's, an operator's | messages, the daemon's answers, the store |
+//! | [`qmp()`] | QEMU's monitor's | what the preloaded library reads of guest memory |
 //!
 //! `cargo fuzz run ring` looks for new inputs (`RUSTC_BOOTSTRAP=1` lets a stable compiler do
 //! it); `cargo test -p pagefusion-fuzz` tries those of the corpora, and some like them;

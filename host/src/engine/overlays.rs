@@ -17,7 +17,7 @@ pub struct Overlay {
     pub pages: u32,
     /// First page in the store.
     pub store: StorePage,
-    /// The file it came from, an index into [`super::files::Files`].
+    /// The file it came from: its number, as [`Memory::file_number`](super::Memory::file_number) gives it.
     pub file: u32,
     /// First page in the file.
     pub page: u64,
