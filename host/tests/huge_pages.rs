@@ -35,7 +35,7 @@ fn numbered_vm(
         vm.ram.write_page(page, &bytes[page * PAGE..][..PAGE]);
     }
     if huge_kilobytes(&vm.ram) * 1024 != (PAGES * PAGE) as u64 {
-        eprintln!("not seen: this machine gives no huge pages");
+        eprintln!("skipped: this machine gives no huge pages");
         return None;
     }
     vm.sharing.memory().set_split_huge_pages(choice);

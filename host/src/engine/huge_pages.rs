@@ -8,7 +8,7 @@
 //! and are not for the sake of a huge page, are *spared*. What is known of them here is forgotten
 //! with the guest that reported them; nothing but the time of sharing depends on it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::mem;
 use std::ops::Range;
 
@@ -80,7 +80,7 @@ impl Waiting {
 pub(super) struct HugePages {
     choice: SplitHugePages,
     /// By the number of the huge page in the address space; no two parts overlap.
-    waiting: HashMap<usize, Vec<Waiting>>,
+    waiting: BTreeMap<usize, Vec<Waiting>>,
     by_file: HashMap<u32, BTreeSet<usize>>,
     spared: u64,
     again: Vec<Waiting>,
@@ -177,8 +177,8 @@ impl HugePages {
 
     /// Forgets everything that waits in a range of addresses.
     fn clear(&mut self, range: &Range<usize>) {
-        let inside = |huge: &&usize| range.contains(&(**huge * HUGE_PAGE));
-        let gone: Vec<usize> = self.waiting.keys().filter(inside).copied().collect();
+        let inside = range.start.div_ceil(HUGE_PAGE)..range.end.div_ceil(HUGE_PAGE);
+        let gone: Vec<usize> = self.waiting.range(inside).map(|(huge, _)| *huge).collect();
         for huge in gone {
             self.take(huge);
         }
@@ -241,16 +241,16 @@ impl Memory {
         }
     }
 
-    /// Pages spared for huge pages that somebody else has split since, some at a time: whether
-    /// there are more behind `from`, a number of a huge page.
+    /// Appends pages spared for huge pages that somebody else has split since, of some from the
+    /// one numbered `from` on; the number of the next, if there are more.
     pub(super) fn take_split(&mut self, from: usize, into: &mut Vec<FileSpan>) -> Option<usize> {
         /// Huge pages looked at while others wait for the lock: some hundred microseconds.
         const MOST: usize = 256;
-        let mut places: Vec<usize> = self.huge_pages.waiting.keys().copied().collect();
-        places.retain(|huge| *huge >= from);
-        places.sort_unstable();
+        let behind = self.huge_pages.waiting.range(from..);
+        let mut places: Vec<usize> = behind.take(MOST + 1).map(|(huge, _)| *huge).collect();
         let next = places.get(MOST).copied();
-        for huge in places.into_iter().take(MOST) {
+        places.truncate(MOST);
+        for huge in places {
             let waiting = &self.huge_pages.waiting[&huge];
             if waiting.first().is_some_and(|one| !self.is_whole(huge, one)) {
                 let split = self.huge_pages.take(huge);

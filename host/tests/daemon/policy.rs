@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Groups that only learn: by order, or because the host has memory enough.
+//! What groups are set to: whether they only learn, by order or because the host has memory enough,
+//! and whether they split huge pages.
 
 use crate::support::{Daemon, Host, Vmm};
 use pagefusion_host::protocol::SplitHugePages;
