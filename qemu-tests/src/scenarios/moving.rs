@@ -5,7 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{Stage, filesystems::image, shared_files::SharedFiles, steps::has_another_host};
+use super::{
+    Stage,
+    shared_files::{SharedFiles, with_disk},
+    steps::has_another_host,
+};
 use crate::{
     guest::Guest,
     interrupt,
@@ -18,10 +22,7 @@ const SLICE: Duration = Duration::from_millis(50);
 
 pub(super) fn restored_from_a_file_twice(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
-    let small = Small {
-        disks: vec![image(&stage.world, "ext4")?],
-        ..Small::default()
-    };
+    let small = with_disk(&stage.world)?;
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
         let uri = format!("file:{}", world.directory().join("state").display());
@@ -30,18 +31,17 @@ pub(super) fn restored_from_a_file_twice(stage: &mut Stage) -> Result<()> {
         // What lies on overlays is read and saved like everything else.
         migrate(&mut saved, &uri)?;
         saved.kill()?;
-        for _ in 0..2 {
+        for last in [false, true] {
             let guest = take_in(world, &small, &uri, &saved)?;
             world.guests.insert(0, guest);
             awake(world, instance)?;
             files.are_right(world)?;
             files.are_shared(world)?;
-            saved.take_over(&world.guests[0]);
-            world.guests.remove(0).kill()?;
+            if !last {
+                saved.take_over(&world.guests[0]);
+                world.guests.remove(0).kill()?;
+            }
         }
-        let guest = take_in(world, &small, &uri, &saved)?;
-        world.guests.insert(0, guest);
-        awake(world, instance)?;
         files.add(world)?;
         files.are_right(world)
     })
@@ -49,10 +49,7 @@ pub(super) fn restored_from_a_file_twice(stage: &mut Stage) -> Result<()> {
 
 pub(super) fn migrated_while_it_runs(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
-    let small = Small {
-        disks: vec![image(&stage.world, "ext4")?],
-        ..Small::default()
-    };
+    let small = with_disk(&stage.world)?;
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
         let uri = format!("unix:{}", world.directory().join("migration").display());
@@ -111,17 +108,6 @@ fn migrate(guest: &mut Guest, uri: &str) -> Result<()> {
 /// It runs, and knows that its host is another one.
 fn awake(world: &mut World, instance: u64) -> Result<()> {
     let guest = world.guests.first_mut().context("no guest")?;
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        interrupt::check()?;
-        let state = guest.monitor("query-status", json!({}))?;
-        if state["running"] == true {
-            break;
-        }
-        if Instant::now() >= deadline {
-            bail!("it does not run in its new QEMU: {state}");
-        }
-        std::thread::sleep(SLICE);
-    }
+    guest.wait_event("RESUME", LIMIT)?;
     has_another_host(guest, instance)
 }

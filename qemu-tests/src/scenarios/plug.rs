@@ -7,8 +7,7 @@ use serde_json::json;
 
 use super::{
     Stage,
-    filesystems::image,
-    shared_files::SharedFiles,
+    shared_files::{SharedFiles, with_disk},
     steps::{has_another_host, unit},
 };
 use crate::{
@@ -26,18 +25,11 @@ const MEMORY: &str = "/sys/devices/system/memory";
 /// What is plugged in.
 const DIMM_MIB: u64 = 256;
 
-fn disk(world: &World) -> Result<Small> {
-    Ok(Small {
-        disks: vec![image(world, "ext4")?],
-        ..Small::default()
-    })
-}
-
 /// By the guest, which is all the same to the module. That QEMU takes the device away cannot be tried here: where
 /// QEMU delivers its interrupts by itself (TCG), its main loop then goes on polling an eventfd that it has closed.
 pub(super) fn device_taken_away_and_found_again(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
-    let small = disk(&stage.world)?;
+    let small = with_disk(&stage.world)?;
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
         let guest = &mut world.guests[0];
@@ -93,7 +85,7 @@ pub(super) fn memory_plugged_in_and_pulled_out(stage: &mut Stage) -> Result<()> 
     let small = Small {
         // Merged with the size that every guest has.
         arguments: vec!["-m".into(), "slots=2,maxmem=2G".into()],
-        ..disk(&stage.world)?
+        ..with_disk(&stage.world)?
     };
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
@@ -142,6 +134,10 @@ fn plug_in(guest: &mut Guest) -> Result<u64> {
     let block_bytes = u64::from_str_radix(&read(guest, "block_size_bytes")?, 16)?;
     let before = blocks(guest)?;
     let size = DIMM_MIB << 20;
+    // Into use at once, and for nothing that could not be moved out again.
+    let path = format!("{MEMORY}/auto_online_blocks");
+    let data = "online_movable".into();
+    unit(guest, Op::Write { path, data })?;
     guest.monitor(
         "object-add",
         json!({ "qom-type": "memory-backend-ram", "id": "extra", "size": size }),
@@ -153,29 +149,24 @@ fn plug_in(guest: &mut Guest) -> Result<u64> {
     let deadline = Instant::now() + LIMIT;
     let new = loop {
         interrupt::check()?;
-        let mut new = blocks(guest)?;
-        new.retain(|name| !before.contains(name));
+        let mut new = Vec::new();
+        for name in blocks(guest)? {
+            if !before.contains(&name) && read(guest, &format!("{name}/state"))? == "online" {
+                new.push(name);
+            }
+        }
         if new.len() as u64 == size / block_bytes {
             break new;
         }
         ensure!(
             Instant::now() < deadline,
-            "the guest sees {} blocks of memory more",
+            "the guest uses {} blocks of memory more",
             new.len()
         );
         std::thread::sleep(SLICE);
     };
     let mut first = u64::MAX;
     for name in new {
-        // It may have taken it into use by itself, as memory that cannot be pulled out again.
-        let state = read(guest, &format!("{name}/state"))?;
-        for data in ["offline", "online_movable"] {
-            if data != state {
-                let path = format!("{MEMORY}/{name}/state");
-                let data = data.into();
-                unit(guest, Op::Write { path, data })?;
-            }
-        }
         let index = u64::from_str_radix(&read(guest, &format!("{name}/phys_index"))?, 16)?;
         first = first.min(index * block_bytes / 4096);
     }
@@ -187,7 +178,7 @@ pub(super) fn without_interrupts(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
     let small = Small {
         kernel_arguments: "pci=nomsi".into(),
-        ..disk(&stage.world)?
+        ..with_disk(&stage.world)?
     };
     stage.with_small_pair(&small, |world| {
         for guest in &mut world.guests {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Stage,
     filesystems::image,
-    shared_files::SharedFiles,
+    shared_files::{SharedFiles, with_disk},
     steps::{has_another_host, unit},
 };
 use crate::{
@@ -24,10 +24,7 @@ const SWAP: &str = "vdb";
 
 pub(super) fn suspended_to_memory(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
-    let small = Small {
-        disks: vec![image(&stage.world, "ext4")?],
-        ..Small::default()
-    };
+    let small = with_disk(&stage.world)?;
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
         let sleeper = &mut world.guests[0];
@@ -62,10 +59,7 @@ pub(super) fn hibernated_and_woken_elsewhere(stage: &mut Stage) -> Result<()> {
     let swap = stage.world.directory().join("swap");
     fs::File::create(&swap)?.set_len(SWAP_BYTES)?;
     let drive = format!("if=virtio,format=raw,file={}", swap.display());
-    let small = Small {
-        disks: vec![image(&stage.world, "ext4")?],
-        ..Small::default()
-    };
+    let small = with_disk(&stage.world)?;
     let sleeper = Small {
         arguments: vec!["-drive".into(), drive],
         ..small.clone()

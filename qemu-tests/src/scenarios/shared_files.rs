@@ -3,10 +3,16 @@
 use anyhow::{Result, ensure};
 
 use super::{
-    filesystems::sums,
+    filesystems::{image, sums},
     steps::{all_same, each, hold, spec, unit, write},
 };
-use crate::{guest::Guest, integrity::Integrity, pattern::Expected, protocol::Op, world::World};
+use crate::{
+    guest::Guest,
+    integrity::Integrity,
+    pattern::Expected,
+    protocol::Op,
+    world::{Small, World},
+};
 
 /// Size of a file of our own; the last page of it has a tail.
 const BYTES: u64 = (2 << 20) + 777;
@@ -28,6 +34,14 @@ struct File {
     sum: String,
     /// Of a file of our own, in memory.
     seed: Option<u64>,
+}
+
+/// A guest that can hold them.
+pub(super) fn with_disk(world: &World) -> Result<Small> {
+    Ok(Small {
+        disks: vec![image(world, "ext4")?],
+        ..Small::default()
+    })
 }
 
 impl SharedFiles {
