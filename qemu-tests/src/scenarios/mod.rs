@@ -148,6 +148,12 @@ pub const ALL: &[Scenario] = &[
         run: plug::without_interrupts,
     },
     Scenario {
+        name: "a_plain_device_shares",
+        tier: Tier::Usual,
+        guests: 0,
+        run: plug::plain_device,
+    },
+    Scenario {
         name: "restored_from_a_file_twice",
         tier: Tier::Deep,
         guests: 0,

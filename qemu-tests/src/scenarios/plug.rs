@@ -1,8 +1,11 @@
 //! What may be plugged into a machine and pulled out of it while its guest shares.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
@@ -34,12 +37,7 @@ pub(super) fn device_taken_away_and_found_again(stage: &mut Stage) -> Result<()>
         let mut files = SharedFiles::hold(world, seed)?;
         let guest = &mut world.guests[0];
         let before = guest.counter("host_instance")?;
-        let mut bound: Vec<String> = guest.request(Op::List {
-            path: format!("{PCI}/drivers/pagefusion"),
-        })?;
-        bound.retain(|entry| entry.contains(':'));
-        let device = bound.pop().context("no device is bound")?;
-        write_one(guest, format!("{PCI}/devices/{device}/remove"))?;
+        remove_device(guest)?;
         ensure!(
             guest.counter("host_instance")? == 0,
             "the module believes in a host without a device"
@@ -56,6 +54,68 @@ pub(super) fn device_taken_away_and_found_again(stage: &mut Stage) -> Result<()>
         files.add(world)?;
         files.are_right(world)
     })
+}
+
+/// The guest lets our device go.
+fn remove_device(guest: &mut Guest) -> Result<()> {
+    let mut bound: Vec<String> = guest.request(Op::List {
+        path: format!("{PCI}/drivers/pagefusion"),
+    })?;
+    bound.retain(|entry| entry.contains(':'));
+    let device = bound.pop().context("no device is bound")?;
+    write_one(guest, format!("{PCI}/devices/{device}/remove"))
+}
+
+/// `ivshmem-plain` has no doorbell and no interrupt: each side looks at the memory now and then.
+pub(super) fn plain_device(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        for guest in &mut world.guests {
+            let before = guest.counter("host_instance")?;
+            remove_device(guest)?;
+            let path = device_memory(guest)?;
+            guest.monitor(
+                "object-add",
+                json!({
+                    "qom-type": "memory-backend-file",
+                    "id": "shared",
+                    "size": std::fs::metadata(&path)?.len(),
+                    "mem-path": path,
+                    "share": true,
+                }),
+            )?;
+            guest.monitor(
+                "device_add",
+                json!({ "driver": "ivshmem-plain", "memdev": "shared", "master": "on" }),
+            )?;
+            has_another_host(guest, 0)?;
+            ensure!(guest.counter("host_instance")? == before, "another engine");
+        }
+        files.are_right(world)?;
+        files.are_shared(world)?;
+        files.add(world)?;
+        // What the host asks for arrives as well.
+        world.site.ctl(&["undo", "--all"])?;
+        files.are_right(world)?;
+        world.site.ctl(&["resume", "--all"])?;
+        files.are_shared(world)?;
+        files.are_right(world)
+    })
+}
+
+/// The memory that a guest's engine looks at, which QEMU has from the daemon.
+fn device_memory(guest: &Guest) -> Result<PathBuf> {
+    let directory = format!("/proc/{}/fd", guest.pid());
+    for entry in std::fs::read_dir(&directory).context(directory)? {
+        let path = entry?.path();
+        let target = std::fs::read_link(&path).unwrap_or_default();
+        if target.to_string_lossy().contains("memfd:pagefusion-device") {
+            return Ok(path);
+        }
+    }
+    bail!("QEMU has no memory of our device")
 }
 
 fn write_one(guest: &mut Guest, path: String) -> Result<()> {
