@@ -21,6 +21,7 @@ mod iomem;
 mod ivshmem;
 mod kernel_memory;
 mod leaf;
+mod leaves;
 mod list;
 mod look;
 mod page_cache;

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What was reported of one file: page → frame, in packed leaves.
+//! What was reported of one file: page → frame.
 //!
 //! Nothing here owns or touches a page; an entry is a memory of a report, no more. Where memory
 //! for the memory is short, entries are forgotten, which costs a repeated report and nothing else.
 
-use crate::leaf::{Entry, Leaf, Spot, MAX_COUNT, MOST_ENTRIES};
-use crate::list::{List, NoMemory};
+use crate::leaf::{Entry, MAX_COUNT};
+use crate::leaves::Leaves;
+use crate::list::NoMemory;
 use crate::ranges::{Range, Ranges};
+
+pub(crate) use crate::leaves::Cursor;
 
 /// How a range of pages relates to what was reported of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,84 +30,56 @@ pub(crate) enum PieceState {
     Moved,
 }
 
-/// A place among the entries, for those who go through them in order. Any may be used at any
-/// time; one that was left behind by a change finds its place again.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Cursor {
-    version: u32,
-    leaf: usize,
-    spot: Spot,
-}
-
 /// What was reported of one file.
-pub(crate) struct Pages {
-    /// In ascending order; none is empty.
-    leaves: List<Leaf>,
-    pages: u32,
-    /// Counts changes, from 1 on.
-    version: u32,
-    /// The version that was packed last.
-    packed: u32,
+pub(crate) enum Pages {
+    /// All of it is one entry, as with most small files: it takes no memory of its own.
+    One(Single),
+    Many(Leaves),
 }
 
 impl Pages {
     pub(crate) const fn new() -> Self {
-        Self {
-            leaves: List::new(),
-            pages: 0,
-            version: 1,
-            packed: 1,
-        }
+        Self::Many(Leaves::new(1))
     }
 
     /// Number of pages.
     pub(crate) fn pages(&self) -> u64 {
-        u64::from(self.pages)
+        match self {
+            Self::One(single) => u64::from(single.count),
+            Self::Many(leaves) => leaves.pages(),
+        }
     }
 
     /// Bytes of memory behind this.
     pub(crate) fn bytes(&self) -> usize {
-        self.leaves.bytes() + self.leaves.iter().map(Leaf::bytes).sum::<usize>()
+        match self {
+            Self::One(_) => 0,
+            Self::Many(leaves) => leaves.bytes(),
+        }
     }
 
     /// The first entry that ends after `page`.
     pub(crate) fn seek(&self, page: u64, cursor: &mut Cursor) -> Option<Entry> {
-        let near = cursor.version == self.version
-            && cursor.spot.after() <= page
-            && self
-                .leaves
-                .get(cursor.leaf)
-                .is_some_and(|leaf| page < leaf.end());
-        if !near {
-            let leaf = self.leaves.partition_point(|leaf| leaf.end() <= page);
-            *cursor = Cursor {
-                version: self.version,
-                leaf,
-                ..Cursor::default()
-            };
-            cursor.spot = self.leaves.get(leaf)?.start();
-        }
-        let leaf = self.leaves.get(cursor.leaf)?;
-        loop {
-            let entry = leaf.get(&cursor.spot)?;
-            if entry.end() > page {
-                return Some(entry);
+        match self {
+            Self::One(single) => {
+                let entry = single.entry();
+                *cursor = Cursor::of_single(entry.end() <= page);
+                (entry.end() > page).then_some(entry)
             }
-            cursor.spot.pass(&entry);
+            Self::Many(leaves) => leaves.seek(page, cursor),
         }
     }
 
     /// The entry behind `entry`, which must be what the last call with this cursor returned.
     #[inline(always)]
     pub(crate) fn next(&self, entry: &Entry, cursor: &mut Cursor) -> Option<Entry> {
-        cursor.spot.pass(entry);
-        if let Some(next) = self.leaves.get(cursor.leaf)?.get(&cursor.spot) {
-            return Some(next);
+        match self {
+            Self::One(_) => {
+                *cursor = Cursor::of_single(true);
+                None
+            }
+            Self::Many(leaves) => leaves.next(entry, cursor),
         }
-        cursor.leaf += 1;
-        let leaf = self.leaves.get(cursor.leaf)?;
-        cursor.spot = leaf.start();
-        leaf.get(&cursor.spot)
     }
 
     /// Goes through entries, from what the last call with this cursor returned, and `things`, side
@@ -117,20 +92,22 @@ impl Pages {
         things: &mut &[T],
         are_alike: impl Fn(&T, &Entry) -> bool,
     ) -> (u64, Option<Entry>) {
-        let mut pages = 0_u64;
-        while let Some(leaf) = self.leaves.get(cursor.leaf) {
-            let passed = leaf.pass_alike(&mut cursor.spot, things, &are_alike);
-            pages = pages.wrapping_add(passed);
-            let entry = leaf.get(&cursor.spot);
-            if entry.is_some() {
-                return (pages, entry);
-            }
-            cursor.leaf += 1;
-            if let Some(next) = self.leaves.get(cursor.leaf) {
-                cursor.spot = next.start();
-            }
+        let single = match self {
+            Self::One(single) => single,
+            Self::Many(leaves) => return leaves.pass_alike(cursor, things, are_alike),
+        };
+        if cursor.is_past_single() {
+            return (0, None);
         }
-        (pages, None)
+        let entry = single.entry();
+        match *things {
+            [thing, rest @ ..] if are_alike(thing, &entry) => {
+                *things = rest;
+                *cursor = Cursor::of_single(true);
+                (entry.count, None)
+            }
+            _ => (0, Some(entry)),
+        }
     }
 
     /// Compares pages found at contiguous frames from `frame` with what was reported, and
@@ -201,14 +178,38 @@ impl Pages {
     /// Notes that `range` was reported at contiguous frames from `frame`. All must be below
     /// [`crate::leaf::MAX_PAGE`] and [`crate::leaf::MAX_FRAME`].
     pub(crate) fn record(&mut self, range: Range, frame: u64) -> Result<(), NoMemory> {
-        if self
-            .leaves
-            .last()
-            .is_none_or(|leaf| leaf.end() <= range.start)
-        {
-            return self.append(range, frame);
+        if range.is_empty() {
+            return Ok(());
         }
-        self.replace(range, Some(frame)).map(drop)
+        if let Some(single) = self.as_one_with(range, frame) {
+            *self = Self::One(single);
+            return Ok(());
+        }
+        self.leaves()?.record(range, frame)
+    }
+
+    /// What this is with `range` recorded, if that is one entry again.
+    fn as_one_with(&self, range: Range, frame: u64) -> Option<Single> {
+        let count = range.end - range.start;
+        if count > MAX_COUNT {
+            return None;
+        }
+        let fresh = Entry {
+            page: range.start,
+            count,
+            frame,
+            refused: false,
+        };
+        let (entry, version) = match self {
+            Self::Many(leaves) => (leaves.is_empty().then_some(fresh)?, leaves.version()),
+            Self::One(single) => {
+                let before = single.entry();
+                let covers = range.start <= before.page && before.end() <= range.end;
+                let entry = if covers { fresh } else { before.join(&fresh)? };
+                (entry, single.version)
+            }
+        };
+        Some(Single::new(&entry, version))
     }
 
     /// Forgets what was reported of `range`; returns the number of pages forgotten, which may be
@@ -217,280 +218,111 @@ impl Pages {
         if !self.has_any(range) {
             return 0;
         }
-        let before = self.pages;
-        // Without memory all of the leaves concerned are gone.
-        let _ = self.replace(range, None);
-        u64::from(before - self.pages)
+        let before = self.pages();
+        if let Self::One(single) = self {
+            let (entry, version) = (single.entry(), single.version);
+            let head = Range {
+                start: entry.page,
+                end: range.start.max(entry.page),
+            };
+            let tail = Range {
+                start: range.end.min(entry.end()),
+                end: entry.end(),
+            };
+            match (head.is_empty(), tail.is_empty()) {
+                (true, true) => self.clear(),
+                (false, true) => *self = Self::One(Single::new(&entry.part(head), version)),
+                (true, false) => *self = Self::One(Single::new(&entry.part(tail), version)),
+                (false, false) => {}
+            }
+            if self.pages() != before {
+                return before - self.pages();
+            }
+        }
+        // Without memory all of it is gone.
+        if let Ok(leaves) = self.leaves() {
+            leaves.forget(range);
+        }
+        before - self.pages()
     }
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
-        self.leaves.clear();
-        self.pages = 0;
-        self.version = self.version.wrapping_add(1);
+        match self {
+            Self::One(single) => *self = Self::Many(Leaves::new(single.version)),
+            Self::Many(leaves) => leaves.clear(),
+        }
     }
 
     /// Marks what is still tracked of a refused run. Marking is per entry: an entry that is
     /// only partly refused is reported again as a whole.
     pub(crate) fn refuse(&mut self, range: Range, frame: u64) {
-        let mut at = range.start;
-        while at < range.end {
-            let mut cursor = Cursor::default();
-            let entry = self.seek(at, &mut cursor);
-            let Some(entry) = entry.filter(|entry| entry.page < range.end) else {
-                return;
-            };
-            let same = entry.frame + range.start == frame + entry.page;
-            if same && !entry.refused {
-                self.mark(&entry, &cursor);
+        match self {
+            Self::One(single) => {
+                let entry = single.entry();
+                let overlaps = entry.page < range.end && range.start < entry.end();
+                single.refused |= overlaps && entry.frame + range.start == frame + entry.page;
             }
-            at = entry.end();
+            Self::Many(leaves) => leaves.refuse(range, frame),
         }
-    }
-
-    fn mark(&mut self, entry: &Entry, cursor: &Cursor) {
-        let leaf = self.leaves.get_mut(cursor.leaf);
-        if leaf.is_some_and(|leaf| leaf.refuse(&cursor.spot)) {
-            return;
-        }
-        let (from, to) = (cursor.leaf, cursor.leaf + 1);
-        let refused = Entry {
-            refused: true,
-            ..*entry
-        };
-        let marked = self.decode(from, to).and_then(|mut entries| {
-            if let Some(slot) = entries.iter_mut().find(|known| **known == *entry) {
-                *slot = refused;
-            }
-            self.put(from, to, &entries)
-        });
-        if marked.is_err() {
-            self.drop_leaves(from, to);
-        }
-    }
-
-    fn append(&mut self, range: Range, frame: u64) -> Result<(), NoMemory> {
-        let mut next = range.start;
-        while next < range.end {
-            let entry = Entry {
-                page: next,
-                count: (range.end - next).min(MAX_COUNT),
-                frame: frame + (next - range.start),
-                refused: false,
-            };
-            self.push(&entry)?;
-            self.pages += entry.count as u32;
-            next += entry.count;
-        }
-        Ok(())
-    }
-
-    /// Adds an entry behind all others.
-    fn push(&mut self, entry: &Entry) -> Result<(), NoMemory> {
-        self.version = self.version.wrapping_add(1);
-        let Some(last) = self.leaves.last_mut() else {
-            return self.leaves.push(Leaf::encode(&[*entry], 1)?.0);
-        };
-        if last.push(entry)? {
-            return Ok(());
-        }
-        let from = self.leaves.len() - 1;
-        let mut entries = self.decode(from, from + 1)?;
-        push_joined(&mut entries, entry)?;
-        let (leaf, taken) = Leaf::encode(&entries, MOST_ENTRIES)?;
-        let rest = &entries[taken..];
-        if !rest.is_empty() {
-            self.leaves.push(Leaf::encode(rest, MOST_ENTRIES)?.0)?;
-        }
-        self.leaves[from] = leaf;
-        Ok(())
-    }
-
-    /// Puts pages at contiguous frames, or none, in the place of what was reported of `range`.
-    fn replace(&mut self, range: Range, frame: Option<u64>) -> Result<(), NoMemory> {
-        // Neighbours that merely touch the range may join with it.
-        let mut from = self.leaves.partition_point(|leaf| leaf.end() < range.start);
-        let mut to = self
-            .leaves
-            .partition_point(|leaf| leaf.first() <= range.end);
-        if from == to {
-            // Between two leaves, of which one takes it.
-            to = (to + 1).min(self.leaves.len());
-            from = to.saturating_sub(1).min(from);
-        }
-        let changed = self.spliced(from, to, range, frame);
-        let put = changed.and_then(|entries| self.absorb(from, to, entries));
-        if put.is_err() {
-            self.drop_leaves(from, to.min(self.leaves.len()));
-        }
-        put
-    }
-
-    /// The entries of some leaves, with `range` replaced.
-    fn spliced(
-        &self,
-        from: usize,
-        to: usize,
-        range: Range,
-        frame: Option<u64>,
-    ) -> Result<List<Entry>, NoMemory> {
-        let mut entries = List::new();
-        let most = |index: usize| self.leaves.get(index).map_or(0, Leaf::len);
-        let pages = frame.map_or(0, |_| range.end - range.start);
-        let fresh = pages.div_ceil(MAX_COUNT) as usize;
-        entries.reserve(most(from) + fresh + to.checked_sub(1).map_or(0, most))?;
-        let before = Range {
-            start: 0,
-            end: range.start,
-        };
-        let after = Range {
-            start: range.end,
-            end: u64::MAX,
-        };
-        // What lies between the first and the last leaf is all within `range`.
-        if let Some(leaf) = self.leaves.get(from).filter(|_| from < to) {
-            let kept = leaf.entries().take_while(|entry| entry.page < range.start);
-            for entry in kept {
-                entries.push(entry.part(before))?;
-            }
-        }
-        if let Some(frame) = frame {
-            let mut next = range.start;
-            while next < range.end {
-                let entry = Entry {
-                    page: next,
-                    count: (range.end - next).min(MAX_COUNT),
-                    frame: frame + (next - range.start),
-                    refused: false,
-                };
-                push_joined(&mut entries, &entry)?;
-                next += entry.count;
-            }
-        }
-        if let Some(leaf) = to.checked_sub(1).and_then(|last| self.leaves.get(last)) {
-            for entry in leaf.entries().skip_while(|entry| entry.end() <= range.end) {
-                push_joined(&mut entries, &entry.part(after))?;
-            }
-        }
-        Ok(entries)
-    }
-
-    /// Puts `entries` in the place of some leaves, together with the next leaf if one can hold
-    /// both.
-    fn absorb(
-        &mut self,
-        from: usize,
-        mut to: usize,
-        mut entries: List<Entry>,
-    ) -> Result<(), NoMemory> {
-        let few = |leaf: &&Leaf| entries.len() + leaf.len() <= MOST_TOGETHER;
-        if let Some(next) = self.leaves.get(to).filter(few) {
-            for entry in next.entries() {
-                push_joined(&mut entries, &entry)?;
-            }
-            to += 1;
-        }
-        self.put(from, to, &entries)
-    }
-
-    fn decode(&self, from: usize, to: usize) -> Result<List<Entry>, NoMemory> {
-        let mut entries = List::new();
-        for leaf in &self.leaves[from..to] {
-            entries.reserve(leaf.len())?;
-            for entry in leaf.entries() {
-                entries.push(entry)?;
-            }
-        }
-        Ok(entries)
-    }
-
-    /// Puts `entries` in the place of some leaves. On failure nothing has changed.
-    fn put(&mut self, from: usize, to: usize, entries: &[Entry]) -> Result<(), NoMemory> {
-        let mut fresh = encode_all(entries, MOST_ENTRIES)?;
-        if fresh.len() > 1 && fresh.len() > to - from {
-            // Some room in each, as more may follow.
-            let most = entries.len().div_ceil(fresh.len());
-            fresh = encode_all(entries, most)?;
-        }
-        let more = fresh.len().saturating_sub(to - from);
-        self.leaves.reserve(more)?;
-        let old: u64 = count(&self.leaves[from..to]);
-        let new: u64 = entries.iter().map(|entry| entry.count).sum();
-        self.leaves.replace(from, to, fresh)?;
-        self.pages = (self.pages() - old + new) as u32;
-        self.version = self.version.wrapping_add(1);
-        Ok(())
-    }
-
-    fn drop_leaves(&mut self, from: usize, to: usize) {
-        self.pages -= count(&self.leaves[from..to]) as u32;
-        self.leaves.remove(from, to);
-        self.version = self.version.wrapping_add(1);
     }
 
     /// Fills leaves that changes have left half empty. Best done when many changes have been
     /// made and no more follow soon.
     pub(crate) fn pack(&mut self) {
-        if self.packed == self.version {
+        let Self::Many(leaves) = self else {
             return;
+        };
+        leaves.pack();
+        if let Some(entry) = leaves.only() {
+            *self = Self::One(Single::new(&entry, leaves.version()));
         }
-        let used: usize = self.leaves.iter().map(Leaf::used_bits).sum();
-        let held: usize = self.leaves.iter().map(|leaf| leaf.bytes() * 8).sum();
-        if self.leaves.len() > 1 && held - held / 8 > used {
-            self.repack();
-        }
-        self.leaves.shrink();
-        self.packed = self.version;
     }
 
-    fn repack(&mut self) {
-        let mut at = 0;
-        while at + 1 < self.leaves.len() {
-            let packed = self
-                .decode(at, at + 2)
-                .and_then(|entries| encode_all(&entries, MOST_ENTRIES))
-                .and_then(|fresh| {
-                    // Two that fit into one have become one, which the next may fill.
-                    let step = fresh.len().min(2) - 1;
-                    if fresh.len() <= 2 {
-                        self.leaves.replace(at, at + 2, fresh)?;
-                    }
-                    Ok(step)
-                });
-            match packed {
-                Ok(step) => at += step,
-                Err(NoMemory) => break,
+    /// The same as leaves. Without memory for that, everything is forgotten.
+    fn leaves(&mut self) -> Result<&mut Leaves, NoMemory> {
+        if let Self::One(single) = self {
+            let (entry, version) = (single.entry(), single.version);
+            *self = Self::Many(Leaves::new(version));
+            if let Self::Many(leaves) = self {
+                leaves.begin(&entry)?;
             }
         }
-        self.version = self.version.wrapping_add(1);
-    }
-}
-
-/// Leaves with fewer entries than this together become one.
-const MOST_TOGETHER: usize = 64;
-
-fn count(leaves: &[Leaf]) -> u64 {
-    let entries = leaves.iter().flat_map(Leaf::entries);
-    entries.map(|entry| entry.count).sum()
-}
-
-fn encode_all(mut entries: &[Entry], most: usize) -> Result<List<Leaf>, NoMemory> {
-    let mut leaves = List::new();
-    while !entries.is_empty() {
-        let (leaf, taken) = Leaf::encode(entries, most)?;
-        leaves.push(leaf)?;
-        entries = &entries[taken..];
-    }
-    Ok(leaves)
-}
-
-/// Appends an entry, joining it with the last.
-fn push_joined(entries: &mut List<Entry>, entry: &Entry) -> Result<(), NoMemory> {
-    if let Some(last) = entries.last_mut() {
-        if let Some(joined) = last.join(entry) {
-            *last = joined;
-            return Ok(());
+        match self {
+            Self::One(_) => Err(NoMemory),
+            Self::Many(leaves) => Ok(leaves),
         }
     }
-    entries.push(*entry)
+}
+
+/// The only entry of a file.
+#[derive(Clone, Copy)]
+pub(crate) struct Single {
+    page: u32,
+    frame: u32,
+    count: u16,
+    refused: bool,
+    /// What the version of leaves goes on from, so that no cursor of earlier ones fits later ones.
+    version: u32,
+}
+
+impl Single {
+    const fn new(entry: &Entry, version: u32) -> Self {
+        Self {
+            page: entry.page as u32,
+            frame: entry.frame as u32,
+            count: entry.count as u16,
+            refused: entry.refused,
+            version,
+        }
+    }
+
+    const fn entry(&self) -> Entry {
+        Entry {
+            page: self.page as u64,
+            count: self.count as u64,
+            frame: self.frame as u64,
+            refused: self.refused,
+        }
+    }
 }

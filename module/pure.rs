@@ -15,6 +15,7 @@ mod filter;
 mod inflight;
 mod iomem;
 mod leaf;
+mod leaves;
 #[path = "list_std.rs"]
 mod list;
 mod pages;

@@ -12,16 +12,26 @@ enum Op {
     Forget(u64, u64),
     Refuse(u64, u64, u64),
     Compare(u64, u64, u64, bool),
+    Pack,
 }
 
-fn op() -> impl Strategy<Value = Op> {
-    // Few frames and offsets, so that things meet.
-    let (page, pages, frame) = (0..1200_u64, prop_oneof![1..4_u64, 1..600_u64], 0..4_u64);
+/// Of large files, and of small ones.
+fn ops(most: usize) -> impl Strategy<Value = Vec<Op>> {
     prop_oneof![
-        (page.clone(), pages.clone(), frame.clone()).prop_map(|(p, n, f)| Op::Record(p, n, f)),
-        (page.clone(), pages.clone()).prop_map(|(p, n)| Op::Forget(p, n)),
-        (page.clone(), pages.clone(), frame.clone()).prop_map(|(p, n, f)| Op::Refuse(p, n, f)),
-        (page, pages, frame, any::<bool>()).prop_map(|(p, n, f, r)| Op::Compare(p, n, f, r)),
+        prop::collection::vec(op(1200, 600), 0..most),
+        prop::collection::vec(op(12, 8), 0..most),
+    ]
+}
+
+fn op(file: u64, most: u64) -> impl Strategy<Value = Op> {
+    // Few frames and offsets, so that things meet.
+    let (page, pages, frame) = (0..file, prop_oneof![1..4_u64, 1..most], 0..4_u64);
+    prop_oneof![
+        1 => Just(Op::Pack),
+        2 => (page.clone(), pages.clone(), frame.clone()).prop_map(|(p, n, f)| Op::Record(p, n, f)),
+        2 => (page.clone(), pages.clone()).prop_map(|(p, n)| Op::Forget(p, n)),
+        2 => (page.clone(), pages.clone(), frame.clone()).prop_map(|(p, n, f)| Op::Refuse(p, n, f)),
+        2 => (page, pages, frame, any::<bool>()).prop_map(|(p, n, f, r)| Op::Compare(p, n, f, r)),
     ]
 }
 
@@ -32,7 +42,7 @@ fn frame_of(page: u64, choice: u64) -> u64 {
 
 proptest! {
     #[test]
-    fn pages_are_a_map(ops in prop::collection::vec(op(), 0..200)) {
+    fn pages_are_a_map(ops in ops(200)) {
         let mut pages = Pages::new();
         let mut model: BTreeMap<u64, u64> = BTreeMap::new();
         let mut refused: BTreeMap<u64, bool> = BTreeMap::new();
@@ -63,6 +73,7 @@ proptest! {
                         }
                     }
                 }
+                Op::Pack => pages.pack(),
                 Op::Compare(page, n, choice, retry) => {
                     let mut rest = Range { start: page, end: page + n };
                     while !rest.is_empty() {
@@ -114,11 +125,12 @@ proptest! {
     /// A page may be forgotten, but never be remembered where it was not reported last.
     #[test]
     fn without_memory_pages_are_forgotten_and_nothing_else_happens(
-        ops in prop::collection::vec((op(), prop_oneof![1 => Just(0), 1 => any::<u64>()]), 0..150),
+        ops in ops(150),
+        denials in prop::collection::vec(prop_oneof![1 => Just(0), 1 => any::<u64>()], 150),
     ) {
         let mut pages = Pages::new();
         let mut model: BTreeMap<u64, u64> = BTreeMap::new();
-        for (op, denied) in ops {
+        for (op, denied) in ops.into_iter().zip(denials) {
             let before = pages.pages();
             match op {
                 Op::Record(page, n, choice) => {
@@ -145,7 +157,7 @@ proptest! {
                         prop_assert!(*is_refused || *frame != frame_of(*p, choice));
                     }
                 }
-                Op::Compare(..) => {
+                Op::Compare(..) | Op::Pack => {
                     deny(denied);
                     pages.pack();
                     deny(0);
@@ -209,6 +221,85 @@ fn what_came_in_any_order_is_packed() {
     pages.pack();
     assert_eq!(pages.pages(), count);
     assert!(bytes_per_page(&pages) < 4.5, "{}", bytes_per_page(&pages));
+}
+
+#[test]
+fn a_file_in_one_piece_costs_nothing_beside_the_file() {
+    let mut pages = Pages::new();
+    record(&mut pages, 0, 3, 700);
+    assert_eq!((pages.pages(), pages.bytes()), (3, 0));
+    // It moved, and grew.
+    record(&mut pages, 0, 3, 900);
+    record(&mut pages, 3, 1, 903);
+    assert_eq!((pages.pages(), pages.bytes()), (4, 0));
+    // In two pieces, and in one again.
+    record(&mut pages, 4, 1, 100);
+    assert!(pages.bytes() > 0);
+    assert_eq!(pages.forget(Range { start: 4, end: 5 }), 1);
+    pages.pack();
+    assert_eq!((pages.pages(), pages.bytes()), (4, 0));
+    assert_eq!(pages.forget(Range { start: 0, end: 3 }), 3);
+    assert_eq!((pages.pages(), pages.bytes()), (1, 0));
+}
+
+fn one(page: u64) -> Range {
+    Range {
+        start: page,
+        end: page + 1,
+    }
+}
+
+#[test]
+fn a_file_in_one_piece_is_passed_once_and_refused_where_it_is() {
+    let mut pages = Pages::new();
+    record(&mut pages, 0, 2, 700);
+    let mut cursor = Cursor::default();
+    assert!(pages.seek(0, &mut cursor).is_some());
+    let mut things = &[(); 2][..];
+    assert_eq!(
+        pages.pass_alike(&mut cursor, &mut things, |_, _| true),
+        (2, None)
+    );
+    assert_eq!(
+        pages.pass_alike(&mut cursor, &mut things, |_, _| true),
+        (0, None)
+    );
+    assert_eq!(things.len(), 1);
+
+    pages.refuse(one(1), 702);
+    assert_eq!(
+        pages.compare(one(1), 701, true, &mut cursor).state,
+        PieceState::Known
+    );
+    pages.refuse(one(1), 701);
+    assert_eq!(
+        pages.compare(one(1), 701, true, &mut cursor).state,
+        PieceState::New
+    );
+}
+
+#[test]
+fn a_cursor_from_before_a_file_was_in_one_piece_finds_its_place() {
+    let mut pages = Pages::new();
+    let mut cursors = Vec::new();
+    for page in 0..50 {
+        record(&mut pages, 2 * page, 1, 5_000 - page);
+        let mut cursor = Cursor::default();
+        assert!(pages.seek(page, &mut cursor).is_some());
+        cursors.push(cursor);
+    }
+    pages.forget(Range { start: 1, end: 200 });
+    pages.pack();
+    assert_eq!((pages.pages(), pages.bytes()), (1, 0));
+    for page in 1..100 {
+        record(&mut pages, page, 1, 9_000 - page);
+        for cursor in &cursors {
+            for sought in 0..=page {
+                let found = pages.seek(sought, &mut { *cursor });
+                assert_eq!(found.map(|entry| entry.page), Some(sought));
+            }
+        }
+    }
 }
 
 #[test]

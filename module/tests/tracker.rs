@@ -216,6 +216,20 @@ fn ten_scattered_pages_in_each_file_cost_less_than_28_bytes_a_page() {
 }
 
 #[test]
+fn a_file_in_one_piece_costs_less_than_120_bytes() {
+    let mut tracker = Tracker::new(1 << 20);
+    for key in 1..=10_000_usize {
+        let id = tracker.add(key * 1024, 0).expect("room");
+        let file = tracker.get_mut(id).expect("just added");
+        let range = Range { start: 0, end: 3 };
+        let recorded = file.pages.record(range, key as u64 * 100);
+        recorded.expect("memory");
+    }
+    let per_file = tracker.bytes() as f64 / tracker.files() as f64;
+    assert!(per_file < 120.0, "{per_file} bytes");
+}
+
+#[test]
 fn files_that_are_not_seen_any_more_are_found() {
     let mut tracker = Tracker::new(10);
     let (a, b) = (
