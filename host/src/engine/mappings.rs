@@ -13,17 +13,22 @@ const HEADROOM_LEAST: usize = 1024;
 
 /// How many runs are let in between two looks at the clock.
 const LOOK: u32 = 32;
-/// After which the VMM may have changed its own mappings, and the operator the limit. Counting
-/// costs about a tenth of a microsecond per mapping.
+/// After which the operator may have changed the limit, and the VMM its own mappings.
 const OLD: Duration = Duration::from_secs(1);
+/// Counting takes one or two microseconds for each mapping: what guests change now and then, all
+/// their life, must not cost a count each time. Of this many parts of the time it gets one.
+const PARTS: u32 = 2000;
 
 /// Counts mappings without reading `/proc` for each: adds the most a change can cause, and
 /// counts truly when that sum comes near the limit, and now and then.
 #[derive(Debug)]
 pub struct MappingBudget {
     limit: usize,
+    looked_at: Instant,
     counted: usize,
     counted_at: Instant,
+    /// How long that took.
+    counting: Duration,
     added: usize,
     asked: u32,
 }
@@ -31,10 +36,13 @@ pub struct MappingBudget {
 impl MappingBudget {
     /// Reads the kernel's limit and counts what is there.
     pub fn new() -> io::Result<Self> {
+        let now = Instant::now();
         Ok(Self {
             limit: limit_now()?,
+            looked_at: now,
             counted: mappings_now()?,
-            counted_at: Instant::now(),
+            counted_at: now,
+            counting: now.elapsed(),
             added: 0,
             asked: 0,
         })
@@ -58,7 +66,12 @@ impl MappingBudget {
         // Only when enough was added since for the truth to differ.
         let is_near = self.counted + self.added + mappings > self.usable() / 4 * 3
             && self.added > self.limit / 64;
-        if is_near || (self.asked == 0 && self.counted_at.elapsed() > OLD) {
+        if self.asked == 0 && self.looked_at.elapsed() > OLD {
+            self.looked_at = Instant::now();
+            self.limit = limit_now().unwrap_or(self.limit);
+        }
+        let is_old = || self.counted_at.elapsed() > OLD.max(self.counting * PARTS);
+        if is_near || (self.asked == 0 && is_old()) {
             self.recount();
         }
         let used = self.counted + self.added + mappings;
@@ -78,11 +91,12 @@ impl MappingBudget {
     }
 
     fn recount(&mut self) {
-        if let (Ok(limit), Ok(now)) = (limit_now(), mappings_now()) {
-            self.limit = limit;
+        let began = Instant::now();
+        if let Ok(now) = mappings_now() {
             self.counted = now;
             self.added = 0;
         }
+        self.counting = began.elapsed();
         self.counted_at = Instant::now();
     }
 }
