@@ -15,6 +15,11 @@ impl Counts {
         failed: 1,
         skipped: 0,
     };
+    pub(crate) const ONE_SKIPPED: Self = Self {
+        passed: 0,
+        failed: 0,
+        skipped: 1,
+    };
 
     /// `test result: ok. 3 passed; 0 failed; 1 ignored; …`, as libtest ends each of its runs,
     /// or `3 passed, 0 failed, 1 skipped`, as our own runner ends. `None` for any other line.

@@ -111,7 +111,7 @@ fn missing() -> Vec<&'static str> {
 }
 
 /// The path of a program, also where a user without root does not look.
-fn find(program: &str) -> Option<PathBuf> {
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))

@@ -211,8 +211,14 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
     if arguments.deep {
         for tests in sanitizers::ALL {
             println!("{}:", tests.what);
+            if let Some(reason) = tests.missing() {
+                println!("skipped: {reason}");
+                total += Counts::ONE_SKIPPED;
+                continue;
+            }
             let start = Instant::now();
-            let mut command = tests.command(cargo(project), &project.target_dir());
+            let mut command =
+                tests.command(cargo(project), &project.checkout, &project.target_dir());
             total += counted(tests.what, &mut command, Tally::Sum)?;
             times.push((tests.what.to_owned(), start.elapsed()));
         }
