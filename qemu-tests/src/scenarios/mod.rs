@@ -256,6 +256,18 @@ pub const ALL: &[Scenario] = &[
         run: detectors::any_allocation_may_fail,
     },
     Scenario {
+        name: "loads_and_unloads_under_load",
+        tier: Tier::Debug,
+        guests: 0,
+        run: detectors::loads_and_unloads_under_load,
+    },
+    Scenario {
+        name: "everything_at_once_leaves_no_trace",
+        tier: Tier::Debug,
+        guests: 0,
+        run: detectors::everything_at_once_leaves_no_trace,
+    },
+    Scenario {
         name: "module_unloads_and_reloads_while_sharing",
         tier: Tier::Smoke,
         guests: 2,

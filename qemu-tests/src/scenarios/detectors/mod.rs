@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::{
@@ -14,14 +14,34 @@ use super::{
     steps::{each, hold, spec, unit},
 };
 use crate::{
-    console, guest::Guest, integrity::Integrity, protocol::Op, settle::settle, world::World,
+    console,
+    guest::{Guest, SYSFS},
+    integrity::Integrity,
+    interrupt,
+    protocol::Op,
+    settle::settle,
+    world::World,
 };
 
+const STRESS: &str = include_str!("stress.py");
 const FAILURES: &str = include_str!("failures.py");
+/// Tells the stress to end.
+const STOP: &str = "/tmp/stress-stop";
+/// Gives the module's thread the usual priority.
+const HURRY: &str = r#"for process in /proc/[0-9]*; do
+    read name < $process/comm
+    if [ "$name" = pagefusion ]; then renice -n 0 -p ${process#/proc/}; fi
+done 2> /dev/null"#;
 const MODULE: &str = "/run/pagefusion/pagefusion.ko";
 
+/// How often the module is loaded and unloaded while its guest is busy.
+const LOADS: u32 = 500;
 /// Files that each guest maps all the time.
 const HELD: usize = 60;
+/// Between two looks.
+const SLICE: Duration = Duration::from_secs(2);
+/// How long everything happens at once.
+const STRESSED: Duration = Duration::from_secs(600);
 /// The longest that one of these may take.
 const LIMIT: Duration = Duration::from_secs(3600);
 /// Memory that is lost is found by looking twice, and this much later than it was allocated.
@@ -72,6 +92,116 @@ fn fail(guest: &mut Guest, what: &str) -> Result<()> {
     eprintln!("{what}: {said}");
     ensure!(outcome.status == Some(0), "{what}: {said} {wrong}");
     Ok(())
+}
+
+/// The module comes and goes, at any moment of its passes, while processes and files do.
+pub(super) fn loads_and_unloads_under_load(stage: &mut Stage) -> Result<()> {
+    with_detectors(stage, |world| {
+        let stress = Stress::start(world, 1)?;
+        let began = Instant::now();
+        for round in 0..LOADS {
+            world.healthy()?;
+            let guest = &mut world.guests[0];
+            guest
+                .unload_module()
+                .and_then(|()| guest.load_hurried_module())
+                .with_context(|| format!("round {round}"))?;
+            // At once, or at another moment of the first pass each time.
+            let reported = if round % 4 == 0 {
+                u64::from(round % 50) * 40
+            } else {
+                0
+            };
+            hurry(guest)?;
+            let op = Op::WaitCounter {
+                path: format!("{SYSFS}/pages_reported"),
+                at_least: reported,
+                timeout_ms: 120_000,
+            };
+            guest.request_for::<u64>(op, LIMIT, |_| {})?;
+        }
+        eprintln!("{LOADS} times in {:?}", began.elapsed());
+        stress.end(world)?;
+        settle(world, Instant::now())?;
+        files_are_right(world)
+    })
+}
+
+/// For ten minutes, in two guests that share; then they share on, and what they read is right.
+pub(super) fn everything_at_once_leaves_no_trace(stage: &mut Stage) -> Result<()> {
+    with_detectors(stage, |world| {
+        each(world, hurry)?;
+        let stress = Stress::start(world, 2)?;
+        let before = passes(world)?;
+        let deadline = Instant::now() + STRESSED;
+        while Instant::now() < deadline {
+            interrupt::check()?;
+            world.healthy()?;
+            stress.goes_on(world)?;
+            std::thread::sleep(SLICE);
+        }
+        let after = passes(world)?;
+        eprintln!("passes: {before:?} before, {after:?} afterwards");
+        let made = |(before, after)| after > before;
+        ensure!(
+            before.into_iter().zip(after).all(made),
+            "no pass has come to its end"
+        );
+        stress.end(world)?;
+        settle(world, Instant::now())?;
+        files_are_right(world)
+    })
+}
+
+/// By itself the module's thread would wait for a moment when nobody else wants to run.
+fn hurry(guest: &mut Guest) -> Result<()> {
+    guest.output(&["sh", "-c", HURRY]).map(drop)
+}
+
+/// How many each guest has made.
+fn passes(world: &mut World) -> Result<Vec<u64>> {
+    let guests = world.guests.iter_mut();
+    guests.map(|guest| guest.counter("full_scans")).collect()
+}
+
+/// The stress in the first guests.
+struct Stress {
+    guests: usize,
+}
+
+impl Stress {
+    fn start(world: &mut World, guests: usize) -> Result<Self> {
+        const START: &str = r#"rm -f /tmp/stress-stop /tmp/stress-status
+            (setsid python3 -c "$0" "$1" > /tmp/stress-log 2>&1; echo $? > /tmp/stress-status) > /dev/null 2>&1 &"#;
+        for (seed, guest) in world.guests[..guests].iter_mut().enumerate() {
+            guest.output(&["sh", "-c", START, STRESS, &seed.to_string()])?;
+        }
+        Ok(Self { guests })
+    }
+
+    /// Fails when it has ended by itself.
+    fn goes_on(&self, world: &mut World) -> Result<()> {
+        for guest in &mut world.guests[..self.guests] {
+            let ended = guest.run(&["test", "-e", "/tmp/stress-status"])?;
+            if ended.status == Some(0) {
+                let said = guest.output(&["cat", "/tmp/stress-status", "/tmp/stress-log"])?;
+                anyhow::bail!("{}: the stress has ended: {said}", guest.name());
+            }
+        }
+        Ok(())
+    }
+
+    fn end(self, world: &mut World) -> Result<()> {
+        self.goes_on(world)?;
+        for guest in &mut world.guests[..self.guests] {
+            guest.output(&["touch", STOP])?;
+            let wait = "while [ ! -e /tmp/stress-status ]; do sleep 0.1; done; cat /tmp/stress-status /tmp/stress-log";
+            let said = guest.run_for(&["sh", "-c", wait], LIMIT)?.stdout;
+            ensure!(said.trim() == "0", "{}: {said}", guest.name());
+            guest.output(&["sh", "-c", "rm -rf /var/tmp/stress-*"])?;
+        }
+        Ok(())
+    }
 }
 
 /// Plays with two guests that share; afterwards the module is gone from them and has left nothing behind.

@@ -1,0 +1,163 @@
+"""Everything at once that changes what a module that walks processes and page caches looks at.
+
+stress.py SEED: until the file STOP is there. Exits with 1, and says why, when bytes are not what was written.
+"""
+
+import glob
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+STOP = "/tmp/stress-stop"
+PAGE = 4096
+LIBRARIES = [path for path in glob.glob("/usr/lib/x86_64-linux-gnu/*.so*") if os.path.isfile(path)]
+
+
+def going_on():
+    return not os.path.exists(STOP)
+
+
+def content(tag, pages):
+    """Bytes that say which page of which file they are."""
+    return b"".join((b"%s page %d. " % (tag, page)).ljust(64) * (PAGE // 64) for page in range(pages))
+
+
+def maps(rng):
+    """Libraries come and go in an address space."""
+    held = []
+    while going_on():
+        with open(rng.choice(LIBRARIES), "rb") as file:
+            view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
+        for at in range(0, len(view), PAGE * 3):
+            view[at]
+        held.append(view)
+        if len(held) > 8:
+            held.pop(rng.randrange(len(held))).close()
+
+
+def forks(rng):
+    """Processes of all ages."""
+    while going_on():
+        children = []
+        for _ in range(rng.randrange(1, 6)):
+            child = os.fork()
+            if child == 0:
+                time.sleep(rng.random() / 20)
+                os._exit(0)
+            children.append(child)
+        subprocess.run(["/bin/true"], check=True)
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def files(rng):
+    """A file is written, mapped, rewritten, truncated and replaced, and its bytes are looked at."""
+    directory = "/var/tmp/stress-%d" % os.getpid()
+    os.makedirs(directory, exist_ok=True)
+    path, spare = directory + "/file", directory + "/spare"
+    round = 0
+    while going_on():
+        round += 1
+        pages = rng.randrange(1, 96)
+        expected = bytearray(content(b"%d/%d" % (os.getpid(), round), pages))
+        with open(spare, "wb") as file:
+            file.write(expected)
+            if rng.random() < 0.3:
+                os.fsync(file.fileno())
+        os.rename(spare, path)
+        with open(path, "r+b") as file:
+            view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            check(view[:], expected, "a mapping")
+            time.sleep(rng.random() / 10)
+            for _ in range(rng.randrange(4)):
+                page = rng.randrange(pages)
+                data = content(b"%d/%d again" % (os.getpid(), round), 1)
+                os.pwrite(file.fileno(), data, page * PAGE)
+                expected[page * PAGE:(page + 1) * PAGE] = data
+            check(view[:], expected, "a mapping of rewritten bytes")
+            view.close()
+            left = rng.randrange(len(expected))
+            os.truncate(path, left)
+            del expected[left:]
+            file.seek(0)
+            check(file.read(), expected, "a truncated file")
+        if rng.random() < 0.2:
+            os.unlink(path)
+
+
+def check(found, expected, what):
+    if found == expected:
+        return
+    at = next(at for at in range(min(len(found), len(expected)) + 1)
+              if found[at:at + 1] != expected[at:at + 1])
+    print("%s is wrong at byte %d of %d: %r, not %r" % (
+        what, at, len(expected), bytes(found[at:at + 32]), bytes(expected[at:at + 32])), flush=True)
+    os._exit(1)
+
+
+def memory(rng):
+    """Caches are dropped and memory is compacted."""
+    while going_on():
+        if rng.random() < 0.3:
+            # What shrinks everything makes the module rest for ten seconds, so it is rare.
+            set_("/proc/sys/vm/drop_caches", "3" if rng.random() < 0.02 else "1")
+        set_("/proc/sys/vm/compact_memory", "1")
+        bytearray(rng.randrange(1, 48) << 20)
+        time.sleep(rng.random() / 2)
+
+
+def plugs(rng):
+    """A CPU and pieces of memory are taken away and come back."""
+    blocks = glob.glob("/sys/devices/system/memory/memory*/state")
+    while going_on():
+        set_("/sys/devices/system/cpu/cpu1/online", "0")
+        time.sleep(rng.random() / 2)
+        set_("/sys/devices/system/cpu/cpu1/online", "1")
+        block = rng.choice(blocks)
+        # Most hold memory that cannot be moved, and the kernel tries for ever.
+        subprocess.run(["timeout", "1", "sh", "-c", 'echo offline > "$0"', block],
+                       stderr=subprocess.DEVNULL, check=False)
+        time.sleep(rng.random() / 2)
+        set_(block, "online_movable")
+
+
+def set_(path, value):
+    try:
+        with open(path, "w") as file:
+            file.write(value)
+    except OSError:
+        pass
+
+
+def main():
+    rng = random.Random(int(sys.argv[1]))
+    workers = []
+    for number, work in enumerate([maps, forks, files, files, memory, plugs]):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                work(random.Random(rng.random() + number))
+                status = 0
+            finally:
+                os._exit(status)
+        workers.append((child, work))
+    failed = False
+    while workers:
+        child, status = os.wait()
+        work = dict(workers)[child]
+        workers = [(other, of) for other, of in workers if other != child]
+        if status != 0:
+            print("%s ended with %d" % (work.__name__, status), flush=True)
+            failed = True
+            open(STOP, "w").close()
+    sys.exit(failed)
+
+
+# Whoever started us may be gone.
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+main()
