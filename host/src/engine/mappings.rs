@@ -15,9 +15,9 @@ const HEADROOM_LEAST: usize = 1024;
 const LOOK: u32 = 32;
 /// After which the operator may have changed the limit, and the VMM its own mappings.
 const OLD: Duration = Duration::from_secs(1);
-/// Counting takes one or two microseconds for each mapping: what guests change now and then, all
-/// their life, must not cost a count each time. Of this many parts of the time it gets one.
-const PARTS: u32 = 2000;
+/// While few mappings are added, a count is believed so long for each that there is: what guests
+/// change now and then, all their life, must not cost a count each time.
+const EACH: Duration = Duration::from_millis(3);
 
 /// Counts mappings without reading `/proc` for each: adds the most a change can cause, and
 /// counts truly when that sum comes near the limit, and now and then.
@@ -27,8 +27,6 @@ pub struct MappingBudget {
     looked_at: Instant,
     counted: usize,
     counted_at: Instant,
-    /// How long that took.
-    counting: Duration,
     added: usize,
     asked: u32,
 }
@@ -42,7 +40,6 @@ impl MappingBudget {
             looked_at: now,
             counted: mappings_now()?,
             counted_at: now,
-            counting: now.elapsed(),
             added: 0,
             asked: 0,
         })
@@ -64,14 +61,13 @@ impl MappingBudget {
     pub(super) fn admits(&mut self, pages: usize, mappings: usize) -> bool {
         self.asked = (self.asked + 1) % LOOK;
         // Only when enough was added since for the truth to differ.
-        let is_near = self.counted + self.added + mappings > self.usable() / 4 * 3
-            && self.added > self.limit / 64;
+        let is_near =
+            self.counted + self.added + mappings > self.usable() / 4 * 3 && self.has_added_many();
         if self.asked == 0 && self.looked_at.elapsed() > OLD {
             self.looked_at = Instant::now();
             self.limit = limit_now().unwrap_or(self.limit);
         }
-        let is_old = || self.counted_at.elapsed() > OLD.max(self.counting * PARTS);
-        if is_near || (self.asked == 0 && is_old()) {
+        if is_near || (self.asked == 0 && self.counted_at.elapsed() > self.believed()) {
             self.recount();
         }
         let used = self.counted + self.added + mappings;
@@ -90,13 +86,23 @@ impl MappingBudget {
         self.added += mappings;
     }
 
+    fn has_added_many(&self) -> bool {
+        self.added > self.limit / 64
+    }
+
+    /// How long a count is believed, as the VMM changes its own mappings.
+    fn believed(&self) -> Duration {
+        if self.has_added_many() {
+            return OLD;
+        }
+        OLD.max(EACH * self.counted.try_into().unwrap_or(u32::MAX))
+    }
+
     fn recount(&mut self) {
-        let began = Instant::now();
         if let Ok(now) = mappings_now() {
             self.counted = now;
             self.added = 0;
         }
-        self.counting = began.elapsed();
         self.counted_at = Instant::now();
     }
 }
@@ -152,4 +158,23 @@ fn each_mapping(mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
         line.clear();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_count_of_many_is_believed_longer_until_many_were_added() {
+        let mut budget = MappingBudget {
+            limit: 65_530,
+            counted: 20_000,
+            ..MappingBudget::new().unwrap()
+        };
+        assert_eq!(budget.believed(), Duration::from_secs(60));
+        budget.add(65_530 / 64 + 1);
+        assert_eq!(budget.believed(), OLD);
+        (budget.counted, budget.added) = (100, 0);
+        assert_eq!(budget.believed(), OLD);
+    }
 }
