@@ -72,6 +72,7 @@ pub fn start(guest: &mut Guest, load: Load, limit: Duration) -> Result<()> {
 /// Where the guest's kernel says what it has made of small pages.
 const KHUGEPAGED: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
 const SLEEP: &str = "scan_sleep_millisecs";
+const HOUR: &str = "3600000";
 /// What is not done by then is not waited for: a guest that works goes on making huge pages.
 const QUIET_LIMIT: Duration = Duration::from_secs(45);
 
@@ -91,6 +92,13 @@ pub fn wait_quiet(guests: &mut [Guest]) -> Result<bool> {
         write(guest, SLEEP, &usual.to_string())?;
     }
     Ok(quiet)
+}
+
+/// Keeps the guests' kernels from joining pages into huge pages for longer than any measurement takes.
+pub fn stop_joining_pages(guests: &mut [Guest]) -> Result<()> {
+    guests
+        .iter_mut()
+        .try_for_each(|guest| write(guest, SLEEP, HOUR))
 }
 
 fn wait_quiet_until(guest: &mut Guest, deadline: Instant) -> Result<bool> {

@@ -147,6 +147,8 @@ impl Workload {
         let Self::Files { mib } = self else {
             return Ok(());
         };
+        // Else 4,096 pages move every ten seconds until all are in huge pages, and there is no end to be measured.
+        services::stop_joining_pages(&mut world.guests)?;
         for path in paths(mib) {
             let mut pending = Vec::new();
             for guest in &mut world.guests {
