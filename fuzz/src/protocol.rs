@@ -157,13 +157,14 @@ fn request(input: &mut Input<'_>, seed: u64) -> (EngineRequest, Vec<u8>, Said) {
         }
         3 => {
             let contents = contents(input, 5);
-            let pages = contents.len() as u32;
             let payload = contents.iter().flat_map(|it| content(*it)).collect();
-            let span = FileSpan {
+            let first = input.below(contents.len() as u8 + 1) as u32;
+            let mut part = |pages| FileSpan {
                 pages,
                 ..span(input)
             };
-            return (EngineRequest::Publish { span }, payload, contents);
+            let spans = vec![part(first), part(contents.len() as u32 - first)];
+            return (EngineRequest::Publish { spans }, payload, contents);
         }
         4 => {
             let spans = (0..input.below(4))

@@ -70,7 +70,7 @@ fn main() {
         let begin = Instant::now();
         for span in spans(2) {
             let bytes = &bytes[span.page as usize * 4096..][..run as usize * 4096];
-            store.publish(span, bytes, &mut pages).unwrap();
+            store.publish(&[span], bytes, &mut pages).unwrap();
         }
         tell("publish", run, begin.elapsed());
         assert!(pages.iter().all(Option::is_some));

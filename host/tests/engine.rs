@@ -372,6 +372,33 @@ fn what_one_guest_has_costs_no_memory_until_a_second_one_reports_it() {
     );
 }
 
+#[test]
+fn scattered_runs_published_at_once_are_shared_each_with_its_own_bytes() {
+    let group = group();
+    let pages = 150;
+    let bytes = Random(11).bytes(pages * PAGE);
+    let vms = [1, 2].map(|number| Vm::new(&group, number, 256, false));
+    let mut random = Random(12);
+    let shared = vms.each_ref().map(|vm| {
+        let mut runs = Vec::new();
+        let (mut page, mut gfn) = (0, 1);
+        while page < pages {
+            let length = (random.below(9) + 1).min(pages - page);
+            for i in 0..length {
+                vm.ram
+                    .write_page(gfn + i, &bytes[(page + i) * PAGE..][..PAGE]);
+            }
+            runs.push(run(page as u64, gfn, length));
+            page += length;
+            gfn += length + random.below(2);
+        }
+        let outcomes = vm.sharing.share(&runs);
+        outcomes.iter().map(|it| u32::from(it.shared)).sum::<u32>()
+    });
+    assert_eq!(shared, [0, pages as u32]);
+    assert_eq!(group.lock().unwrap().statistics().store_pages, pages as u64);
+}
+
 /// Writers hammer random pages while the same pages are overlaid and undone, round after
 /// round. Each word has one writer; a lost write shows as an older value.
 fn no_write_is_lost(huge: bool, run_pages: usize, touching: bool) {

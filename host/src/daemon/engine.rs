@@ -9,6 +9,7 @@ use crate::protocol::{
     Connection, Encoding, EngineReply, EngineRequest, Hello, HelloReply, MAX_PUBLISH_PAGES, Role,
     VERSION, Welcome,
 };
+use crate::store::batches::pages_of;
 use crate::store::{PAGE, StoreError};
 use rustix::fs::{Mode, OFlags};
 use std::io;
@@ -83,15 +84,15 @@ pub(super) fn answer_all(
     let mut first = true;
     loop {
         let request = connection.receive_when_it_comes()?;
-        if let EngineRequest::Publish { span } = &request {
-            let pages = span.pages as usize;
-            if pages > MAX_PUBLISH_PAGES {
+        if let EngineRequest::Publish { spans } = &request {
+            let pages = pages_of(spans);
+            if pages > MAX_PUBLISH_PAGES as u64 {
                 let reason = format!("{pages} pages at once; the most is {MAX_PUBLISH_PAGES}");
                 connection.send(&EngineReply::Error(reason.clone()))?;
                 // What follows is payload and no message.
                 return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
             }
-            payload.resize(pages * PAGE, 0);
+            payload.resize(pages as usize * PAGE, 0);
             connection.receive_payload(&mut payload)?;
         }
         let reply = answer(&request, &payload, first);
@@ -107,9 +108,9 @@ fn answer(
     payload: &[u8],
     first: bool,
 ) -> Result<EngineReply, StoreError> {
-    if let EngineRequest::Publish { span } = request {
+    if let EngineRequest::Publish { .. } = request {
         if !wait_for_pace(vm, payload.len()) {
-            return Ok(EngineReply::Published(vec![None; span.pages as usize]));
+            return Ok(EngineReply::Published(vec![None; payload.len() / PAGE]));
         }
     }
     let mut gate = Gate::of(vm);

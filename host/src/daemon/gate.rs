@@ -7,7 +7,8 @@ use super::vm::Vm;
 use crate::protocol::{
     EngineReply, EngineRequest, FileKey, FileSpan, Segment, Sighting, StorePage, Verdict,
 };
-use crate::store::{Group, StoreError};
+use crate::store::batches::pages_of;
+use crate::store::{Group, PAGE, StoreError};
 use std::collections::HashSet;
 use std::sync::{Arc, MutexGuard};
 
@@ -67,9 +68,9 @@ impl<'a> Gate<'a> {
                 self.sight(sightings, &mut verdicts)?;
                 EngineReply::Verdicts(verdicts)
             }
-            EngineRequest::Publish { span } => {
+            EngineRequest::Publish { spans } => {
                 let mut pages = Vec::new();
-                self.publish(*span, payload, &mut pages)?;
+                self.publish(spans, payload, &mut pages)?;
                 EngineReply::Published(pages)
             }
             EngineRequest::Release { spans } => {
@@ -121,14 +122,75 @@ impl<'a> Gate<'a> {
     /// Files that were undone are not taken.
     fn publish(
         &mut self,
-        span: FileSpan,
+        spans: &[FileSpan],
         bytes: &[u8],
         out: &mut Vec<Option<StorePage>>,
     ) -> Result<(), StoreError> {
-        if self.undone.contains(&span.file) {
-            out.extend(std::iter::repeat_n(None, span.pages as usize));
-            return Ok(());
+        let Self { vm, undone, store } = self;
+        let mut rest = bytes;
+        for spans in spans.chunk_by(|a, b| undone.contains(&a.file) == undone.contains(&b.file)) {
+            let pages = pages_of(spans) as usize;
+            let (bytes, behind) = rest
+                .split_at_checked(pages * PAGE)
+                .ok_or_else(|| StoreError::Refused("bytes end before the spans".into()))?;
+            rest = behind;
+            if spans.first().is_some_and(|it| undone.contains(&it.file)) {
+                out.extend(std::iter::repeat_n(None, pages));
+            } else {
+                store.publish(*vm, spans, bytes, out)?;
+            }
         }
-        self.store.publish(self.vm, span, bytes, out)
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::hash_page;
+    use std::sync::Mutex;
+
+    fn span(inode: u64, page: u64, pages: u32) -> FileSpan {
+        let file = FileKey {
+            fs_uuid: [0; 16],
+            inode,
+            size: 0,
+            mtime_ns: 0,
+            generation: 0,
+            kind: 1,
+        };
+        FileSpan { file, page, pages }
+    }
+
+    #[test]
+    fn of_several_files_published_at_once_those_undone_are_not_taken_and_the_others_as_they_are() {
+        let spans = [span(1, 5, 2), span(2, 0, 3), span(3, 9, 1)];
+        let undone = Arc::new(HashSet::from([spans[1].file]));
+        let content = |page: u8| [page; PAGE];
+        let bytes: Vec<u8> = (0..6).flat_map(content).collect();
+        let group = Mutex::new(Group::anonymous().unwrap());
+        let seed = group.lock().unwrap().hash_seed();
+        for vm in [1, 2] {
+            let mut store = group.lock().unwrap();
+            store.add_vm(vm);
+            let sighting = Sighting {
+                file: span(9, 0, 0).file,
+                page: 0,
+                hashes: (0..6).map(|page| hash_page(seed, &content(page))).collect(),
+            };
+            store.sight(vm, &[sighting], &mut Vec::new()).unwrap();
+        }
+        let mut positions = Vec::new();
+        let mut gate = Gate::new(2, undone, group.lock().unwrap());
+        gate.publish(&spans, &bytes, &mut positions).unwrap();
+        let taken: Vec<_> = positions.iter().map(Option::is_some).collect();
+        assert_eq!(taken, [true, true, false, false, false, true]);
+        let file = gate.store.read_only().unwrap();
+        for (page, position) in (0..).zip(positions) {
+            let Some(position) = position else { continue };
+            let mut stored = [0; PAGE];
+            rustix::io::pread(&file, &mut stored, u64::from(position) * PAGE as u64).unwrap();
+            assert_eq!(stored, content(page), "page {page}");
+        }
     }
 }

@@ -160,11 +160,9 @@ impl<'a> Transaction<'a> {
         for batch in split_by_pages(&unknown, MAX_SIGHTINGS) {
             wanted.extend(self.sight(store, &batch)?);
         }
-        for part in join(self.spare_unpublished(wanted)) {
-            for from in (0..part.pages).step_by(MAX_PUBLISH_PAGES) {
-                let pages = MAX_PUBLISH_PAGES.min(part.pages - from);
-                self.publish(store, part.slice(from, pages))?;
-            }
+        let wanted = join(self.spare_unpublished(wanted));
+        for batch in split_by_pages(&wanted, MAX_PUBLISH_PAGES) {
+            self.publish(store, &batch)?;
         }
         let granted = std::mem::take(&mut self.granted);
         self.sharing.give_back(store, &granted)
@@ -346,14 +344,7 @@ impl<'a> Transaction<'a> {
             for (i, verdict) in (0..part.pages).zip(&mut verdicts) {
                 let here = part.slice(i, 1);
                 match verdict {
-                    Verdict::Found(at) => match by_content.last_mut() {
-                        Some((last, store))
-                            if last.is_followed_by(&here) && *store + last.pages as u32 == at =>
-                        {
-                            last.pages += 1;
-                        }
-                        _ => by_content.push((here, at)),
-                    },
+                    Verdict::Found(at) => append(&mut by_content, here, at),
                     Verdict::Remembered => self.counts[part.run].remembered += 1,
                     Verdict::Publish => wanted.push(here),
                 }
@@ -366,32 +357,49 @@ impl<'a> Transaction<'a> {
     }
 
     /// Sends pages to the store and overlays them with what became of them there.
-    fn publish(&mut self, store: &mut Connected, part: Part) -> Result<(), StoreError> {
-        let mut bytes = vec![0; part.pages * PAGE];
-        if let Err(why) = self.sharing.memory().copy_out(part.hva, &mut bytes) {
-            self.refuse(part.run, why);
+    fn publish(&mut self, store: &mut Connected, parts: &[Part]) -> Result<(), StoreError> {
+        let mut bytes = vec![0; MAX_PUBLISH_PAGES * PAGE];
+        let mut length = 0;
+        let mut sent = Vec::with_capacity(parts.len());
+        for part in parts {
+            let end = length + part.pages * PAGE;
+            match self
+                .sharing
+                .memory()
+                .copy_out(part.hva, &mut bytes[length..end])
+            {
+                Ok(()) => {
+                    length = end;
+                    sent.push(*part);
+                }
+                Err(why) => self.refuse(part.run, why),
+            }
+        }
+        if sent.is_empty() {
             return Ok(());
         }
+        let spans: Vec<FileSpan> = sent.iter().map(Part::span).collect();
         let mut positions = Vec::new();
-        store.pages.publish(part.span(), &bytes, &mut positions)?;
-        if positions.len() != part.pages {
+        store
+            .pages
+            .publish(&spans, &bytes[..length], &mut positions)?;
+        if positions.len() * PAGE != length {
             return Err(StoreError::Refused(
                 "as many positions as pages were expected".into(),
             ));
         }
-        let mut from = 0;
-        while from < part.pages {
-            let Some(first) = positions[from] else {
-                self.refuse(part.run, reason::STORE_FULL);
-                from += 1;
-                continue;
-            };
-            let follows = |i: &usize| positions[from + i] == Some(first + *i as u32);
-            let count = (0..part.pages - from).take_while(follows).count();
-            if !self.overlay(&[(part.slice(from, count), first)]).is_empty() {
-                self.refuse(part.run, reason::DIFFERENT);
+        let mut published: Vec<(Part, StorePage)> = Vec::new();
+        let mut positions = positions.into_iter();
+        for part in sent {
+            for (i, position) in (0..part.pages).zip(&mut positions) {
+                match position {
+                    Some(at) => append(&mut published, part.slice(i, 1), at),
+                    None => self.refuse(part.run, reason::STORE_FULL),
+                }
             }
-            from += count;
+        }
+        for different in self.overlay(&published) {
+            self.refuse(different.run, reason::DIFFERENT);
         }
         Ok(())
     }
@@ -411,6 +419,16 @@ impl<'a> Transaction<'a> {
             }
         };
         self.counts.into_iter().map(outcome).collect()
+    }
+}
+
+/// Adds a part, joined with the last one where it continues that and its store pages.
+fn append(found: &mut Vec<(Part, StorePage)>, part: Part, at: StorePage) {
+    match found.last_mut() {
+        Some((last, store)) if last.is_followed_by(&part) && *store + last.pages as u32 == at => {
+            last.pages += part.pages;
+        }
+        _ => found.push((part, at)),
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
     Role, Segment, Sighting, StorePage, StoreSpan, VERSION, Verdict, Welcome,
 };
 use crate::store::batches::{batches, publications};
-use crate::store::{PageStore, StoreError};
+use crate::store::{PAGE, PageStore, StoreError};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -165,13 +165,13 @@ impl PageStore for StoreClient {
 
     fn publish(
         &mut self,
-        span: FileSpan,
+        spans: &[FileSpan],
         bytes: &[u8],
         out: &mut Vec<Option<StorePage>>,
     ) -> Result<(), StoreError> {
-        for (span, bytes) in publications(span, bytes)? {
-            match self.ask(&EngineRequest::Publish { span }, bytes)? {
-                EngineReply::Published(pages) if pages.len() == span.pages as usize => {
+        for (spans, bytes) in publications(spans, bytes)? {
+            match self.ask(&EngineRequest::Publish { spans }, bytes)? {
+                EngineReply::Published(pages) if pages.len() == bytes.len() / PAGE => {
                     out.extend(pages);
                 }
                 _ => return Err(self.out_of_step()),

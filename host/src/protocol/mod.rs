@@ -30,7 +30,7 @@ use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak the same version.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Largest encoded message, bytes, payload excluded.
 pub const MAX_MESSAGE: usize = 1 << 20;
 /// Most pages in one [`EngineRequest::Publish`].
@@ -227,11 +227,11 @@ pub enum EngineRequest {
         /// What was seen.
         sightings: Vec<Sighting>,
     },
-    /// Puts pages into the store. `pages * 4096` bytes follow the message. Answered by
-    /// [`EngineReply::Published`], one per page; they count as mapped.
+    /// Puts pages into the store: at most [`MAX_PUBLISH_PAGES`], whose bytes follow the message.
+    /// Answered by [`EngineReply::Published`], one per page in order; they count as mapped.
     Publish {
         /// Which pages these are.
-        span: FileSpan,
+        spans: Vec<FileSpan>,
     },
     /// This process does not map these any more. Answered by [`EngineReply::Done`].
     Release {

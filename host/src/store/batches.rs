@@ -63,11 +63,19 @@ impl Pages for Sighting {
 pub(crate) fn batches<T: Pages>(
     items: impl IntoIterator<Item = T>,
 ) -> impl Iterator<Item = Vec<T>> {
+    batches_of(items, MAX_REQUEST_PAGES)
+}
+
+/// Cuts `items`, in order, into batches of at most `most` pages.
+fn batches_of<T: Pages>(
+    items: impl IntoIterator<Item = T>,
+    most: u64,
+) -> impl Iterator<Item = Vec<T>> {
     let mut items = items.into_iter();
     let mut rest = None;
     std::iter::from_fn(move || {
         let mut batch = Vec::new();
-        let mut room = MAX_REQUEST_PAGES;
+        let mut room = most;
         while batch.len() < MAX_ITEMS && room > 0 {
             let Some(mut item) = rest.take().or_else(|| items.next()) else {
                 break;
@@ -83,21 +91,35 @@ pub(crate) fn batches<T: Pages>(
 }
 
 /// Cuts a publication, in order, into requests.
-pub(crate) fn publications(
-    mut span: FileSpan,
-    bytes: &[u8],
-) -> Result<impl Iterator<Item = (FileSpan, &[u8])>, StoreError> {
-    if bytes.len() as u64 != span.pages() * PAGE as u64 {
-        return Err(StoreError::Refused(format!(
-            "{} bytes for {} pages",
-            bytes.len(),
-            span.pages
-        )));
-    }
-    Ok(bytes.chunks(MAX_PUBLISH_PAGES * PAGE).map(move |bytes| {
-        let rest = span.split_off((bytes.len() / PAGE) as u32);
-        (std::mem::replace(&mut span, rest), bytes)
+pub(crate) fn publications<'a>(
+    spans: &[FileSpan],
+    bytes: &'a [u8],
+) -> Result<impl Iterator<Item = (Vec<FileSpan>, &'a [u8])>, StoreError> {
+    check_bytes(spans, bytes)?;
+    let mut rest = bytes;
+    let batches = batches_of(spans.iter().copied(), MAX_PUBLISH_PAGES as u64);
+    Ok(batches.map(move |spans| {
+        let (here, behind) = rest.split_at(pages_of(&spans) as usize * PAGE);
+        rest = behind;
+        (spans, here)
     }))
+}
+
+/// Whether `bytes` are those of all pages.
+pub(super) fn check_bytes(spans: &[FileSpan], bytes: &[u8]) -> Result<(), StoreError> {
+    let pages = pages_of(spans);
+    if bytes.len() as u64 == pages * PAGE as u64 {
+        return Ok(());
+    }
+    Err(StoreError::Refused(format!(
+        "{} bytes for {pages} pages",
+        bytes.len()
+    )))
+}
+
+/// Pages in all of `spans`.
+pub(crate) fn pages_of(spans: &[FileSpan]) -> u64 {
+    spans.iter().map(Pages::pages).sum()
 }
 
 #[cfg(test)]
@@ -105,16 +127,24 @@ mod tests {
     use super::*;
     use crate::protocol::FileKey;
 
+    fn file_span() -> FileSpan {
+        FileSpan {
+            file: FileKey {
+                fs_uuid: [0; 16],
+                inode: 1,
+                size: 0,
+                mtime_ns: 0,
+                generation: 0,
+                kind: 1,
+            },
+            page: 0,
+            pages: 0,
+        }
+    }
+
     #[test]
     fn long_spans_are_cut_and_nothing_is_lost() {
-        let file = FileKey {
-            fs_uuid: [0; 16],
-            inode: 1,
-            size: 0,
-            mtime_ns: 0,
-            generation: 0,
-            kind: 1,
-        };
+        let file = file_span().file;
         let limit = MAX_REQUEST_PAGES as u32;
         let spans = [
             FileSpan {
@@ -141,5 +171,34 @@ mod tests {
                 vec![(2 * end + 1, 1)]
             ]
         );
+    }
+
+    #[test]
+    fn a_publication_is_cut_between_its_bytes_whatever_its_spans() {
+        let most = MAX_PUBLISH_PAGES as u32;
+        let span = |page, pages| FileSpan {
+            page,
+            pages,
+            ..file_span()
+        };
+        let spans = [span(7, most - 1), span(100, 0), span(200, most + 2)];
+        let bytes: Vec<u8> = (0..2 * most + 1)
+            .flat_map(|page| [page as u8; PAGE])
+            .collect();
+        let cut: Vec<_> = publications(&spans, &bytes)
+            .unwrap()
+            .map(|(spans, bytes)| {
+                let spans: Vec<_> = spans.iter().map(|it| (it.page, it.pages)).collect();
+                (spans, bytes.len() / PAGE, bytes[0])
+            })
+            .collect();
+        let middle = vec![(201, most)];
+        let expected = [
+            (vec![(7, most - 1), (100, 0), (200, 1)], most as usize, 0),
+            (middle, most as usize, most as u8),
+            (vec![(201 + u64::from(most), 1)], 1, 2 * most as u8),
+        ];
+        assert_eq!(cut, expected);
+        assert!(publications(&spans, &bytes[PAGE..]).is_err());
     }
 }

@@ -3,6 +3,7 @@
 //! One trust group's store: pages, who is granted them, and who has seen what.
 
 use super::adoption::Adoption;
+use super::batches::{check_bytes, pages_of};
 use super::estimate::Estimate;
 use super::file::StoreFile;
 use super::files::Files;
@@ -293,27 +294,29 @@ impl Group {
         Ok(())
     }
 
-    /// [`crate::protocol::EngineRequest::Publish`]. The bytes are copied page by page before
-    /// they are hashed, compared and written.
+    /// [`crate::protocol::EngineRequest::Publish`]
     pub fn publish(
         &mut self,
         vm: u32,
-        span: FileSpan,
+        spans: &[FileSpan],
         bytes: &[u8],
         out: &mut Vec<Option<StorePage>>,
     ) -> Result<(), StoreError> {
         self.known(vm)?;
-        let pages = span.pages as usize;
-        if pages > MAX_PUBLISH_PAGES || bytes.len() != pages * PAGE {
+        let pages = pages_of(spans);
+        if pages > MAX_PUBLISH_PAGES as u64 {
             return Err(StoreError::Refused(format!(
-                "{} bytes for {pages} pages; at most {MAX_PUBLISH_PAGES} pages can be published at once",
-                bytes.len()
+                "{pages} pages at once; the most is {MAX_PUBLISH_PAGES}"
             )));
         }
-        check_spans([(span.page, u64::from(span.pages))].into_iter())?;
-        for (bytes, page) in whole_pages(bytes).zip(span.page..) {
-            let copy = *bytes;
-            out.push(self.publish_page(vm, &span.file, page, &copy));
+        check_bytes(spans, bytes)?;
+        check_spans(spans.iter().map(|it| (it.page, u64::from(it.pages))))?;
+        let mut bytes = whole_pages(bytes);
+        for span in spans {
+            let pages = span.page..span.page + u64::from(span.pages);
+            for (page, bytes) in pages.zip(&mut bytes) {
+                out.push(self.publish_page(vm, &span.file, page, bytes));
+            }
         }
         Ok(())
     }

@@ -89,12 +89,12 @@ impl PageStore for LocalStore {
 
     fn publish(
         &mut self,
-        span: FileSpan,
+        spans: &[FileSpan],
         bytes: &[u8],
         out: &mut Vec<Option<StorePage>>,
     ) -> Result<(), StoreError> {
-        for (span, bytes) in publications(span, bytes)? {
-            self.group().publish(self.vm, span, bytes, out)?;
+        for (spans, bytes) in publications(spans, bytes)? {
+            self.group().publish(self.vm, &spans, bytes, out)?;
         }
         Ok(())
     }

@@ -71,10 +71,10 @@ pub trait PageStore: Send {
     /// Appends one verdict per page to `out`.
     fn sight(&mut self, sightings: Vec<Sighting>, out: &mut Vec<Verdict>)
     -> Result<(), StoreError>;
-    /// Publishes `span`, whose content is `bytes`; appends one position per page to `out`.
+    /// Publishes `spans`, whose content is `bytes`; appends one position per page to `out`.
     fn publish(
         &mut self,
-        span: FileSpan,
+        spans: &[FileSpan],
         bytes: &[u8],
         out: &mut Vec<Option<StorePage>>,
     ) -> Result<(), StoreError>;

@@ -268,7 +268,7 @@ impl Pair {
             pages: contents.len() as u32,
         };
         let mut pages = Vec::new();
-        self.group.publish(vm, span, &data, &mut pages).unwrap();
+        self.group.publish(vm, &[span], &data, &mut pages).unwrap();
         for ((store, &content), page) in pages.iter().zip(contents).zip(first..) {
             let Some(store) = *store else {
                 assert!(

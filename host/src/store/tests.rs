@@ -57,7 +57,7 @@ fn publish(
     group
         .publish(
             vm,
-            span(file, page, contents.len() as u32),
+            &[span(file, page, contents.len() as u32)],
             &bytes,
             &mut out,
         )
@@ -410,12 +410,12 @@ fn oversized_requests_are_refused() {
     let bytes = vec![0; 65 * PAGE];
     assert!(
         group
-            .publish(1, span(file, 0, 65), &bytes, &mut Vec::new())
+            .publish(1, &[span(file, 0, 65)], &bytes, &mut Vec::new())
             .is_err()
     );
     assert!(
         group
-            .publish(1, span(file, 0, 2), &bytes[..PAGE], &mut Vec::new())
+            .publish(1, &[span(file, 0, 2)], &bytes[..PAGE], &mut Vec::new())
             .is_err()
     );
     assert!(group.lookup(9, &[span(file, 0, 1)], &mut segments).is_err());
@@ -432,7 +432,11 @@ fn spans_behind_the_last_page_there_can_be_are_refused() {
     let sighting = sighting(&group, file, behind.page, &[1, 2, 3]);
     assert!(group.sight(1, &[sighting], &mut Vec::new()).is_err());
     let bytes = vec![0; 3 * PAGE];
-    assert!(group.publish(1, behind, &bytes, &mut Vec::new()).is_err());
+    assert!(
+        group
+            .publish(1, &[behind], &bytes, &mut Vec::new())
+            .is_err()
+    );
 }
 
 #[test]
@@ -565,7 +569,7 @@ fn a_dropped_local_store_ends_its_vm() {
     assert_eq!(verdicts, [Verdict::Remembered, Verdict::Publish]);
     let mut pages = Vec::new();
     second
-        .publish(span(file, 0, 1), &content(1), &mut pages)
+        .publish(&[span(file, 0, 1)], &content(1), &mut pages)
         .unwrap();
     assert_eq!(first.take_reports(), [span(file, 0, 1)]);
     assert_eq!(allocated_pages(&group.lock().unwrap()), 1);

@@ -262,7 +262,7 @@ pub(crate) fn fill(group: &Arc<Mutex<Group>>, file: FileKey, bytes: &[u8]) -> [L
         };
         let mut at = Vec::new();
         stores[1]
-            .publish(span, &bytes[from..from + some.len() * PAGE], &mut at)
+            .publish(&[span], &bytes[from..from + some.len() * PAGE], &mut at)
             .unwrap();
         assert!(at.iter().all(Option::is_some), "the store took every page");
     }

@@ -54,7 +54,7 @@ fn ask_all(connection: &mut Connection, seed: u64) -> Vec<EngineReply> {
             spans: vec![span(1, 0, 9)],
         },
         EngineRequest::Publish {
-            span: span(1, 0, 9),
+            spans: vec![span(1, 0, 9)],
         },
         EngineRequest::Sight {
             sightings: vec![sighting],
@@ -147,7 +147,7 @@ fn a_client_that_ignores_its_limits_is_held_to_them() {
             ask(&mut connection, &request, &[]);
         }
         let publish = EngineRequest::Publish {
-            span: span(1, 0, 60),
+            spans: vec![span(1, 0, 60)],
         };
         let EngineReply::Published(pages) = ask(&mut connection, &publish, &bytes(1, 0..60)) else {
             panic!("not published");
@@ -169,7 +169,7 @@ fn a_client_that_ignores_its_limits_is_held_to_them() {
         0
     );
     let publish = EngineRequest::Publish {
-        span: span(1, 0, 60),
+        spans: vec![span(1, 0, 60)],
     };
     ask(&mut connection, &publish, &bytes(1, 0..60));
     assert_eq!(vm_status(&host, &vm.name).pages_granted, 20);
@@ -201,7 +201,7 @@ fn a_client_in_a_hurry_waits() {
     let mut connections: Vec<_> = (0..3).map(|_| welcomed(&vm).0).collect();
     let begin = Instant::now();
     let publish = EngineRequest::Publish {
-        span: span(1, 0, 64),
+        spans: vec![span(1, 0, 64)],
     };
     let payload = bytes(1, 0..64);
     for connection in &mut connections {

@@ -114,13 +114,15 @@ fn requests_beyond_the_limits_are_refused() {
             spans: vec![span; 1000],
         },
         EngineRequest::Publish {
-            span: FileSpan {
+            spans: vec![FileSpan {
                 page: u64::MAX,
                 pages: 0,
                 ..span
-            },
+            }],
         },
-        EngineRequest::Publish { span },
+        EngineRequest::Publish {
+            spans: vec![span; 2],
+        },
     ];
     for request in refused {
         connection.send(&request).unwrap();

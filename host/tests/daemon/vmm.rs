@@ -200,7 +200,7 @@ impl Vmm {
                                     pages: 1,
                                 };
                                 let mut published = Vec::new();
-                                client.publish(span, &content(file, page), &mut published)?;
+                                client.publish(&[span], &content(file, page), &mut published)?;
                                 published[0]
                             }
                         }
