@@ -158,7 +158,7 @@ fn request(input: &mut Input<'_>, seed: u64) -> (EngineRequest, Vec<u8>, Said) {
         3 => {
             let contents = contents(input, 5);
             let payload = contents.iter().flat_map(|it| content(*it)).collect();
-            let first = input.below(contents.len() as u8 + 1) as u32;
+            let first = u32::from(input.below(contents.len() as u8 + 1));
             let mut part = |pages| FileSpan {
                 pages,
                 ..span(input)

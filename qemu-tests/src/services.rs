@@ -96,9 +96,11 @@ pub fn wait_quiet(guests: &mut [Guest]) -> Result<bool> {
 
 /// Keeps the guests' kernels from joining pages into huge pages for longer than any measurement takes.
 pub fn stop_joining_pages(guests: &mut [Guest]) -> Result<()> {
-    guests
-        .iter_mut()
-        .try_for_each(|guest| write(guest, SLEEP, HOUR))
+    guests.iter_mut().try_for_each(|guest| {
+        // To change the sleep begins a round, which comes whenever nobody else wants to run: a short one.
+        write(guest, "pages_to_scan", "1")?;
+        write(guest, SLEEP, HOUR)
+    })
 }
 
 fn wait_quiet_until(guest: &mut Guest, deadline: Instant) -> Result<bool> {
