@@ -67,7 +67,7 @@ pub(crate) fn batches<T: Pages>(
 }
 
 /// Cuts `items`, in order, into batches of at most `most` pages.
-fn batches_of<T: Pages>(
+pub(crate) fn batches_of<T: Pages>(
     items: impl IntoIterator<Item = T>,
     most: u64,
 ) -> impl Iterator<Item = Vec<T>> {

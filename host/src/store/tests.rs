@@ -398,6 +398,28 @@ fn a_group_has_a_limit_over_all_its_vms() {
 }
 
 #[test]
+fn a_vm_is_alone_with_what_no_other_has_had_twice_in_a_row() {
+    let mut group = group_of(3);
+    let file = key(1, 10);
+    let pages = share(&mut group, file, 0, &[1, 2, 3, 4]);
+    lookup(&mut group, 1, file, 0, 4);
+    lookup(&mut group, 3, file, 1, 1);
+    assert_eq!(group.take_alone(1), []);
+    assert_eq!(group.take_alone(1), [], "2 has them as well");
+    group.end_vm(2);
+    assert_eq!(group.take_alone(1), [], "2 has only just gone");
+    let span = |page, pages| StoreSpan { page, pages };
+    assert_eq!(group.take_alone(1), [span(pages[0], 1), span(pages[2], 2)]);
+    lookup(&mut group, 3, file, 2, 1);
+    assert_eq!(group.take_alone(1), [span(pages[0], 1), span(pages[3], 1)]);
+    assert_eq!(group.take_alone(3), []);
+    assert_eq!(group.take_alone(9), [], "there is no such VM");
+    group.end_vm(1);
+    assert_eq!(group.take_alone(3), [], "1 has only just gone");
+    assert_eq!(group.take_alone(3), [span(pages[1], 2)]);
+}
+
+#[test]
 fn oversized_requests_are_refused() {
     let mut group = group_of(1);
     let file = key(1, 10);
