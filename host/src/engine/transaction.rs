@@ -17,10 +17,11 @@ use super::window::Wanted;
 use crate::protocol::{
     FileKey, FileSpan, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, Verdict,
 };
+use crate::store::batches::{Pages, batches_of};
 use crate::store::{PAGE, StoreError, hash_page};
 
 /// Most hashes in one request: what fits a message with room to spare.
-const MAX_SIGHTINGS: usize = 4096;
+const MAX_SIGHTINGS: u64 = 4096;
 
 /// A piece of a run that is contiguous in file, store candidates and this process.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +69,18 @@ struct Count {
     shared: u32,
     remembered: u32,
     reason: Refusal,
+}
+
+impl Pages for Part {
+    fn pages(&self) -> u64 {
+        self.pages as u64
+    }
+
+    fn split_off(&mut self, at: u32) -> Self {
+        let rest = self.slice(at as usize, self.pages - at as usize);
+        self.pages = at as usize;
+        rest
+    }
 }
 
 impl Segment {
@@ -157,11 +170,11 @@ impl<'a> Transaction<'a> {
         }
         let unknown = self.overlay_found(&parts, &segments)?;
         let mut wanted = Vec::new();
-        for batch in split_by_pages(&unknown, MAX_SIGHTINGS) {
+        for batch in batches_of(unknown, MAX_SIGHTINGS) {
             wanted.extend(self.sight(store, &batch)?);
         }
         let wanted = join(self.spare_unpublished(wanted));
-        for batch in split_by_pages(&wanted, MAX_PUBLISH_PAGES) {
+        for batch in batches_of(wanted, MAX_PUBLISH_PAGES as u64) {
             self.publish(store, &batch)?;
         }
         let granted = std::mem::take(&mut self.granted);
@@ -358,7 +371,7 @@ impl<'a> Transaction<'a> {
 
     /// Sends pages to the store and overlays them with what became of them there.
     fn publish(&mut self, store: &mut Connected, parts: &[Part]) -> Result<(), StoreError> {
-        let mut bytes = vec![0; MAX_PUBLISH_PAGES * PAGE];
+        let mut bytes = vec![0; parts.iter().map(|it| it.pages).sum::<usize>() * PAGE];
         let mut length = 0;
         let mut sent = Vec::with_capacity(parts.len());
         for part in parts {
@@ -449,28 +462,4 @@ fn join(parts: Vec<Part>) -> Vec<Part> {
         }
     }
     joined
-}
-
-/// Cuts parts into batches of at most `most` pages.
-fn split_by_pages(parts: &[Part], most: usize) -> Vec<Vec<Part>> {
-    let mut batches = Vec::new();
-    let mut batch = Vec::new();
-    let mut room = most;
-    for part in parts {
-        let mut from = 0;
-        while from < part.pages {
-            let pages = room.min(part.pages - from);
-            batch.push(part.slice(from, pages));
-            from += pages;
-            room -= pages;
-            if room == 0 {
-                batches.push(std::mem::take(&mut batch));
-                room = most;
-            }
-        }
-    }
-    if !batch.is_empty() {
-        batches.push(batch);
-    }
-    batches
 }
