@@ -5,9 +5,10 @@
 mod common;
 
 use common::{Random, Vm, file, fill};
-use pagefusion_host::engine::{ReportedRun, audit, file_uses, tidy};
+use pagefusion_host::engine::{ReportedRun, Tidier, audit, file_uses, tidy};
 use pagefusion_host::protocol::{StoreSpan, Undo};
 use pagefusion_host::store::{Group, LocalStore, PAGE};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -274,6 +275,52 @@ fn pages_that_nobody_else_has_become_ordinary_memory_and_are_reported_again() {
     let pages: Vec<_> = again.iter().map(|it| (it.page, it.pages)).collect();
     assert_eq!(pages, [(0, 16), (16, 16), (248, 8)]);
     shared.check();
+}
+
+/// How many rounds it takes until what the guest breaks now is no overlay any more.
+fn rounds_until_tidied(shared: &Shared, tidier: &mut Tidier, frames: Range<usize>) -> usize {
+    let overlays = || shared.vm.sharing.memory().overlays().pages();
+    let before = overlays();
+    for frame in frames {
+        shared.vm.ram.word(frame, 0).fetch_xor(1, Ordering::Relaxed);
+    }
+    let tidied = |_: &usize| {
+        assert_eq!(tidier.round(&shared.vm.sharing, &[]).unwrap(), []);
+        overlays() < before
+    };
+    (1..100).find(tidied).unwrap()
+}
+
+#[test]
+fn a_guest_at_rest_is_looked_at_less_and_less_until_something_changes() {
+    let shared = Shared::new();
+    let at = store_of(&shared, 2);
+    let mut tidier = Tidier::default();
+    let rest = |tidier: &mut Tidier, rounds| {
+        for _ in 0..rounds {
+            assert_eq!(tidier.round(&shared.vm.sharing, &[]).unwrap(), []);
+        }
+    };
+    // Looks at the first two, then at one in two, four, eight, sixteen, and in sixteen for ever.
+    rest(&mut tidier, 2 + 2 + 4 + 8);
+    assert_eq!(rounds_until_tidied(&shared, &mut tidier, 0..RUN), 16);
+    assert_eq!(rounds_until_tidied(&shared, &mut tidier, RUN..2 * RUN), 1);
+    rest(&mut tidier, 100);
+    let found = rounds_until_tidied(&shared, &mut tidier, 2 * RUN..3 * RUN);
+    assert!((2..=16).contains(&found), "{found}");
+
+    // More is shared, or less; or others have left.
+    rest(&mut tidier, 100);
+    let some = Undo::Pages { gfn: 0, pages: 100 };
+    shared.vm.sharing.undo(&some).unwrap();
+    assert_eq!(
+        rounds_until_tidied(&shared, &mut tidier, 10 * RUN..11 * RUN),
+        1
+    );
+    rest(&mut tidier, 100);
+    let alone = [store_span(at + 128, 16)];
+    let again = tidier.round(&shared.vm.sharing, &alone).unwrap();
+    assert_eq!(again.iter().map(|it| it.pages).sum::<u32>(), 16);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! Lock order: `Service::guest`, then the locks of [`Sharing`]; `Service::guest_status` last.
+//! `Service::tidier` comes before those of [`Sharing`], and never together with `Service::guest`.
 //!
 //! The engine's three threads: one serves the guest's ring, one the daemon's requests and
 //! the connection to it, one the events of `userfaultfd`.
@@ -16,8 +17,8 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use pagefusion_host::engine::{
-    Guest, Memory, Progressed, SharedMemory, Sharing, StoreView, Uffd, audit, file_uses,
-    serve_faults, tidy,
+    Guest, Memory, Progressed, SharedMemory, Sharing, StoreView, Tidier, Uffd, audit, file_uses,
+    serve_faults,
 };
 use pagefusion_host::protocol::{
     ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, MAX_FILES,
@@ -60,6 +61,7 @@ struct Service {
     guest: Mutex<Guest<SharedMemory>>,
     from_guest: OwnedFd,
     to_guest: OwnedFd,
+    tidier: Mutex<Tidier>,
     /// Where guest memory was found.
     source: OnceLock<&'static str>,
     /// Shut down by whoever finds the daemon gone, to have the connection renewed.
@@ -125,6 +127,7 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
         guest: Mutex::new(guest),
         from_guest,
         to_guest,
+        tidier: Mutex::default(),
         source: OnceLock::new(),
         control: Mutex::new(None),
         guest_status: Mutex::default(),
@@ -334,17 +337,20 @@ impl Service {
                     Err(e) => ControlReply::Error(format!("undoing an overlay: {e}")),
                 }
             }
-            ControlRequest::Tidy { alone } => match tidy(&self.sharing, &alone) {
-                Ok(spans) => {
-                    let mut guest = lock(&self.guest);
-                    guest.publish_shared(self.sharing.memory().overlays().pages());
-                    if guest.request_report(&spans) {
-                        self.ring_guest();
+            ControlRequest::Tidy { alone } => {
+                let tidied = lock(&self.tidier).round(&self.sharing, &alone);
+                match tidied {
+                    Ok(spans) => {
+                        let mut guest = lock(&self.guest);
+                        guest.publish_shared(self.sharing.memory().overlays().pages());
+                        if guest.request_report(&spans) {
+                            self.ring_guest();
+                        }
+                        ControlReply::Done
                     }
-                    ControlReply::Done
+                    Err(e) => ControlReply::Error(format!("tidying up: {e}")),
                 }
-                Err(e) => ControlReply::Error(format!("tidying up: {e}")),
-            },
+            }
             ControlRequest::Pause => {
                 self.set_paused(true);
                 ControlReply::Done

@@ -45,7 +45,7 @@ pub use ring::{Attachment, Batch, Claimed, RingConsumer, RingError};
 pub use shared_memory::{SharedMemory, Words};
 pub use sharing::{ReportedRun, Sharing};
 pub use store_view::StoreView;
-pub use tidy::tidy;
+pub use tidy::{Tidier, tidy};
 pub use uffd::{Event, Uffd, UffdError};
 pub use usage::file_uses;
 pub use window::{WINDOW_MAPPINGS, Wanted};

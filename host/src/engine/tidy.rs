@@ -17,6 +17,7 @@ use std::ops::Range;
 
 use roaring::RoaringBitmap;
 
+use super::mapped::mask;
 use super::memory::WINDOW_PAGES;
 use super::overlays::Overlay;
 use super::pagemap::Pagemap;
@@ -28,11 +29,68 @@ use crate::store::PAGE;
 /// An overlay goes as a whole when no more than one page in so many is worth something.
 const WORTHLESS: usize = 8;
 
+/// Rounds in a row, at most, in which a [`Tidier`] does not look.
+const MOST_SKIPPED: u32 = 15;
+
+/// [`tidy`], for who calls it now and then: the longer looks find nothing new, the fewer rounds
+/// have one, down to one in sixteen. A look costs as much as everything that is shared; in a VM
+/// that is at rest it finds nothing.
+#[derive(Debug, Default)]
+pub struct Tidier {
+    last: Option<Looked>,
+    /// Rounds without a look since the last one, and how many there may be.
+    skipped: u32,
+    may_skip: u32,
+}
+
+/// What a look has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Looked {
+    overlaid: u64,
+    broken: u64,
+}
+
+impl Tidier {
+    /// A round. Looks at once when more or less is shared than after the last look, or when there
+    /// are pages in `alone`.
+    pub fn round(&mut self, sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>> {
+        let overlaid = || sharing.memory().overlays().pages();
+        let changed = self.last.is_none_or(|last| last.overlaid != overlaid());
+        if !changed && alone.is_empty() && self.skipped < self.may_skip {
+            self.skipped += 1;
+            return Ok(take_split(sharing, Vec::new()));
+        }
+        // Should it fail, the next round tries again.
+        let last = self.last.take();
+        let (spans, broken) = look(sharing, alone)?;
+        let looked = Looked {
+            overlaid: overlaid(),
+            broken,
+        };
+        let nothing_new = spans.is_empty() && last == Some(looked);
+        self.may_skip = if nothing_new {
+            (self.may_skip * 2 + 1).min(MOST_SKIPPED)
+        } else {
+            0
+        };
+        self.skipped = 0;
+        self.last = Some(looked);
+        Ok(take_split(sharing, spans))
+    }
+}
+
 /// Tidies up. `alone` are store pages that no other process has been granted. Returns file pages
 /// that the guest is to report again: those that were turned back though it has not written them,
 /// of which the store knows nothing afterwards, and those that are on overlays, were written, and
 /// have the same content all the same, and those that were spared for huge pages that are none any more.
 pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>> {
+    let (spans, _) = look(sharing, alone)?;
+    Ok(take_split(sharing, spans))
+}
+
+/// What the guest is to report again of what overlays were turned back or are broken, and how many
+/// pages it has broken.
+fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u64)> {
     let (overlays, alone) = {
         let memory = sharing.memory();
         let overlays: Vec<(usize, Overlay)> = memory.overlays().iter().collect();
@@ -43,14 +101,21 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
     let mut pagemap = Pagemap::open()?;
     let mut ranges = Vec::new();
     let mut wanted = Vec::new();
+    let mut broken = 0;
     for (i, &(address, overlay)) in overlays.iter().enumerate() {
+        let pages = overlay.pages as usize;
+        let unbroken = is_unbroken(&mut pagemap, address, pages)?;
+        let in_store = overlay.store..overlay.store + overlay.pages;
+        // Nearly always: as quick as can be.
+        if unbroken && alone.range_cardinality(in_store) == 0 {
+            continue;
+        }
         let beside = Beside {
             before: i > 0 && end(&overlays[i - 1]) == address,
             behind: overlays
                 .get(i + 1)
                 .is_some_and(|next| next.0 == end(&overlays[i])),
         };
-        let pages = overlay.pages as usize;
         let (mut intact, mut same) = (Vec::with_capacity(pages), Vec::with_capacity(pages));
         for from in (0..pages).step_by(WINDOW_PAGES) {
             let part = overlay.slice(from as u32, WINDOW_PAGES as u32);
@@ -60,6 +125,7 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
             let mask = mask | alike(sharing, at, part, pagemap.written_lately(at, count)?);
             same.extend((0..count).map(|i| mask >> i & 1 == 1));
         }
+        broken += intact.iter().filter(|it| !**it).count() as u64;
         let worth = |i: usize| same[i] && !alone.contains(overlay.store + i as u32);
         let gone = worthless(pages, worth, beside);
         let is_gone = |i: usize| gone.iter().any(|part| part.contains(&i));
@@ -74,7 +140,7 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
                 .map(|part| address + part.start * PAGE..address + part.end * PAGE),
         );
     }
-    let mut spans: Vec<FileSpan> = {
+    let spans = {
         let mut memory = sharing.memory();
         memory.look_away();
         let span = |&(file, page, pages): &(u32, u64, usize)| FileSpan {
@@ -85,11 +151,27 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
         wanted.iter().map(span).collect()
     };
     sharing.undo_ranges(|_| ranges)?;
+    Ok((spans, broken))
+}
+
+/// Whether all pages of an overlay lie on store pages still.
+fn is_unbroken(pagemap: &mut Pagemap, address: usize, pages: usize) -> io::Result<bool> {
+    for from in (0..pages).step_by(WINDOW_PAGES) {
+        let count = WINDOW_PAGES.min(pages - from);
+        if pagemap.intact_lately(address + from * PAGE, count)? != mask(count) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// With those pages that were spared for huge pages that are none any more.
+fn take_split(sharing: &Sharing, mut spans: Vec<FileSpan>) -> Vec<FileSpan> {
     let mut next = Some(0);
     while let Some(from) = next {
         next = sharing.memory().take_split(from, &mut spans);
     }
-    Ok(spans)
+    spans
 }
 
 /// Of those pages of an overlay at `address` that the guest has `written`, the ones that are what
