@@ -25,6 +25,9 @@ pub struct Compare {
     /// Two Debian guests of different images.
     #[arg(long)]
     mixed: bool,
+    /// How long requests to two Debian guests take.
+    #[arg(long)]
+    requests: bool,
     /// Who shares; may be given more than once.
     #[arg(long, value_enum)]
     system: Vec<System>,
@@ -50,8 +53,9 @@ impl Compare {
         let boot = self.boot.iter().map(|&guests| Workload::Boot { guests });
         let mixed = self.mixed.then_some(Workload::Mixed);
         let workloads: Vec<_> = files.chain(boot).chain(mixed).collect();
-        if !workloads.is_empty() {
+        if self.requests || !workloads.is_empty() {
             wanted.workloads = workloads;
+            wanted.requests = self.requests;
         }
         if !self.system.is_empty() {
             wanted.systems.clone_from(&self.system);

@@ -11,6 +11,7 @@ mod oracle;
 mod plan;
 mod plots;
 mod remade;
+mod requests;
 mod results;
 mod sample;
 mod systems;
@@ -42,16 +43,27 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
     let ksm = Ksm::take()?;
     let disks = Disks::new()?;
     let mut progress = Progress::new();
-    for trial in plan::trials(&compare.wanted()) {
+    let wanted = compare.wanted();
+    let keep = |results: &Results| match &compare.json {
+        Some(path) => write(path, results),
+        None => Ok(()),
+    };
+    for trial in plan::trials(&wanted) {
         progress.step(format!("{}: {}", trial.workload, trial.title()));
         let run = trial::run(trial, artifacts, &ksm, &disks, logs)
             .with_context(|| format!("{}: {}", trial.workload, trial.title()))?;
         progress.found(&text::line(&run));
         results.runs.push(run);
         results.conclude();
-        if let Some(path) = &compare.json {
-            write(path, &results)?;
-        }
+        keep(&results)?;
+    }
+    for system in plan::served(&wanted) {
+        let title = format!("requests: {}", system.name());
+        progress.step(title.clone());
+        let served = requests::run(system, artifacts, &ksm, &disks, logs).context(title)?;
+        progress.found(&text::served_line(&served));
+        results.served.push(served);
+        keep(&results)?;
     }
     Ok(results)
 }

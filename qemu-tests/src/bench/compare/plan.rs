@@ -9,6 +9,8 @@ use super::{systems::System, trial::Trial, workloads::Workload};
 pub(super) struct Wanted {
     /// What the guests do, in this order.
     pub(super) workloads: Vec<Workload>,
+    /// Whether requests are looked at, too.
+    pub(super) requests: bool,
     /// Those who share; none for all that fit the workload.
     pub(super) systems: Vec<System>,
     /// Runs of each.
@@ -24,6 +26,7 @@ impl Wanted {
     pub(super) fn quick() -> Self {
         Self {
             workloads: vec![Workload::Files { mib: 128 }],
+            requests: false,
             systems: vec![System::KsmUnlimited, System::Readonly],
             runs: 1,
             counted: true,
@@ -45,6 +48,7 @@ impl Wanted {
                 Workload::Boot { guests: 4 },
                 Workload::Boot { guests: 8 },
             ],
+            requests: true,
             systems: Vec::new(),
             runs: 5,
             counted: true,
@@ -113,6 +117,19 @@ pub(super) fn trials(wanted: &Wanted) -> Vec<Trial> {
         }
     }
     trials
+}
+
+/// Under whom it is looked how long requests take, in this order.
+pub(super) fn served(wanted: &Wanted) -> Vec<System> {
+    if !wanted.requests {
+        return Vec::new();
+    }
+    let usual = [System::Nothing, System::Readonly, System::KsmUnlimited];
+    let systems = match &wanted.systems[..] {
+        [] => &usual,
+        systems => systems,
+    };
+    (0..wanted.runs).flat_map(|_| systems).copied().collect()
 }
 
 impl Trial {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{cgroup::Parts, protocol::FolioCount};
 
-use super::{oracle::Oracle, systems::System, workloads::Workload};
+use super::{oracle::Oracle, requests::Served, systems::System, workloads::Workload};
 
 /// Everything a benchmark has found.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -18,6 +18,9 @@ pub struct Results {
     pub ratios: Ratios,
     /// Every run, in the order in which they were made.
     pub runs: Vec<Run>,
+    /// How long requests took, likewise.
+    #[serde(default)]
+    pub served: Vec<Served>,
 }
 
 /// Where it was measured.

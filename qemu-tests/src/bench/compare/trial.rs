@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// What the charge is at the start is looked at for so long.
-const BEFORE: Duration = Duration::from_secs(1);
+pub(super) const BEFORE: Duration = Duration::from_secs(1);
 /// How often it is asked whether more comes.
 const INTERVAL: Duration = Duration::from_millis(200);
 /// No more comes when this much of what was saved has not come for a while.
@@ -63,6 +63,22 @@ pub(super) fn run(
     disks: &Disks,
     logs: Option<&Path>,
 ) -> Result<Run> {
+    let mut world = prepare(trial, artifacts, ksm, disks, logs)?;
+    let mut run = measure(trial, &mut world, ksm)?;
+    run.folios = trial.workload.folios(&mut world)?;
+    ksm.off()?;
+    world.close()?;
+    Ok(run)
+}
+
+/// Guests that have in memory what is to be shared, and nothing is.
+pub(super) fn prepare(
+    trial: Trial,
+    artifacts: &Artifacts,
+    ksm: &Ksm,
+    disks: &Disks,
+    logs: Option<&Path>,
+) -> Result<World> {
     let host = Host {
         accelerator: if trial.counted {
             Accelerator::Counted
@@ -98,11 +114,7 @@ pub(super) fn run(
             guest.request::<()>(Op::Spin { on: true })?;
         }
     }
-    let mut run = measure(trial, &mut world, ksm)?;
-    run.folios = trial.workload.folios(&mut world)?;
-    ksm.off()?;
-    world.close()?;
-    Ok(run)
+    Ok(world)
 }
 
 fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
@@ -213,7 +225,7 @@ fn finish(trial: Trial, world: &mut World, ksm: &Ksm, run: &mut Run) -> Result<(
     world.guests.iter_mut().try_for_each(Guest::resume)
 }
 
-fn sampler(trial: Trial, world: &World) -> Result<Sampler> {
+pub(super) fn sampler(trial: Trial, world: &World) -> Result<Sampler> {
     let vmms = world.guests.iter().map(Guest::pid).collect();
     let daemon = world.daemon.as_ref().map(crate::daemon::Daemon::pid);
     let subjects = Subjects::new(world.cgroup.gauge(), vmms, daemon)?;
@@ -261,14 +273,14 @@ fn settle(
 
 /// How much was saved when.
 #[derive(Debug)]
-struct Course {
-    series: Vec<(f64, i64)>,
-    saved: i64,
+pub(super) struct Course {
+    pub(super) series: Vec<(f64, i64)>,
+    pub(super) saved: i64,
 }
 
 impl Course {
     /// From `start` to `end`; what the charge is compared with was there before.
-    fn new(samples: &[Sample], start: f64, end: f64) -> Self {
+    pub(super) fn new(samples: &[Sample], start: f64, end: f64) -> Self {
         let mut before: Vec<_> = samples
             .iter()
             .filter(|sample| sample.at <= start)
@@ -340,7 +352,7 @@ fn guest_time(world: &mut World, ours: bool) -> Result<f64> {
 }
 
 /// Waits until everything that was shared when the module was loaded has been withdrawn.
-fn wait_withdrawn(world: &mut World) -> Result<()> {
+pub(super) fn wait_withdrawn(world: &mut World) -> Result<()> {
     let deadline = Instant::now() + world.limits.settle;
     loop {
         let shared = world.status()?.pages_shared;
@@ -417,7 +429,7 @@ fn rmap_items(pid: u32) -> Result<u64> {
         .with_context(|| format!("{path} has no ksm_rmap_items"))
 }
 
-fn pause(time: Duration) -> Result<()> {
+pub(super) fn pause(time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     loop {
         interrupt::check()?;
