@@ -39,6 +39,9 @@ const LOOK: Timespec = Timespec {
     tv_sec: 5,
     tv_nsec: 0,
 };
+/// By how much the engine's work gives way to the VMM's: as much as KSM's thread does. That of
+/// `pf-faults` does not, as the VMM waits for it.
+const NICE: i32 = 5;
 /// Until what could not be done for the guest is tried again.
 const RETRY: Timespec = Timespec {
     tv_sec: 0,
@@ -139,9 +142,17 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
     let started = spawn_quiet("pf-faults", move || faults.serve_faults(&events))
         && spawn_quiet("pf-ring", move || ring.serve_ring());
     if started {
+        give_way();
         service.serve_control();
     }
     Ok(())
+}
+
+/// Lowers this thread's priority.
+fn give_way() {
+    if let Err(e) = rustix::process::nice(NICE) {
+        log::warn!("sharing has the VMM's priority: {e}");
+    }
 }
 
 /// Non-zero, and new for every engine.
@@ -184,6 +195,7 @@ impl Service {
     }
 
     fn serve_ring(&self) {
+        give_way();
         let mut counter = [0_u8; 8];
         let mut retry = false;
         let mut search = Search::new();

@@ -40,6 +40,9 @@ struct Arguments {
     /// else has their pages any more, and make ordinary memory of them; 0 never does.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     tidy_interval: u64,
+    /// By how much the daemon gives way to everything else, VMs above all; KSM's thread does by 5.
+    #[arg(long, value_name = "NICE", default_value_t = 5, value_parser = clap::value_parser!(i32).range(0..=19))]
+    nice: i32,
     /// How the log is written.
     #[arg(long, value_enum, default_value_t)]
     log_format: LogFormat,
@@ -64,10 +67,15 @@ fn run(
         pressure_waiting,
         pressure_available,
         tidy_interval,
+        nice,
         log_format,
     }: Arguments,
 ) -> anyhow::Result<()> {
     start_logging(log_format);
+    // Before there are threads, which have what the first one has.
+    if let Err(e) = rustix::process::nice(nice) {
+        log::warn!("the daemon keeps its priority: {e}");
+    }
     let (stop, stopper) = UnixStream::pair().context("cannot prepare for signals")?;
     for signal in [SIGTERM, SIGINT] {
         let stopper = stopper.try_clone().context("cannot prepare for signals")?;

@@ -236,6 +236,23 @@ fn the_vmm_gets_its_device_once() {
 }
 
 #[test]
+fn a_daemon_gives_way_to_vms_as_much_as_it_is_told() {
+    let own = rustix::process::getpriority_process(None).unwrap();
+    for (arguments, nice) in [(&[][..], 5), (&["--nice", "0"], 0), (&["--nice", "19"], 19)] {
+        let host = Host::new();
+        let daemon = Daemon::start_with(&host, arguments);
+        let _vmm = connected(&host, "one", "g");
+        let wanted = (own + nice).min(19);
+        let niceness = daemon.niceness();
+        assert!(niceness.len() > 1, "{niceness:?}");
+        assert!(niceness.iter().all(|it| *it == wanted), "{niceness:?}");
+    }
+    let host = Host::new();
+    let output = host.daemon_command().args(["--nice=-5"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
 fn a_second_daemon_says_who_is_in_its_way() {
     let host = Host::new();
     let _daemon = Daemon::start(&host);

@@ -160,6 +160,17 @@ impl Daemon {
         Self { child, lines }
     }
 
+    /// Niceness of each of its threads.
+    pub(crate) fn niceness(&self) -> Vec<i32> {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let pid = |it: std::fs::DirEntry| it.file_name().to_str().unwrap().parse().unwrap();
+        let nice = |pid| {
+            let pid = rustix::process::Pid::from_raw(pid);
+            rustix::process::getpriority_process(pid).unwrap()
+        };
+        threads.map(|it| nice(pid(it.unwrap()))).collect()
+    }
+
     /// Waits for a line of the log.
     pub(crate) fn expect(&self, text: &str) {
         self.line(text);

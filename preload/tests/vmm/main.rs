@@ -37,6 +37,39 @@ fn equal_pages_are_shared() {
     });
 }
 
+/// Name and niceness of each thread of a process.
+fn priorities(pid: u32) -> Vec<(String, i32)> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let stats = threads.map(|it| std::fs::read_to_string(it.unwrap().path().join("stat")).unwrap());
+    let parse = |stat: String| {
+        let (name, rest) = stat.split_once('(').unwrap().1.rsplit_once(") ").unwrap();
+        (
+            name.to_owned(),
+            rest.split(' ').nth(16).unwrap().parse().unwrap(),
+        )
+    };
+    stats.map(parse).collect()
+}
+
+#[test]
+fn the_engine_gives_way_and_what_the_vmm_waits_for_does_not() {
+    let name = "the_engine_gives_way_and_what_the_vmm_waits_for_does_not";
+    in_vmm(name, |vmm| {
+        vmm.load();
+        vmm.boot();
+        vmm.share_all();
+        let nice = rustix::process::getpriority_process(None).unwrap();
+        let all = priorities(std::process::id());
+        let (engine, rest): (Vec<_>, Vec<_>) = all
+            .into_iter()
+            .partition(|(name, _)| ["pf-ring", "pf-control"].contains(&name.as_str()));
+        assert_eq!(engine.len(), 2);
+        assert!(engine.iter().all(|it| it.1 == nice + 5), "{engine:?}");
+        assert!(rest.iter().any(|it| it.0 == "pf-faults"));
+        assert!(rest.iter().all(|it| it.1 == nice), "{rest:?}");
+    });
+}
+
 #[test]
 fn discarded_memory_is_zero_and_never_what_was_shared() {
     in_vmm(
