@@ -1,10 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What the VMM's children should not inherit.
+//! Whether this process is the VMM, and what its children should not inherit.
 
 #![expect(unsafe_code, reason = "changes the environment before main")]
 
 use std::env;
+use std::fs;
+
+/// Programs that only start others. A script that ends with `exec qemu-system-x86_64 …` is one of
+/// them until then, in the process that will be the VMM.
+const STARTERS: [&str; 22] = [
+    "ash", "bash", "busybox", "cgexec", "choom", "chrt", "dash", "env", "ionice", "ksh", "nice",
+    "nohup", "nsenter", "numactl", "prlimit", "setpriv", "setsid", "sh", "stdbuf", "taskset",
+    "unshare", "zsh",
+];
+/// The same, with a version behind the name.
+const STARTERS_OF_VERSIONS: [&str; 2] = ["perl", "python"];
+
+/// Whether this process is the one that was registered as VMM, and is it already. What it starts
+/// before that is not, and leaves everything as it is.
+pub(crate) fn is_vmm() -> bool {
+    let registered = env::var("PAGEFUSION_PROCESS").ok();
+    let exe = fs::read_link("/proc/self/exe").unwrap_or_default();
+    let name = exe.file_name().unwrap_or_default().to_string_lossy();
+    is_vmm_by(registered.as_deref(), std::process::id(), &name)
+}
+
+fn is_vmm_by(registered: Option<&str>, process: u32, name: &str) -> bool {
+    let is_registered = registered.is_none_or(|it| it == process.to_string());
+    let is_starter =
+        STARTERS.contains(&name) || STARTERS_OF_VERSIONS.iter().any(|it| name.starts_with(it));
+    is_registered && !is_starter
+}
 
 /// Takes our variables out of the environment, and our library out of `LD_PRELOAD`.
 pub(crate) fn forget() {
@@ -23,10 +50,30 @@ pub(crate) fn forget() {
     unsafe {
         env::remove_var("PAGEFUSION_QMP_SOCKET");
     }
+    // SAFETY: as above.
+    unsafe {
+        env::remove_var("PAGEFUSION_PROCESS");
+    }
     match rest.filter(|rest| !rest.is_empty()) {
         // SAFETY: as above.
         Some(rest) => unsafe { env::set_var("LD_PRELOAD", rest) },
         // SAFETY: as above.
         None => unsafe { env::remove_var("LD_PRELOAD") },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_vmm_by;
+
+    #[test]
+    fn a_vmm_is_what_was_registered_and_starts_nobody_else() {
+        assert!(is_vmm_by(Some("17"), 17, "qemu-system-x86_64"));
+        assert!(is_vmm_by(None, 17, "qemu-system-x86_64"));
+        assert!(!is_vmm_by(Some("17"), 18, "qemu-system-x86_64"));
+        for starter in ["dash", "taskset", "python3.13"] {
+            assert!(!is_vmm_by(Some("17"), 17, starter), "{starter}");
+            assert!(!is_vmm_by(None, 17, starter), "{starter}");
+        }
     }
 }

@@ -114,6 +114,9 @@ pub(crate) fn start() {
     let Some(engine_socket) = env::var_os("PAGEFUSION_ENGINE_SOCKET") else {
         return;
     };
+    if !crate::environment::is_vmm() {
+        return;
+    }
     let qmp_socket = env::var_os("PAGEFUSION_QMP_SOCKET").map(PathBuf::from);
     let config = Config {
         engine_socket: engine_socket.into(),

@@ -202,7 +202,7 @@ fn environment(
     vm: &CreatedVm,
     preload: &Path,
     inherited: Option<OsString>,
-) -> [(&'static str, OsString); 3] {
+) -> [(&'static str, OsString); 4] {
     let mut libraries = preload.as_os_str().to_owned();
     if let Some(inherited) = inherited.filter(|inherited| !inherited.is_empty()) {
         libraries.push(":");
@@ -218,6 +218,8 @@ fn environment(
             "PAGEFUSION_QMP_SOCKET",
             vm.directory.join("qmp.sock").into(),
         ),
+        // It becomes the VMM; what a script starts before is none.
+        ("PAGEFUSION_PROCESS", std::process::id().to_string().into()),
     ]
 }
 

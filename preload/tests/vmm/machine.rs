@@ -27,6 +27,7 @@ const RUNTIME: &str = "PAGEFUSION_TEST_RUNTIME";
 const DIRECTORY: &str = "PAGEFUSION_TEST_DIRECTORY";
 const NUMBER: &str = "PAGEFUSION_TEST_NUMBER";
 const USER: &str = "PAGEFUSION_TEST_USER";
+const SCRIPT: &str = "PAGEFUSION_TEST_SCRIPT";
 
 /// Runs `play` in a VMM of its own; `test` is the name of the test that this is.
 pub(crate) fn in_vmm(test: &str, play: impl FnOnce(&mut Machine)) {
@@ -36,6 +37,16 @@ pub(crate) fn in_vmm(test: &str, play: impl FnOnce(&mut Machine)) {
 /// The same as an ordinary user, from when on the VMM is started.
 pub(crate) fn in_vmm_of(test: &str, user: u32, play: impl FnOnce(&mut Machine)) {
     in_each_vmm(test, Some(user), 1, |vmm, _| play(vmm));
+}
+
+/// The same in a VMM that is a shell script first, which runs another program before it becomes
+/// the VMM.
+pub(crate) fn in_vmm_by_script(test: &str, play: impl FnOnce(&mut Machine)) {
+    if std::env::var_os(RUNTIME).is_some() {
+        // SAFETY: the only test of this process, and its only thread that looks at the environment.
+        unsafe { std::env::set_var(SCRIPT, "1") };
+    }
+    in_vmm(test, play);
 }
 
 /// The same in so many VMMs, one after the other, each with its number.
@@ -101,9 +112,19 @@ fn become_vmm(test: &str, runtime: &Path) -> std::io::Error {
     let user = std::env::var(USER).ok().map(|user| user.parse().unwrap());
     let mut daemon = AdminClient::connect(runtime).unwrap();
     let vm = daemon.create_vm_for(None, None, user).unwrap();
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    let program = std::env::current_exe().unwrap();
+    let mut command = match std::env::var_os(SCRIPT) {
+        None => Command::new(program),
+        Some(_) => {
+            let mut command = Command::new("sh");
+            let script = "/bin/true || exit 9; exec \"$0\" \"$@\"";
+            command.args(["-c", script]).arg(program);
+            command
+        }
+    };
     command
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env("PAGEFUSION_PROCESS", std::process::id().to_string())
         .env("LD_PRELOAD", library())
         .env("PAGEFUSION_ENGINE_SOCKET", vm.directory.join("engine.sock"))
         .env("PAGEFUSION_QMP_SOCKET", vm.directory.join("qmp.sock"))

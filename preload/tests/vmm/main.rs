@@ -9,7 +9,7 @@ mod guest;
 mod machine;
 mod supervisor;
 
-use machine::{PAGE, PAGES, Ram, in_each_vmm, in_vmm, in_vmm_of};
+use machine::{PAGE, PAGES, Ram, in_each_vmm, in_vmm, in_vmm_by_script, in_vmm_of};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
@@ -34,6 +34,19 @@ fn equal_pages_are_shared() {
         vmm.check(0..PAGES);
         let status = vmm.status().engine;
         assert_eq!((status.pages_shared, status.disabled), (PAGES as u64, None));
+    });
+}
+
+#[test]
+fn a_vmm_that_a_script_becomes_shares() {
+    in_vmm_by_script("a_vmm_that_a_script_becomes_shares", |vmm| {
+        vmm.load();
+        vmm.boot();
+        vmm.share_all();
+        vmm.check(0..PAGES);
+        for name in ["LD_PRELOAD", "PAGEFUSION_PROCESS"] {
+            assert_eq!(std::env::var_os(name), None, "{name} is left to children");
+        }
     });
 }
 
