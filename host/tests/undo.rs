@@ -11,6 +11,7 @@ use pagefusion_host::store::{Group, LocalStore, PAGE};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 /// Of each file.
 const PAGES: usize = 256;
@@ -166,6 +167,44 @@ fn an_undo_under_load_loses_no_write() {
         }
     });
     assert_eq!(shared.uses()[1], 0);
+}
+
+/// However little time there is between two windows of an undo.
+#[test]
+fn a_page_that_was_never_touched_is_there_before_an_undo_ends() {
+    let shared = Shared::new();
+    let untouched = Vm::new(&shared.vm.store, 2, 2 * PAGES, false);
+    let sharing = &untouched.sharing;
+    let some = fill(&shared.vm.store, file(9), &shared.content[0][..PAGE]);
+    untouched.ram.write_page(0, &shared.content[0][..PAGE]);
+    let run = ReportedRun {
+        file: file(9),
+        page: 0,
+        gfn: 0,
+        pages: 1,
+    };
+    assert_eq!(sharing.share(&[run])[0].shared, 1);
+    sharing.memory().begin_undo().unwrap();
+    std::thread::scope(|scope| {
+        let mut memory = sharing.memory();
+        let touch = || untouched.ram.word(PAGES, 0).fetch_add(1, Ordering::Relaxed);
+        let touched = scope.spawn(touch);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !touched.is_finished() {
+            assert!(Instant::now() < deadline, "it waits for the undo's end");
+            drop(memory);
+            memory = sharing.memory();
+            // A window.
+            let end = Instant::now() + Duration::from_millis(5);
+            while Instant::now() < end && !touched.is_finished() {
+                std::hint::spin_loop();
+            }
+        }
+        drop(memory);
+        assert_eq!(touched.join().unwrap(), 0);
+    });
+    sharing.memory().end_undo();
+    drop(some);
 }
 
 fn store_span(page: u32, pages: u32) -> StoreSpan {

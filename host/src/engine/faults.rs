@@ -15,7 +15,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::sharing::Sharing;
 use super::uffd::{Event, Uffd};
 
-/// How often a waiter is looked after while the engine is busy with a window.
+/// How often it is tried to look after a waiter while the engine is busy with a window, should nobody
+/// take the lock after that.
 const BUSY: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 1_000_000,
@@ -23,17 +24,12 @@ const BUSY: Timespec = Timespec {
 
 /// Serves events of `uffd` until `stop` becomes readable or is hung up.
 pub fn serve_faults(uffd: &Uffd, sharing: &Sharing, stop: BorrowedFd<'_>) -> io::Result<()> {
-    let mut waiting: Vec<usize> = Vec::new();
     loop {
         let mut fds = [
             PollFd::new(uffd, PollFlags::IN),
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
         ];
-        let timeout = if waiting.is_empty() {
-            None
-        } else {
-            Some(&BUSY)
-        };
+        let timeout = sharing.has_waiters().then_some(&BUSY);
         match poll(&mut fds, timeout) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
@@ -43,14 +39,13 @@ pub fn serve_faults(uffd: &Uffd, sharing: &Sharing, stop: BorrowedFd<'_>) -> io:
         }
         while let Some(event) = uffd.next_event()? {
             if let Event::Fault(address) = event {
-                waiting.push(address);
+                sharing.add_waiter(address);
             }
         }
-        // Never block on the lock here: its holder may be waiting for us to read an event.
-        if let Some(memory) = sharing.try_memory() {
-            for address in waiting.drain(..) {
-                memory.release_waiter(address);
-            }
+        // Never block on the lock here: its holder may be waiting for us to read an event. Whoever
+        // takes the lock next looks after waiters first.
+        if sharing.has_waiters() {
+            drop(sharing.try_memory());
         }
     }
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Lock order: `Sharing::store`, then `Sharing::memory`.
+//! Lock order: `Sharing::store`, then `Sharing::memory`, then `Sharing::waiters`.
 //!
 //! The store's lock is held for a whole transaction (ask, overlay, give back what was not
 //! needed), so that a page granted to one transaction is never given back by another. The
-//! memory's lock is held for one window at a time.
+//! memory's lock is held for one window at a time, and is a fair one: whoever has many windows
+//! before him takes it again and again, and a vCPU may wait for it.
 
+use std::ops::DerefMut;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -36,7 +39,11 @@ pub struct ReportedRun {
 #[derive(Debug)]
 pub struct Sharing {
     store: Mutex<Option<Connected>>,
-    memory: Mutex<Memory>,
+    memory: parking_lot::Mutex<Memory>,
+    /// Addresses where threads wait for the page, or to be let write.
+    waiters: Mutex<Vec<usize>>,
+    /// Whether there is one.
+    has_waiters: AtomicBool,
 }
 
 /// A store and the seed of its hashes.
@@ -74,18 +81,44 @@ impl Sharing {
     pub fn new(memory: Memory) -> Self {
         Self {
             store: Mutex::new(None),
-            memory: Mutex::new(memory),
+            memory: parking_lot::Mutex::new(memory),
+            waiters: Mutex::default(),
+            has_waiters: AtomicBool::new(false),
         }
     }
 
     /// Guest memory, locked: be quick.
-    pub fn memory(&self) -> MutexGuard<'_, Memory> {
-        lock(&self.memory)
+    pub fn memory(&self) -> impl DerefMut<Target = Memory> {
+        let memory = self.memory.lock();
+        self.release_waiters(&memory);
+        memory
     }
 
     /// Guest memory if nobody works on it now.
-    pub fn try_memory(&self) -> Option<MutexGuard<'_, Memory>> {
-        self.memory.try_lock().ok()
+    pub fn try_memory(&self) -> Option<impl DerefMut<Target = Memory>> {
+        let memory = self.memory.try_lock()?;
+        self.release_waiters(&memory);
+        Some(memory)
+    }
+
+    /// Has the next one who locks guest memory let a thread go on that waits at `address`. Whoever
+    /// hears of faults must not wait for the lock: its holder may wait for him.
+    pub(super) fn add_waiter(&self, address: usize) {
+        lock(&self.waiters).push(address);
+        self.has_waiters.store(true, Ordering::Release);
+    }
+
+    pub(super) fn has_waiters(&self) -> bool {
+        self.has_waiters.load(Ordering::Acquire)
+    }
+
+    fn release_waiters(&self, memory: &Memory) {
+        // Whoever is added after this sets it again.
+        if self.has_waiters() && self.has_waiters.swap(false, Ordering::AcqRel) {
+            for address in std::mem::take(&mut *lock(&self.waiters)) {
+                memory.release_waiter(address);
+            }
+        }
     }
 
     /// Connects a store, and tells it what is mapped. `view` is its read-only descriptor.
