@@ -103,6 +103,14 @@ pub fn stop_joining_pages(guests: &mut [Guest]) -> Result<()> {
     })
 }
 
+/// Has them go on as the kernel has set them.
+pub fn join_pages_again(guests: &mut [Guest]) -> Result<()> {
+    guests.iter_mut().try_for_each(|guest| {
+        write(guest, "pages_to_scan", "4096")?;
+        write(guest, SLEEP, "10000")
+    })
+}
+
 fn wait_quiet_until(guest: &mut Guest, deadline: Instant) -> Result<bool> {
     let mut collapsed = None;
     let mut scans = 0;
