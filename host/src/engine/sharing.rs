@@ -115,7 +115,8 @@ impl Sharing {
     fn release_waiters(&self, memory: &Memory) {
         // Whoever is added after this sets it again.
         if self.has_waiters() && self.has_waiters.swap(false, Ordering::AcqRel) {
-            for address in std::mem::take(&mut *lock(&self.waiters)) {
+            let waiters = std::mem::take(&mut *lock(&self.waiters));
+            for address in waiters {
                 memory.release_waiter(address);
             }
         }
