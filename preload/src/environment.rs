@@ -23,7 +23,22 @@ pub(crate) fn is_vmm() -> bool {
     let registered = env::var("PAGEFUSION_PROCESS").ok();
     let exe = fs::read_link("/proc/self/exe").unwrap_or_default();
     let name = exe.file_name().unwrap_or_default().to_string_lossy();
-    is_vmm_by(registered.as_deref(), std::process::id(), &name)
+    let process = std::process::id();
+    if let Some(why) = reason_for_operator(registered.as_deref(), process, &name) {
+        eprintln!("pagefusion is off for this VM: {why}");
+    }
+    is_vmm_by(registered.as_deref(), process, &name)
+}
+
+/// A QEMU that will share nothing, which nobody would notice otherwise.
+fn reason_for_operator(registered: Option<&str>, process: u32, name: &str) -> Option<String> {
+    let registered = registered?;
+    (name.starts_with("qemu-system") && registered != process.to_string()).then(|| {
+        format!(
+            "it is process {process}, and process {registered} was registered, which has started it; \
+             have that become QEMU instead (exec)"
+        )
+    })
 }
 
 fn is_vmm_by(registered: Option<&str>, process: u32, name: &str) -> bool {
@@ -64,7 +79,22 @@ pub(crate) fn forget() {
 
 #[cfg(test)]
 mod tests {
-    use super::is_vmm_by;
+    use super::{is_vmm_by, reason_for_operator};
+
+    #[test]
+    fn a_qemu_that_was_only_started_by_the_registered_process_says_why_it_shares_nothing() {
+        let why = reason_for_operator(Some("17"), 18, "qemu-system-x86_64").unwrap();
+        assert!(
+            why.contains("process 18, and process 17 was registered"),
+            "{why}"
+        );
+        assert_eq!(
+            reason_for_operator(Some("17"), 17, "qemu-system-x86_64"),
+            None
+        );
+        assert_eq!(reason_for_operator(None, 18, "qemu-system-x86_64"), None);
+        assert_eq!(reason_for_operator(Some("17"), 18, "true"), None);
+    }
 
     #[test]
     fn a_vmm_is_what_was_registered_and_starts_nobody_else() {

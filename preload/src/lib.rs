@@ -3,7 +3,8 @@
 //! Puts the pagefusion engine into an unmodified VMM by `LD_PRELOAD`.
 //!
 //! Without `PAGEFUSION_ENGINE_SOCKET` in the environment nothing happens at all: no thread,
-//! no descriptor, and the interposed functions go straight on.
+//! no descriptor, and the interposed functions go straight on. Nor does it in a shell or the like, which
+//! only becomes the VMM, and in any process but `PAGEFUSION_PROCESS`, if that is set.
 
 mod environment;
 mod interpose;

@@ -219,7 +219,7 @@ fn with_detectors(stage: &mut Stage, play: impl FnOnce(&mut World) -> Result<()>
 
 fn start(world: &mut World) -> Result<()> {
     // What fills the log must not push out what is looked for. With a host that is busy, a thread of the kernel's that
-    // gives way to everybody (khugepaged) is held up for longer than RCU's usual 21 seconds; a CPU that is held is found
+    // gives way to others may be held up for longer than RCU's usual 21 seconds; a CPU that is held is found
     // by the detector of soft lockups before.
     for _ in 0..2 {
         world.start_files(
