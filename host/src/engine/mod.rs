@@ -29,7 +29,14 @@ mod tidy;
 mod transaction;
 mod uffd;
 mod usage;
+mod waiters;
 mod window;
+
+/// What threads meet at; the tests of such files put `loom`'s in place of these.
+mod primitives {
+    pub(super) use std::sync::Mutex;
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering};
+}
 
 pub use attributes::{Attributes, Unsuitable};
 pub use audit::{Audit, audit};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Lock order: `Sharing::store`, then `Sharing::memory`, then `Sharing::waiters`.
+//! Lock order: `Sharing::store`, then `Sharing::memory`, then the list in `Sharing::waiters`.
 //!
 //! The store's lock is held for a whole transaction (ask, overlay, give back what was not
 //! needed), so that a page granted to one transaction is never given back by another. The
@@ -8,7 +8,6 @@
 //! before him takes it again and again, and a vCPU may wait for it.
 
 use std::ops::DerefMut;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -19,6 +18,7 @@ use super::memory::Memory;
 use super::store_view::StoreView;
 use super::transaction::Transaction;
 use super::usage;
+use super::waiters::Waiters;
 use crate::protocol::{FileKey, FileSpan, Undo};
 use crate::store::{PageStore, StoreError};
 
@@ -40,10 +40,7 @@ pub struct ReportedRun {
 pub struct Sharing {
     store: Mutex<Option<Connected>>,
     memory: parking_lot::Mutex<Memory>,
-    /// Addresses where threads wait for the page, or to be let write.
-    waiters: Mutex<Vec<usize>>,
-    /// Whether there is one.
-    has_waiters: AtomicBool,
+    waiters: Waiters,
 }
 
 /// A store and the seed of its hashes.
@@ -82,8 +79,7 @@ impl Sharing {
         Self {
             store: Mutex::new(None),
             memory: parking_lot::Mutex::new(memory),
-            waiters: Mutex::default(),
-            has_waiters: AtomicBool::new(false),
+            waiters: Waiters::new(),
         }
     }
 
@@ -104,21 +100,16 @@ impl Sharing {
     /// Has the next one who locks guest memory let a thread go on that waits at `address`. Whoever
     /// hears of faults must not wait for the lock: its holder may wait for him.
     pub(super) fn add_waiter(&self, address: usize) {
-        lock(&self.waiters).push(address);
-        self.has_waiters.store(true, Ordering::Release);
+        self.waiters.add(address);
     }
 
     pub(super) fn has_waiters(&self) -> bool {
-        self.has_waiters.load(Ordering::Acquire)
+        self.waiters.any()
     }
 
     fn release_waiters(&self, memory: &Memory) {
-        // Whoever is added after this sets it again.
-        if self.has_waiters() && self.has_waiters.swap(false, Ordering::AcqRel) {
-            let waiters = std::mem::take(&mut *lock(&self.waiters));
-            for address in waiters {
-                memory.release_waiter(address);
-            }
+        for address in self.waiters.take() {
+            memory.release_waiter(address);
         }
     }
 
