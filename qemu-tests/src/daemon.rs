@@ -70,6 +70,8 @@ pub struct VmStatus {
     pub pages_refused: u64,
     /// Shared once, written to since.
     pub pages_broken: u64,
+    /// Why its memory cannot be shared at all.
+    pub disabled: Option<String>,
 }
 
 impl Site {

@@ -91,8 +91,8 @@ impl Host {
 pub struct Small {
     /// Disks, each written to only in a copy that goes with the machine.
     pub disks: Vec<PathBuf>,
-    /// Whether it has the drivers of every file system.
-    pub every_file_system: bool,
+    /// Further drivers.
+    pub modules: &'static [&'static str],
     /// Further arguments of the kernel.
     pub kernel_arguments: String,
     /// Further QEMU arguments.
@@ -246,11 +246,11 @@ impl World {
     /// The same, which is not waited for and none of the guests yet.
     pub fn launch_small_sharer(&mut self, small: &Small) -> Result<Guest> {
         let mut config = self.config(Mode::Agent, 384, small.disks.clone());
-        if small.every_file_system {
-            config.initramfs = self.initramfs.with_file_name("filesystems.cpio");
+        if !small.modules.is_empty() {
+            let name = format!("guest-{}.cpio", small.modules.join("-"));
+            config.initramfs = self.initramfs.with_file_name(name);
             if !config.initramfs.exists() {
-                let modules = &initramfs::FILESYSTEM_MODULES;
-                initramfs::build_guest(&self.artifacts, modules, &config.initramfs)?;
+                initramfs::build_guest(&self.artifacts, small.modules, &config.initramfs)?;
             }
         }
         config.kernel_arguments = small.kernel_arguments.clone();

@@ -24,6 +24,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 pub use self::config::{Accelerator, Config, Mode};
+pub use self::monitor::HIGH;
 use self::{
     lines::{Event, Tail},
     qmp::Qmp,

@@ -11,7 +11,7 @@ use crate::protocol::Op;
 /// A frame of guest memory, which below 3 GiB is all in one piece.
 const LOW: u64 = 0x100;
 /// The first frame of memory that has no place below 4 GiB.
-const HIGH: u64 = 1 << 20;
+pub const HIGH: u64 = 1 << 20;
 /// With this much memory and more, QEMU's default machine has only so much of it there.
 const LOW_LIMIT_MIB: u32 = 3584;
 const LOW_MIB: u32 = 3072;
@@ -53,6 +53,11 @@ impl Guest {
     /// not looked yet.
     pub fn host_frames(&mut self, path: &str) -> Result<Vec<u64>> {
         let frames: Vec<u64> = self.request(Op::HeldFrames { path: path.into() })?;
+        self.host_frames_at(&frames)
+    }
+
+    /// The host's frame behind each of these frames of the guest; 0 where there is none.
+    pub fn host_frames_at(&mut self, frames: &[u64]) -> Result<Vec<u64>> {
         let low = self.address_of(LOW)? - LOW * 4096;
         // All that is there is in one piece as well.
         let high = match frames.iter().any(|frame| *frame >= HIGH) {
@@ -68,7 +73,7 @@ impl Guest {
             let found = crate::frames::of_range(pid, address, 1)?;
             Ok(found.first().copied().unwrap_or_default())
         };
-        frames.into_iter().map(host).collect()
+        frames.iter().copied().map(host).collect()
     }
 
     /// The host's frame behind each of `pages` frames of the guest from `first` on, all of which QEMU has read just

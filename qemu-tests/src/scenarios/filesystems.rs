@@ -16,6 +16,7 @@ use super::{
     steps::{all_same, each, hold, release, same, spec, unit, unmount, write},
 };
 use crate::{
+    initramfs,
     integrity::Integrity,
     pattern::Expected,
     protocol::{MountSpec, Op, Unmounts},
@@ -403,7 +404,7 @@ fn with_two(
     let images = DISKS.map(|(kind, _)| image(&stage.world, kind));
     let small = Small {
         disks: images.into_iter().collect::<Result<_>>()?,
-        every_file_system: true,
+        modules: &initramfs::FILESYSTEM_MODULES,
         ..Small::default()
     };
     stage.with_small_pair(&small, |world| play(world, &sums, seed))

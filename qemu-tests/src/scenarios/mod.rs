@@ -10,6 +10,7 @@ mod isolation;
 mod kernel;
 mod knobs;
 mod lifecycle;
+mod machines;
 mod moving;
 mod plug;
 mod power;
@@ -152,6 +153,36 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Usual,
         guests: 0,
         run: plug::plain_device,
+    },
+    Scenario {
+        name: "machines_of_every_kind_share",
+        tier: Tier::Deep,
+        guests: 0,
+        run: machines::machines_of_every_kind_share,
+    },
+    Scenario {
+        name: "memory_with_a_file_is_left_alone",
+        tier: Tier::Deep,
+        guests: 0,
+        run: machines::memory_with_a_file_is_left_alone,
+    },
+    Scenario {
+        name: "a_balloon_takes_what_was_shared",
+        tier: Tier::Usual,
+        guests: 0,
+        run: machines::a_balloon_takes_what_was_shared,
+    },
+    Scenario {
+        name: "virtio_mem_brings_and_takes_memory",
+        tier: Tier::Deep,
+        guests: 0,
+        run: machines::virtio_mem_brings_and_takes_memory,
+    },
+    Scenario {
+        name: "loaded_again_in_the_same_qemu",
+        tier: Tier::Usual,
+        guests: 0,
+        run: moving::loaded_again_in_the_same_qemu,
     },
     Scenario {
         name: "restored_from_a_file_twice",

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
@@ -70,6 +70,35 @@ pub(super) fn migrated_while_it_runs(stage: &mut Stage) -> Result<()> {
         }
         files.are_right(world)
     })
+}
+
+/// Back to an earlier state without leaving QEMU, with something reported before it was saved and something after.
+pub(super) fn loaded_again_in_the_same_qemu(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        files.add_unshared(world)?;
+        snapshot(&mut world.guests[0], "savevm")?;
+        files.are_shared(world)?;
+        for _ in 0..2 {
+            let later = files.add(world)?;
+            snapshot(&mut world.guests[0], "loadvm")?;
+            // It was never there.
+            files.forget(&later);
+            files.are_right(world)?;
+            files.are_shared(world)?;
+        }
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
+
+/// Saves a guest in its disk, or takes it back from there.
+fn snapshot(guest: &mut Guest, command: &str) -> Result<()> {
+    let answer = guest.human_monitor(&format!("{command} state"))?;
+    ensure!(answer.is_empty(), "{command}: {answer}");
+    Ok(())
 }
 
 /// A QEMU that waits to be told where a guest comes from.

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use super::{
     filesystems::{image, sums},
-    steps::{all_same, each, hold, spec, unit, write},
+    steps::{all_same, each, hold, release, spec, unit, write},
 };
 use crate::{
     guest::Guest,
@@ -74,6 +74,13 @@ impl SharedFiles {
 
     /// One more file, in memory, and its name. That it is shared shows that everything works.
     pub(super) fn add(&mut self, world: &mut World) -> Result<String> {
+        let path = self.add_unshared(world)?;
+        all_same(world, &path)?;
+        Ok(path)
+    }
+
+    /// The same, which nobody has had time to share.
+    pub(super) fn add_unshared(&mut self, world: &mut World) -> Result<String> {
         self.seed += 1;
         let file = File {
             path: format!("/tmp/pf-{}", self.seed),
@@ -81,10 +88,22 @@ impl SharedFiles {
             seed: Some(self.seed),
         };
         each(world, |guest| file.hold_in(guest))?;
-        all_same(world, &file.path)?;
         let path = file.path.clone();
         self.files.push(file);
         Ok(path)
+    }
+
+    /// One of the files that were added is not the first guest's any more.
+    pub(super) fn remove(&mut self, world: &mut World, path: &str) -> Result<()> {
+        self.forget(path);
+        release(&mut world.guests[0], path)?;
+        let path = path.into();
+        unit(&mut world.guests[0], Op::Delete { path })
+    }
+
+    /// A file is not looked at any more.
+    pub(super) fn forget(&mut self, path: &str) {
+        self.files.retain(|file| file.path != path);
     }
 
     /// Every file is the same memory in both guests.
