@@ -73,9 +73,10 @@
 //! ```
 //!
 //! Before the VMM discards guest memory (a balloon, free page reporting), unmaps it, or gives
-//! it to a device that holds on to pages, what lies over it must become ordinary memory:
-//! [`engine::Memory::restore`], [`engine::Memory::remove_region`] and
-//! [`engine::Memory::disable`].
+//! it to a device that holds on to pages, it must say so:
+//! [`engine::Memory::before_discard`], [`engine::Memory::remove_region`] and
+//! [`engine::Memory::disable`]. The lock of [`engine::Sharing::memory`] must be held until it
+//! has discarded or unmapped the memory.
 //!
 //! # Versions
 //!

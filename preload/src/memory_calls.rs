@@ -295,12 +295,14 @@ pub(crate) unsafe extern "C" fn mremap(
     if !runtime::is_active() {
         return pass_on();
     }
-    let mut ranges = vec![whole_pages(old, old_length)];
+    let moved = whole_pages(old, old_length);
+    let mut ranges = vec![moved.clone()];
     if flags & libc::MREMAP_FIXED != 0 {
         ranges.push(whole_pages(new, new_length));
     }
     // What grew where it was is looked at anew as well.
-    runtime::unmap(&ranges, pass_on, |result| *result != libc::MAP_FAILED).unwrap_or_else(|error| {
+    let succeeded = |result: &*mut c_void| *result != libc::MAP_FAILED;
+    runtime::unmap_and_move(&ranges, &moved, pass_on, succeeded).unwrap_or_else(|error| {
         refuse(&error);
         libc::MAP_FAILED
     })

@@ -261,7 +261,7 @@ pub(crate) fn discard<T>(range: &Range<usize>, discard: impl FnOnce() -> T) -> i
         return Ok(discard());
     };
     let mut memory = sharing.memory();
-    memory.restore(range)?;
+    memory.before_discard(range)?;
     Ok(discard())
 }
 
@@ -271,12 +271,27 @@ pub(crate) fn unmap<T>(
     unmap: impl FnOnce() -> T,
     succeeded: impl FnOnce(&T) -> bool,
 ) -> io::Result<T> {
+    unmap_and_move(ranges, &(0..0), unmap, succeeded)
+}
+
+/// As [`unmap`], where what is at `moved`, one of the ranges, may still be there afterwards, or
+/// elsewhere.
+pub(crate) fn unmap_and_move<T>(
+    ranges: &[Range<usize>],
+    moved: &Range<usize>,
+    unmap: impl FnOnce() -> T,
+    succeeded: impl FnOnce(&T) -> bool,
+) -> io::Result<T> {
     let Some(sharing) = sharing() else {
         return Ok(unmap());
     };
     let mut memory = sharing.memory();
     for range in ranges {
-        memory.before_unmap(range)?;
+        if range == moved {
+            memory.before_move(range)?;
+        } else {
+            memory.before_unmap(range)?;
+        }
     }
     let result = unmap();
     if succeeded(&result) {

@@ -112,10 +112,25 @@ impl Memory {
         Ok(())
     }
 
+    /// The VMM is about to move `range`, or what of it is left after it was made shorter: overlays
+    /// become ordinary memory. The lock must be held until it has happened, and
+    /// [`Memory::unmapped`] been called. Fails where the guest has written to what was shared:
+    /// that memory cannot be discarded any more without knowing where it is.
+    pub fn before_move(&mut self, range: &Range<usize>) -> io::Result<()> {
+        self.make_ordinary(range)?;
+        if self.written.intersects(range) {
+            return Err(io::Error::other(
+                "guest memory cannot be moved that was shared and written since",
+            ));
+        }
+        Ok(())
+    }
+
     /// The memory at `range` is not there any more. Regions within are forgotten; a region of
     /// which a part is left is looked at anew.
     pub fn unmapped(&mut self, range: &Range<usize>) {
         self.overlays.remove(range);
+        self.written.remove(range);
         for (key, region) in self.keys_of(range) {
             self.suitability.remove(&key);
             if contains(range, &region.addresses()) {

@@ -223,7 +223,7 @@ impl Memory {
     fn is_whole(&self, huge: usize, one: &Waiting) -> bool {
         let address = huge * HUGE_PAGE;
         // The store's pages may be huge as well.
-        if self.overlays.intersects(&(address..address + HUGE_PAGE)) {
+        if self.is_cut(&(address..address + HUGE_PAGE)) {
             return false;
         }
         let page = address + usize::from(one.first) * PAGE;

@@ -188,6 +188,24 @@ pub(super) unsafe fn map_back(
     Ok(())
 }
 
+/// Puts empty ordinary memory in the place of `range`.
+///
+/// # Safety
+///
+/// `range` must be page-aligned guest memory whose content nobody needs any more; no Rust
+/// reference may point into it.
+pub(super) unsafe fn map_empty(range: &Range<usize>, attributes: &Attributes) -> io::Result<()> {
+    let mut flags = MapFlags::PRIVATE | MapFlags::FIXED;
+    flags.set(MapFlags::NORESERVE, attributes.no_reserve);
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let at = range.start as *mut c_void;
+    // SAFETY: by contract.
+    unsafe { mmap_anonymous(at, range.len(), protection, flags) }?;
+    // SAFETY: mapped just now.
+    unsafe { set_attributes(at, range.len(), attributes) };
+    Ok(())
+}
+
 /// Anonymous memory that was never touched and is no neighbour of any other.
 ///
 /// What is mapped next to memory of the same kind becomes one mapping with it, and so takes

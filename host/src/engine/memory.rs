@@ -22,7 +22,7 @@ use pagefusion_abi::wire::reason;
 use roaring::RoaringBitmap;
 use rustix::io::Errno;
 
-use super::attributes::{AttributeMap, Unsuitable, examine};
+use super::attributes::{AttributeMap, Attributes, Unsuitable, examine};
 use super::changes::Changes;
 use super::files::Files;
 use super::huge_pages::HugePages;
@@ -33,7 +33,8 @@ use super::pagemap::Pagemap;
 use super::regions::{Piece, Region, Regions};
 use super::store_view::StoreView;
 use super::uffd::Uffd;
-use super::window::Equal;
+use super::window::{Equal, lift, ones};
+use super::written::Written;
 use crate::protocol::{FileKey, FileSpan, Holding, StoreSpan};
 use crate::store::PAGE;
 
@@ -58,6 +59,7 @@ pub struct Memory {
     pub(super) regions: Regions,
     pub(super) suitability: HashMap<u64, Suitability>,
     pub(super) overlays: Overlays,
+    pub(super) written: Written,
     pub(super) changes: Changes,
     pub(super) files: Files,
     pub(super) store: Option<StoreView>,
@@ -84,6 +86,7 @@ impl Memory {
             regions: Regions::default(),
             suitability: HashMap::new(),
             overlays: Overlays::default(),
+            written: Written::default(),
             changes: Changes::default(),
             files: Files::default(),
             store: None,
@@ -202,11 +205,11 @@ impl Memory {
         &self.overlays
     }
 
-    /// Guest memory that has overlays, as addresses; regions that continue each other in this
+    /// Guest memory that has overlays, or had some that were written, as addresses; regions that continue each other in this
     /// process are one range, as they are one mapping.
     pub fn overlaid_ranges(&self) -> Vec<Range<usize>> {
         let regions = self.regions.iter().map(Region::addresses);
-        let mut sorted: Vec<_> = regions.filter(|r| self.overlays.intersects(r)).collect();
+        let mut sorted: Vec<_> = regions.filter(|r| self.is_cut(r)).collect();
         sorted.sort_by_key(|range| range.start);
         let mut ranges: Vec<Range<usize>> = Vec::with_capacity(sorted.len());
         for range in sorted {
@@ -266,8 +269,9 @@ impl Memory {
         if self.strict_overcommit || self.changes.touch(&range) {
             return Err(reason::UNSUITABLE_MEMORY);
         }
-        let examined = examine(&range, |address| self.overlays.contains(address))
-            .map_err(|e| host_error("looking at guest memory", &e))?;
+        let is_ours = |at: usize| self.overlays.contains(at) || self.written.contains(at);
+        let examined =
+            examine(&range, is_ours).map_err(|e| host_error("looking at guest memory", &e))?;
         let prepared = examined.and_then(|attributes| match self.uffd.register(&range) {
             Ok(()) => Ok(Ok(attributes)),
             Err(Errno::BUSY) => Err(Unsuitable::Userfaultfd),
@@ -304,7 +308,9 @@ impl Memory {
     /// they would show.
     pub(super) fn fill_missing(&self, range: &Range<usize>) {
         if self.undoing > 0 {
-            for page in range.clone().step_by(PAGE) {
+            // One of an overlay is the store's, whether it is there or not.
+            let missing = |page: &usize| !self.overlays.contains(*page);
+            for page in range.clone().step_by(PAGE).filter(missing) {
                 // One that is there already stays as it is.
                 let _ = self.uffd.zero(&(page..page + PAGE));
             }
@@ -337,7 +343,33 @@ impl Memory {
         self.prepare(address).map(drop)
     }
 
-    /// Turns the overlays in `range` back into ordinary memory with the same content.
+    /// The VMM is about to discard `range`: what lies there is nobody's any more, no device's
+    /// either, and all of it becomes ordinary memory.
+    pub fn before_discard(&mut self, range: &Range<usize>) -> io::Result<()> {
+        self.restore(range)?;
+        for (part, before) in self.written.in_range(range) {
+            let known = self.regions.find(part.start).map(|(key, _)| key);
+            let ready = known.and_then(|key| match self.suitability.get(&key) {
+                Some(Suitability::Ready(known)) => known.at(part.start),
+                _ => None,
+            });
+            let attributes = ready.map_or(before, |(attributes, _)| *attributes);
+            let is_ready = ready.is_some();
+            // SAFETY: guest memory that the VMM gives up.
+            unsafe { mapped::map_empty(&part, &attributes) }?;
+            self.written.remove(&part);
+            if is_ready {
+                self.uffd.register(&part)?;
+                if self.undoing > 0 {
+                    self.uffd.register_missing(&part)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns the overlays in `range` back into ordinary memory with the same content. What the
+    /// guest has written stays as it is, see [`super::written`].
     pub fn restore(&mut self, range: &Range<usize>) -> io::Result<()> {
         if !self.overlays.intersects(range) {
             return Ok(());
@@ -406,6 +438,7 @@ impl Memory {
 
     /// Turns at most [`WINDOW_PAGES`] pages in `range` back into ordinary memory, from the
     /// lowest address on; whether there was something to do. Only while an undo is under way.
+    /// Pages that the guest has written are overlays no more, and stay where they are.
     pub fn restore_some(&mut self, range: &Range<usize>) -> io::Result<bool> {
         let Some((address, overlay)) = self.overlays.in_range(range).next() else {
             return Ok(false);
@@ -422,12 +455,46 @@ impl Memory {
         };
         let pages = (overlay.pages as usize).min(WINDOW_PAGES);
         let part = address..end.min(address + pages * PAGE);
+        let attributes = *attributes;
         // An overlay made after the undo began is registered for less.
         self.uffd.register_missing(&part)?;
-        // SAFETY: an overlay of ours, registered just now, as long as the buffer at most.
-        unsafe { mapped::map_back(&self.uffd, &part, attributes, &mut self.buffer) }?;
-        self.overlays.remove(&part);
-        Ok(true)
+        let result = self.restore_part(&part, &attributes);
+        // What is not mapped back, for whatever reason.
+        let kept = self
+            .written
+            .in_range(&part)
+            .into_iter()
+            .map(|(kept, _)| kept);
+        let failed = self.overlays.in_range(&part);
+        let failed = failed.map(|(at, o)| at..at + o.pages as usize * PAGE);
+        for range in kept.chain(failed) {
+            lift(&self.uffd, &range);
+            let _ = self.uffd.wake(&range);
+        }
+        result.map(|()| true)
+    }
+
+    /// A window of an undo. The caller lifts the protection of what is not mapped back.
+    fn restore_part(&mut self, part: &Range<usize>, attributes: &Attributes) -> io::Result<()> {
+        let pages = part.len() / PAGE;
+        let before = self.pagemap.intact_now(part.start, pages)?;
+        // From here on no page is written that lies on the store still, by no device either: who
+        // wants to write to it by its physical address must first have a copy of it made.
+        self.uffd.protect(part)?;
+        let intact = before & !self.pagemap.present_own_now(part.start, pages)?;
+        let range = |(first, count): (usize, usize)| {
+            part.start + first * PAGE..part.start + (first + count) * PAGE
+        };
+        for run in ones(!intact & mapped::mask(pages), pages).map(range) {
+            self.written.insert(&run, *attributes);
+            self.overlays.remove(&run);
+        }
+        for run in ones(intact, pages).map(range) {
+            // SAFETY: an overlay of ours, registered by our caller, as long as the buffer at most.
+            unsafe { mapped::map_back(&self.uffd, &run, attributes, &mut self.buffer) }?;
+            self.overlays.remove(&run);
+        }
+        Ok(())
     }
 
     fn restore_all(&mut self) -> io::Result<()> {

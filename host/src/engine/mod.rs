@@ -31,6 +31,7 @@ mod uffd;
 mod usage;
 mod waiters;
 mod window;
+mod written;
 
 /// What threads meet at; the tests of such files put `loom`'s in place of these.
 mod primitives {

@@ -182,15 +182,26 @@ impl Pagemap {
     /// Which of at most 64 pages at `address`, all of them on overlays, lie on store pages
     /// still: bit i is page i. As of this moment.
     pub(super) fn intact_now(&self, address: usize, pages: usize) -> io::Result<u64> {
+        self.now(address, pages, |entry| !is_own(entry))
+    }
+
+    /// Which of at most 64 pages at `address` are memory of this process alone and in its page
+    /// table now, as everything is that a device may write to. For pages that are protected: one
+    /// that is not there, protected, looks swapped out.
+    pub(super) fn present_own_now(&self, address: usize, pages: usize) -> io::Result<u64> {
+        self.now(address, pages, |entry| entry & (FILE | PRESENT) == PRESENT)
+    }
+
+    fn now(&self, address: usize, pages: usize, wanted: fn(u64) -> bool) -> io::Result<u64> {
         let mut entries = [0; WINDOW_PAGES * ENTRY];
-        let wanted = &mut entries[..pages * ENTRY];
+        let entries = &mut entries[..pages * ENTRY];
         self.file
-            .read_exact_at(wanted, (address / PAGE * ENTRY) as u64)?;
-        let mut intact = 0;
-        for (i, entry) in each(wanted).enumerate() {
-            intact |= u64::from(!is_own(entry)) << i;
+            .read_exact_at(entries, (address / PAGE * ENTRY) as u64)?;
+        let mut found = 0;
+        for (i, entry) in each(entries).enumerate() {
+            found |= u64::from(wanted(entry)) << i;
         }
-        Ok(intact)
+        Ok(found)
     }
 
     /// As [`Self::intact_now`], but what is near those asked for before may be as old as the

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Overlays that are worth nothing any more become ordinary memory.
+//! Overlays that are worth nothing any more are given up.
 //!
 //! A page on an overlay is worth something while it lies on a store page that somebody else has
-//! too. The rest costs no memory of its own, but mappings and store pages: an overlay of which
-//! little is worth something goes as a whole, others lose what is worthless at an end beside
-//! ordinary memory, with which it becomes one mapping. What lies between overlays, or in the middle
-//! of one, stays: to cut it out costs mappings and brings nothing.
+//! too. The rest costs no memory of its own, but mappings and store pages: an overlay loses what is
+//! worthless at an end beside ordinary memory, with which it becomes one mapping, and one of which
+//! little is worth something loses all that the guest has written, which stays in the overlay's
+//! mapping (see [`super::written`]). What lies between overlays, or in the middle of one, stays: to
+//! cut it out costs mappings and brings nothing.
 //!
 //! A page that the guest has evicted and read again into the frame where it was before is broken,
 //! and of the same content. The guest may not have noticed, so it is asked to report such pages
@@ -26,7 +27,7 @@ use super::window::{Wanted, ones};
 use crate::protocol::{FileSpan, StoreSpan};
 use crate::store::PAGE;
 
-/// An overlay goes as a whole when no more than one page in so many is worth something.
+/// Little of an overlay is worth something when no more than one page in so many is.
 const WORTHLESS: usize = 8;
 
 /// Rounds in a row, at most, in which a [`Tidier`] does not look.
@@ -91,10 +92,11 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
 /// What the guest is to report again of what overlays were turned back or are broken, and how many
 /// pages it has broken.
 fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u64)> {
-    let (overlays, alone) = {
+    let (overlays, written, alone) = {
         let memory = sharing.memory();
         let overlays: Vec<(usize, Overlay)> = memory.overlays().iter().collect();
-        (overlays, memory.overlays().held_once(alone))
+        let alone = memory.overlays().held_once(alone);
+        (overlays, memory.written.clone(), alone)
     };
     // Without the lock: what the guest breaks meanwhile is found next time, and ordinary memory
     // has the same content in any case.
@@ -110,11 +112,12 @@ fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u6
         if unbroken && alone.range_cardinality(in_store) == 0 {
             continue;
         }
+        let behind = end(&overlays[i]);
         let beside = Beside {
-            before: i > 0 && end(&overlays[i - 1]) == address,
-            behind: overlays
-                .get(i + 1)
-                .is_some_and(|next| next.0 == end(&overlays[i])),
+            before: i > 0 && end(&overlays[i - 1]) == address || written.contains(address - 1),
+            behind: overlays.get(i + 1).is_some_and(|next| next.0 == behind)
+                || written.contains(behind),
+            written: written.contains(address - 1) || written.contains(behind),
         };
         let (mut intact, mut same) = (Vec::with_capacity(pages), Vec::with_capacity(pages));
         for from in (0..pages).step_by(WINDOW_PAGES) {
@@ -127,7 +130,7 @@ fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u6
         }
         broken += intact.iter().filter(|it| !**it).count() as u64;
         let worth = |i: usize| same[i] && !alone.contains(overlay.store + i as u32);
-        let gone = worthless(pages, worth, beside);
+        let gone = removable(worthless(pages, worth, beside), &intact, beside);
         let is_gone = |i: usize| gone.iter().any(|part| part.contains(&i));
         let is_wanted = |i: &usize| same[*i] && (is_gone(*i) || !intact[*i]);
         let mut rest = 0..pages;
@@ -199,13 +202,21 @@ fn end(&(address, overlay): &(usize, Overlay)) -> usize {
 struct Beside {
     before: bool,
     behind: bool,
+    /// Or what the guest has written of such, which may be one mapping with it.
+    written: bool,
 }
 
 /// What of `pages` pages is turned back, by whether each is worth something.
 fn worthless(pages: usize, worth: impl Fn(usize) -> bool, beside: Beside) -> Vec<Range<usize>> {
     let worthy = (0..pages).filter(|&i| worth(i)).count();
     if worthy * WORTHLESS <= pages {
-        return std::iter::once(0..pages).collect();
+        let mut parts = Vec::new();
+        let mut rest = 0..pages;
+        while let Some(first) = rest.find(|&i| !worth(i)) {
+            let last = rest.find(|&i| worth(i)).unwrap_or(pages);
+            parts.push(first..last);
+        }
+        return parts;
     }
     let first = (0..pages).find(|&i| worth(i)).unwrap_or(pages);
     let last = (0..pages).rfind(|&i| worth(i)).map_or(0, |i| i + 1);
@@ -214,6 +225,29 @@ fn worthless(pages: usize, worth: impl Fn(usize) -> bool, beside: Beside) -> Vec
         .filter(|(part, joined)| !part.is_empty() && !joined)
         .map(|(part, _)| part)
         .collect()
+}
+
+/// Of the parts of an overlay that are worth nothing, those that can go. Pages that the guest has
+/// written go, but stay in the overlay's mapping; those that lie on the store would be cut out of
+/// it, and only go where they come to lie beside ordinary memory.
+fn removable(worthless: Vec<Range<usize>>, intact: &[bool], beside: Beside) -> Vec<Range<usize>> {
+    let mut removable = Vec::with_capacity(worthless.len());
+    for part in worthless {
+        let mut at = part.start;
+        while at < part.end {
+            let run = at..(at..part.end)
+                .find(|&i| intact[i] != intact[at])
+                .unwrap_or(part.end);
+            at = run.end;
+            let whole = run.len() == intact.len() && !beside.written;
+            let joins =
+                run.start == 0 && !beside.before || run.end == intact.len() && !beside.behind;
+            if joins || whole || !intact[run.start] {
+                removable.push(run);
+            }
+        }
+    }
+    removable
 }
 
 impl super::overlays::Overlays {
@@ -231,7 +265,7 @@ impl super::overlays::Overlays {
 
 #[cfg(test)]
 mod tests {
-    use super::{Beside, worthless};
+    use super::{Beside, removable, worthless};
     use proptest::prelude::*;
 
     fn parts(worth: &str) -> Vec<(usize, usize)> {
@@ -248,28 +282,38 @@ mod tests {
     }
 
     #[test]
-    fn what_is_mostly_worthless_goes_as_a_whole() {
+    fn of_what_is_mostly_worthless_all_that_is_worth_nothing_goes() {
         assert_eq!(parts("...."), [(0, 4)]);
-        assert_eq!(parts("....#..."), [(0, 8)]);
+        assert_eq!(parts("....#..."), [(0, 4), (5, 8)]);
+        assert_eq!(parts(".#.............."), [(0, 1), (2, 16)]);
         assert_eq!(parts("....#.."), [(0, 4), (5, 7)]);
     }
 
     proptest! {
         #[test]
-        fn no_overlay_is_cut_in_two(
-            worth in prop::collection::vec(any::<bool>(), 1..200),
+        fn no_mapping_is_cut_in_two(
+            found in prop::collection::vec((any::<bool>(), 0..8), 1..200),
             before: bool,
             behind: bool,
+            written: bool,
         ) {
-            let beside = Beside { before, behind };
-            let gone = worthless(worth.len(), |i| worth[i], beside);
-            let all: usize = gone.iter().map(ExactSizeIterator::len).sum();
-            prop_assert!(all <= worth.len() && gone.len() <= 2);
+            let beside = Beside { before: before || written, behind, written };
+            let intact: Vec<bool> = found.iter().map(|it| it.0).collect();
+            let worth = |i: usize| intact[i] && found[i].1 == 0;
+            let pages = found.len();
+            let gone = removable(worthless(pages, worth, beside), &intact, beside);
+            let mut end = 0;
             for part in gone {
+                prop_assert!(part.start >= end && part.end <= pages && !part.is_empty());
+                end = part.end;
+                prop_assert!(part.clone().all(|i| !worth(i)));
+                let of_one_kind = part.clone().all(|i| intact[i] == intact[part.start]);
+                prop_assert!(of_one_kind);
                 prop_assert!(
-                    part == (0..worth.len())
-                        || (part.start == 0 && !before)
-                        || (part.end == worth.len() && !behind)
+                    !intact[part.start]
+                        || (part == (0..pages) && !written)
+                        || (part.start == 0 && !beside.before)
+                        || (part.end == pages && !beside.behind)
                 );
             }
         }

@@ -217,7 +217,7 @@ impl Memory {
     ) -> Result<u64, Refusal> {
         let (start, end) = (stretch[0].address, stretch[stretch.len() - 1].end());
         let (range, pages) = (start..end, (end - start) / PAGE);
-        if self.overlays.intersects(&range) {
+        if self.is_cut(&range) {
             // An overlay is a mapping of its own, which lost the registration.
             self.uffd
                 .register(&range)
@@ -282,8 +282,7 @@ impl Memory {
         }
         let around = range.start / HUGE_PAGE * HUGE_PAGE..range.end.next_multiple_of(HUGE_PAGE);
         // An overlay is a mapping of its own: around it, nothing is mapped as a whole.
-        let repays =
-            next.is_some_and(|next| around.contains(&next)) && !self.overlays.intersects(&around);
+        let repays = next.is_some_and(|next| around.contains(&next)) && !self.is_cut(&around);
         let whole = |this: &Self| this.pagemap.huge_now(range).ok();
         // What is mapped page by page may be of smaller large folios, of which this shows nothing.
         let was_whole = repays && whole(self) == Some(range.len() / PAGE);
@@ -306,10 +305,17 @@ impl Memory {
                     file: piece.overlay.file,
                     page: piece.overlay.page + first as u64,
                 };
-                self.overlays.insert(piece.address + first * PAGE, part);
+                let address = piece.address + first * PAGE;
+                self.written.remove(&(address..address + count * PAGE));
+                self.overlays.insert(address, part);
                 self.budget.add(2);
             }
         }
+    }
+
+    /// Whether any of `range` is or was an overlay, which are mappings of their own.
+    pub(super) fn is_cut(&self, range: &Range<usize>) -> bool {
+        self.overlays.intersects(range) || self.written.intersects(range)
     }
 
     /// Whether these very store pages lie there, unbroken: then the bytes are equal, and a
@@ -357,7 +363,7 @@ fn together(wanted: &[Wanted], end: usize) -> &[Wanted] {
 }
 
 /// A page that stays protected would stop the guest for ever: this must not fail.
-fn lift(uffd: &Uffd, range: &Range<usize>) {
+pub(super) fn lift(uffd: &Uffd, range: &Range<usize>) {
     if let Err(e) = uffd.unprotect(range) {
         log::error!("cannot lift write protection of {range:x?}: {e}");
     }

@@ -78,6 +78,13 @@ impl GuestRam {
         unsafe { madvise(self.at(page) as *mut _, PAGE, Advice::LinuxCold) }.unwrap();
     }
 
+    /// As a balloon does, after the engine was told.
+    pub(crate) fn discard(&self, pages: std::ops::Range<usize>) {
+        let (at, bytes) = (self.at(pages.start), pages.len() * PAGE);
+        // SAFETY: the memory that `new` mapped, not seen through references for longer than a word.
+        unsafe { madvise(at as *mut _, bytes, Advice::LinuxDontNeed) }.unwrap();
+    }
+
     /// As QEMU sets its guests' memory up.
     pub(crate) fn dont_fork(&self) {
         // SAFETY: the memory that `new` mapped; its content stays.
