@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "changes the environment before main")]
 
 use std::env;
+use std::ffi::CStr;
 use std::fs;
 
 /// Programs that only start others. A script that ends with `exec qemu-system-x86_64 …` is one of
@@ -48,6 +49,20 @@ fn is_vmm_by(registered: Option<&str>, process: u32, name: &str) -> bool {
     is_registered && !is_starter
 }
 
+/// Allocators whose calls for memory come to this library: they are made with the allocator's
+/// locks held, which the engine may wait for with its own. glibc's go to the kernel directly.
+const ALLOCATORS: [(&CStr, &str); 3] = [
+    (c"mallctl", "jemalloc"),
+    (c"tc_version", "tcmalloc"),
+    (c"mi_version", "mimalloc"),
+];
+
+/// The allocator of this process, if it is one of those; `is_there` finds symbols.
+pub(crate) fn allocator(is_there: impl Fn(&CStr) -> bool) -> Option<&'static str> {
+    let found = ALLOCATORS.iter().find(|(symbol, _)| is_there(symbol));
+    found.map(|(_, name)| *name)
+}
+
 /// Takes our variables out of the environment, and our library out of `LD_PRELOAD`.
 pub(crate) fn forget() {
     let rest = env::var("LD_PRELOAD").ok().map(|all| {
@@ -79,7 +94,15 @@ pub(crate) fn forget() {
 
 #[cfg(test)]
 mod tests {
-    use super::{is_vmm_by, reason_for_operator};
+    use super::{allocator, is_vmm_by, reason_for_operator};
+
+    #[test]
+    fn allocators_that_call_through_the_library_are_told_by_their_symbols() {
+        assert_eq!(allocator(|_| false), None);
+        assert_eq!(allocator(crate::interpose::is_there), None);
+        assert_eq!(allocator(|name| name == c"mallctl"), Some("jemalloc"));
+        assert_eq!(allocator(|name| name == c"tc_version"), Some("tcmalloc"));
+    }
 
     #[test]
     fn a_qemu_that_was_only_started_by_the_registered_process_says_why_it_shares_nothing() {

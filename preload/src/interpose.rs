@@ -36,6 +36,12 @@ pub(crate) unsafe fn find_next<F: Copy>(name: &CStr) -> Option<F> {
     (!symbol.is_null()).then(|| unsafe { std::mem::transmute_copy(&symbol) })
 }
 
+/// Whether the program or a library of it has a symbol.
+pub(crate) fn is_there(name: &CStr) -> bool {
+    // SAFETY: a lookup by a valid name.
+    !unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }.is_null()
+}
+
 fn next_ioctl() -> Ioctl {
     static NEXT: OnceLock<Ioctl> = OnceLock::new();
     // SAFETY: `int ioctl(int, unsigned long, ...)` with its one argument in a register.

@@ -128,6 +128,13 @@ pub(crate) fn start() {
     )
     .format_target(false)
     .init();
+    if let Some(allocator) = crate::environment::allocator(crate::interpose::is_there) {
+        log::warn!(
+            "this VM shares nothing: its memory allocator is {allocator}, which calls mmap and madvise where \
+             waiting for the engine would wait for ever; use one with glibc's"
+        );
+        return;
+    }
     let runtime = Runtime {
         process: getpid(),
         slots: Mutex::default(),
