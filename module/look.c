@@ -86,19 +86,8 @@ static __always_inline void add_singles(struct look *look, struct xa_state *xas,
 		unsigned long pfn;
 
 		/* Nothing, a value, or what belongs to the array. */
-		if (!entry || (unsigned long)entry & 3) {
-			if (!xa_is_sibling(entry))
-				break;
-			/* So there was more than one page to the entry before. */
-			if (offset > first) {
-				offset--;
-				if (sight->extent == single)
-					sight--;
-				else
-					sight->extent -= extent(0, 1);
-			}
+		if (!entry || (unsigned long)entry & 3)
 			break;
-		}
 		pfn = folio_pfn(entry);
 		single++;
 		if (pfn == follows)
@@ -106,6 +95,15 @@ static __always_inline void add_singles(struct look *look, struct xa_state *xas,
 		else
 			*++sight = (struct pagefusion_sight){ pfn, single };
 		follows = pfn + 1;
+	}
+	/* If a sibling comes, there is more than one page to the entry before, which is met again. */
+	if (offset > first && offset < XA_CHUNK_SIZE &&
+	    xa_is_sibling(rcu_dereference_raw(slots[offset]))) {
+		offset--;
+		if (sight->extent == single)
+			sight--;
+		else
+			sight->extent -= extent(0, 1);
 	}
 	look->seen = sight - look->sights + 1;
 	look->entries += offset - first;
