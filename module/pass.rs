@@ -173,6 +173,8 @@ pub(crate) fn run(
     }
     let result = result.and_then(|()| pass.finish(scans));
     let findings = pass.findings;
+    // However it went: the host cannot answer what it does not see, and would seem to stand still.
+    pass.session.publish();
     folios.release();
     result.map(|()| findings)
 }
