@@ -4,7 +4,7 @@
 
 use super::gate::Gate;
 use super::registry::Registry;
-use super::vm::Vm;
+use super::vm::{Asker, Vm};
 use crate::protocol::{
     Connection, Encoding, EngineReply, EngineRequest, Hello, HelloReply, MAX_PUBLISH_PAGES, Role,
     VERSION, Welcome,
@@ -69,13 +69,15 @@ fn greet(connection: &mut Connection) -> io::Result<Role> {
 fn serve_requests(registry: &Registry, vm: &Vm, mut connection: Connection) -> io::Result<bool> {
     // Before it can map anything: the next daemon must wait for what it maps.
     vm.engine_seen(registry.runtime())?;
+    let asker = vm.new_asker(connection.stream())?;
     welcome(vm, &mut connection)?;
     answer_all(&mut connection, |request, payload, first| {
-        answer(registry, vm, request, payload, first)
+        answer(registry, (vm, &asker), request, payload, first)
     })
 }
 
-/// Answers requests until the connection ends. `answer` is told which is the first.
+/// Answers requests until the connection ends. `answer` is told which is the first, and ends
+/// the connection with [`StoreError::Unreachable`].
 pub(super) fn answer_all(
     connection: &mut Connection,
     mut answer: impl FnMut(&EngineRequest, &[u8], bool) -> Result<EngineReply, StoreError>,
@@ -95,15 +97,19 @@ pub(super) fn answer_all(
             payload.resize(pages as usize * PAGE, 0);
             connection.receive_payload(&mut payload)?;
         }
-        let reply = answer(&request, &payload, first);
-        connection.send(&reply.unwrap_or_else(|error| EngineReply::Error(error.to_string())))?;
+        let reply = match answer(&request, &payload, first) {
+            Ok(reply) => reply,
+            Err(StoreError::Unreachable(error)) => return Err(error),
+            Err(error) => EngineReply::Error(error.to_string()),
+        };
+        connection.send(&reply)?;
         first = false;
     }
 }
 
 fn answer(
     registry: &Registry,
-    vm: &Vm,
+    (vm, asker): (&Vm, &Arc<Asker>),
     request: &EngineRequest,
     payload: &[u8],
     first: bool,
@@ -113,7 +119,7 @@ fn answer(
             return Ok(EngineReply::Published(vec![None; payload.len() / PAGE]));
         }
     }
-    let mut gate = Gate::of(vm);
+    let mut gate = Gate::of(vm, asker)?;
     let reply = gate.answer(request, payload, first)?;
     let reports = match request {
         EngineRequest::Publish { .. } => gate.store().take_reports(),

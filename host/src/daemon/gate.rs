@@ -3,13 +3,14 @@
 //! What stands between an engine and its group's store: the operator's word. It holds
 //! whatever the engine does.
 
-use super::vm::Vm;
+use super::vm::{Asker, Vm};
 use crate::protocol::{
     EngineReply, EngineRequest, FileKey, FileSpan, Segment, Sighting, StorePage, Verdict,
 };
 use crate::store::batches::pages_of;
 use crate::store::{Group, PAGE, StoreError};
 use std::collections::HashSet;
+use std::io;
 use std::sync::{Arc, MutexGuard};
 
 /// The store of a VM's group, locked, as far as the VM may use it.
@@ -21,10 +22,17 @@ pub(super) struct Gate<'a> {
 }
 
 impl<'a> Gate<'a> {
-    pub(super) fn of(vm: &'a Vm) -> Self {
+    /// For a request that came by `asker`; an error if that is not the newest any more.
+    pub(super) fn of(vm: &'a Vm, asker: &Arc<Asker>) -> Result<Self, StoreError> {
         let store = vm.store();
+        if !vm.hears(asker) {
+            return Err(StoreError::Unreachable(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "a request came late: the engine has connected again",
+            )));
+        }
         // Looked at with the store locked: what the operator noted before holds here.
-        Self::new(vm.number, vm.undone_files(), store)
+        Ok(Self::new(vm.number, vm.undone_files(), store))
     }
 
     /// The same for a VM given by its number and the files that it shall not share.

@@ -15,6 +15,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most connections of an engine at one time.
@@ -25,6 +26,14 @@ const MAX_CONNECTIONS: usize = 4;
 struct HugePages {
     wanted: SplitHugePages,
     told: SplitHugePages,
+}
+
+/// A connection on which the engine asks.
+#[derive(Debug)]
+pub(super) struct Asker {
+    /// In the order in which they were welcomed.
+    number: u64,
+    stream: UnixStream,
 }
 
 /// A living VM.
@@ -51,6 +60,10 @@ pub(super) struct Vm {
     undone_files: Mutex<Arc<HashSet<FileKey>>>,
     device_connection: Mutex<Option<UnixStream>>,
     engine_connections: Mutex<Vec<UnixStream>>,
+    /// How many have been welcomed to ask.
+    askers: AtomicU64,
+    /// The newest that has asked. Compared and changed with the store locked.
+    asker: Mutex<Option<Arc<Asker>>>,
 }
 
 impl Vm {
@@ -88,6 +101,8 @@ impl Vm {
             record: Mutex::new(record),
             device_connection: Mutex::default(),
             engine_connections: Mutex::default(),
+            askers: AtomicU64::default(),
+            asker: Mutex::default(),
         })
     }
 
@@ -230,6 +245,32 @@ impl Vm {
         }
         connections.push(stream.try_clone()?);
         Ok(true)
+    }
+
+    /// Numbers a connection on which the engine will ask, before it is welcome to.
+    pub(super) fn new_asker(&self, stream: &UnixStream) -> io::Result<Arc<Asker>> {
+        Ok(Arc::new(Asker {
+            stream: stream.try_clone()?,
+            number: self.askers.fetch_add(1, Ordering::Relaxed),
+        }))
+    }
+
+    /// Whether the engine has asked on no newer connection: what it gave up waiting for must
+    /// not be done after it has told again what it maps. Ends the older ones. The store must
+    /// be locked, and stay so until the request is done.
+    pub(super) fn hears(&self, asker: &Arc<Asker>) -> bool {
+        let mut newest = lock(&self.asker);
+        match &*newest {
+            Some(it) if it.number == asker.number => return true,
+            Some(it) if it.number > asker.number => return false,
+            Some(older) => {
+                // Wakes its thread. What is queued there still comes, and is not heard.
+                let _ = older.stream.shutdown(Shutdown::Both);
+            }
+            None => {}
+        }
+        *newest = Some(asker.clone());
+        true
     }
 
     /// Closes everything: the process is gone.

@@ -7,6 +7,7 @@ mod hostile;
 mod lives;
 mod operator;
 mod policy;
+mod reconnects;
 mod support;
 mod users;
 mod vmm;

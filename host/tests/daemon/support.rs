@@ -166,9 +166,10 @@ impl Daemon {
         let pid = |it: std::fs::DirEntry| it.file_name().to_str().unwrap().parse().unwrap();
         let nice = |pid| {
             let pid = rustix::process::Pid::from_raw(pid);
-            rustix::process::getpriority_process(pid).unwrap()
+            // None for a thread that has just ended.
+            rustix::process::getpriority_process(pid).ok()
         };
-        threads.map(|it| nice(pid(it.unwrap()))).collect()
+        threads.filter_map(|it| nice(pid(it.unwrap()))).collect()
     }
 
     /// Waits for a line of the log.
