@@ -3,7 +3,7 @@
 //! What stands between an engine and its group's store: the operator's word. It holds
 //! whatever the engine does.
 
-use super::vm::{Asker, Vm};
+use super::vm::{Asker, Heard, Vm};
 use crate::protocol::{
     EngineReply, EngineRequest, FileKey, FileSpan, Segment, Sighting, StorePage, Verdict,
 };
@@ -24,12 +24,16 @@ pub(super) struct Gate<'a> {
 impl<'a> Gate<'a> {
     /// For a request that came by `asker`; an error if that is not the newest any more.
     pub(super) fn of(vm: &'a Vm, asker: &Arc<Asker>) -> Result<Self, StoreError> {
-        let store = vm.store();
-        if !vm.hears(asker) {
-            return Err(StoreError::Unreachable(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                "a request came late: the engine has connected again",
-            )));
+        let mut store = vm.store();
+        match vm.hears(asker) {
+            Heard::Again => {}
+            Heard::First => store.begin_announcement(vm.number),
+            Heard::Late => {
+                return Err(StoreError::Unreachable(io::Error::new(
+                    io::ErrorKind::ConnectionAborted,
+                    "a request came late: the engine has connected again",
+                )));
+            }
         }
         // Looked at with the store locked: what the operator noted before holds here.
         Ok(Self::new(vm.number, vm.undone_files(), store))

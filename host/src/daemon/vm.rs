@@ -36,6 +36,17 @@ pub(super) struct Asker {
     stream: UnixStream,
 }
 
+/// What a request is to its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Heard {
+    /// The first on the connection that is now the newest.
+    First,
+    /// Another on that connection.
+    Again,
+    /// One on an older connection: it must not be done.
+    Late,
+}
+
 /// A living VM.
 #[derive(Debug)]
 pub(super) struct Vm {
@@ -255,14 +266,14 @@ impl Vm {
         }))
     }
 
-    /// Whether the engine has asked on no newer connection: what it gave up waiting for must
+    /// Whether the engine has asked on a newer connection: what it gave up waiting for must
     /// not be done after it has told again what it maps. Ends the older ones. The store must
     /// be locked, and stay so until the request is done.
-    pub(super) fn hears(&self, asker: &Arc<Asker>) -> bool {
+    pub(super) fn hears(&self, asker: &Arc<Asker>) -> Heard {
         let mut newest = lock(&self.asker);
         match &*newest {
-            Some(it) if it.number == asker.number => return true,
-            Some(it) if it.number > asker.number => return false,
+            Some(it) if it.number == asker.number => return Heard::Again,
+            Some(it) if it.number > asker.number => return Heard::Late,
             Some(older) => {
                 // Wakes its thread. What is queued there still comes, and is not heard.
                 let _ = older.stream.shutdown(Shutdown::Both);
@@ -270,7 +281,7 @@ impl Vm {
             None => {}
         }
         *newest = Some(asker.clone());
-        true
+        Heard::First
     }
 
     /// Closes everything: the process is gone.

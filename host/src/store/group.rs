@@ -106,6 +106,9 @@ struct Vm {
     limits: VmLimits,
     /// Granted to nobody else when that was last asked.
     alone: RoaringBitmap,
+    /// While its engine announces what it maps: what was granted, or granted again, since it
+    /// began to.
+    renewed: Option<RoaringBitmap>,
 }
 
 /// The page store of one trust group.
@@ -338,6 +341,14 @@ impl Group {
         Ok(())
     }
 
+    /// A VM's engine has connected again. What it was granted before and has not announced by
+    /// the end of its announcement it does not map: the answer was lost.
+    pub fn begin_announcement(&mut self, vm: u32) {
+        if let Some(it) = self.vms.get_mut(&vm) {
+            it.renewed = Some(RoaringBitmap::new());
+        }
+    }
+
     /// [`crate::protocol::EngineRequest::Announce`]. Only pages that are in the store can be
     /// announced; anything else is passed over.
     pub fn announce(
@@ -350,7 +361,12 @@ impl Group {
         // Under the daemon before it was granted what it maps, whatever the limits are now.
         let adopted = self.is_waiting_for(vm);
         // What is wrong in them is passed over below.
-        check_spans(holdings.iter().map(|it| (0, u64::from(it.span.pages))))?;
+        let checked = check_spans(holdings.iter().map(|it| (0, u64::from(it.span.pages))));
+        if let (Err(_), Some(it)) = (&checked, self.vms.get_mut(&vm)) {
+            // Nobody knows what it maps.
+            it.renewed = None;
+        }
+        checked?;
         for Holding { span, store } in holdings {
             let pages = span.page..span.page.saturating_add(u64::from(span.pages));
             let stores = *store..store.saturating_add(span.pages);
@@ -368,6 +384,7 @@ impl Group {
             self.files.prune(file);
         }
         if last {
+            self.drop_unannounced(vm);
             if let Some(adoption) = &mut self.adoption {
                 adoption.settle(vm);
             }
@@ -646,11 +663,28 @@ impl Group {
         }
     }
 
+    fn drop_unannounced(&mut self, vm: u32) {
+        let Some(it) = self.vms.get_mut(&vm) else {
+            return;
+        };
+        let Some(renewed) = it.renewed.take() else {
+            return;
+        };
+        let lost = &it.granted - renewed;
+        it.granted -= &lost;
+        self.granted -= lost.len();
+        self.drop_references(&lost);
+    }
+
     fn grant(&mut self, vm: u32, store: StorePage) {
         let Some(page) = self.index.page_mut(store) else {
             return;
         };
-        if self.vms.entry(vm).or_default().granted.insert(store) {
+        let vm = self.vms.entry(vm).or_default();
+        if let Some(renewed) = &mut vm.renewed {
+            renewed.insert(store);
+        }
+        if vm.granted.insert(store) {
             page.references += 1;
             self.granted += 1;
         }
@@ -660,7 +694,9 @@ impl Group {
     /// how many.
     fn grant_range(&mut self, vm: u32, first: StorePage, pages: u32) -> u32 {
         let room = self.room(vm);
-        let granted = &mut self.vms.entry(vm).or_default().granted;
+        let Vm {
+            granted, renewed, ..
+        } = self.vms.entry(vm).or_default();
         let mut new = RoaringBitmap::new();
         new.insert_range(first..first + pages);
         for page in granted.range(first..first + pages) {
@@ -671,6 +707,9 @@ impl Group {
         let end = end.unwrap_or(first + pages);
         new.remove_range(end..);
         granted.insert_range(first..end);
+        if let Some(renewed) = renewed {
+            renewed.insert_range(first..end);
+        }
         self.granted += new.len();
         for store in new {
             if let Some(page) = self.index.page_mut(store) {

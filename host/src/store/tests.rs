@@ -539,6 +539,47 @@ fn a_new_daemon_keeps_what_is_mapped_and_only_that() {
 }
 
 #[test]
+fn what_an_engine_does_not_announce_after_connecting_again_is_given_back() {
+    let mut group = group_of(3);
+    let file = key(1, 100);
+    let pages = share(&mut group, file, 0, &[1, 2, 3, 4, 5]);
+    let granted = |group: &Group| group.vm_statistics(2).granted;
+    // Without a new connection nothing is known to be lost.
+    group.announce(2, &[], true).unwrap();
+    assert_eq!(granted(&group), 5);
+
+    group.begin_announcement(2);
+    group
+        .announce(2, &[holding(file, 0, 2, pages[0])], false)
+        .unwrap();
+    // Granted before the announcement is over, by name and by content.
+    lookup(&mut group, 2, file, 2, 1);
+    let found = sight(&mut group, 2, file, 60, &[4]);
+    assert_eq!(found, [Verdict::Found(pages[3])]);
+    assert_eq!(granted(&group), 5);
+    group.announce(2, &[], true).unwrap();
+    assert_eq!(granted(&group), 4);
+    assert_eq!(
+        (group.statistics().store_pages, allocated_pages(&group)),
+        (4, 4)
+    );
+    // That was all.
+    group.announce(2, &[], true).unwrap();
+    assert_eq!(granted(&group), 4);
+
+    // What others have stays, and what could not be announced is not taken for lost.
+    lookup(&mut group, 3, file, 0, 4);
+    group.begin_announcement(2);
+    group.announce(2, &[], true).unwrap();
+    assert_eq!((granted(&group), allocated_pages(&group)), (0, 4));
+    group.begin_announcement(3);
+    let rubbish = holding(file, 0, MAX_REQUEST_PAGES as u32 + 1, pages[0]);
+    group.announce(3, &[rubbish], false).unwrap_err();
+    group.announce(3, &[], true).unwrap();
+    assert_eq!(group.vm_statistics(3).granted, 4);
+}
+
+#[test]
 fn a_vm_that_ends_is_not_waited_for() {
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = directory.path().join("group.pages");

@@ -110,3 +110,27 @@ fn a_connection_that_never_asks_ends_no_other() {
     assert_eq!(ask(&mut second, &lookup), nothing);
     assert_eq!(first.stream().read(&mut [0; 1]).unwrap(), 0);
 }
+
+#[test]
+fn what_was_granted_in_an_answer_that_was_lost_is_given_back() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let vm = become_vm_of(&host, "g");
+    let (mut old, welcome) = welcomed(&vm);
+    let pages = [0, 1, 2].map(|page| publish(&mut old, &welcome, page));
+    assert_eq!(host.stored_pages(), 3);
+    let (mut new, _) = welcomed(&vm);
+    for (holding, last) in [(0, false), (2, true)] {
+        let holding = Holding {
+            span: span(holding, 1),
+            store: pages[holding as usize],
+        };
+        let announce = EngineRequest::Announce {
+            holdings: vec![holding],
+            last,
+        };
+        assert_eq!(host.stored_pages(), 3);
+        assert_eq!(ask(&mut new, &announce), EngineReply::Done);
+    }
+    assert_eq!(host.stored_pages(), 2);
+}
