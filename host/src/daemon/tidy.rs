@@ -13,6 +13,8 @@ const MAX_SPANS: usize = 1 << 16;
 /// may copy pages.
 pub(super) fn tidy(registry: &Registry) {
     for vm in registry.vms() {
+        // Others get hold of the store in between.
+        while vm.store().clear_strays() {}
         let mut alone = vm.store().take_alone(vm.number);
         alone.truncate(MAX_SPANS);
         let Some(answer) = vm.control.ask(ControlRequest::Tidy { alone }) else {

@@ -54,6 +54,12 @@ impl StoreFile {
         Ok(rustix::fs::fstat(&self.fd)?.st_blocks as u64 * 512)
     }
 
+    /// Pages up to its end.
+    pub(super) fn pages(&self) -> io::Result<StorePage> {
+        let bytes = rustix::fs::fstat(&self.fd)?.st_size as u64;
+        Ok(StorePage::try_from(bytes.div_ceil(PAGE as u64)).unwrap_or(StorePage::MAX))
+    }
+
     /// Reads whole pages into `bytes`. Holes and what lies behind the end read as zeros.
     pub(super) fn read(&self, page: StorePage, bytes: &mut [u8]) -> io::Result<()> {
         let mut done = 0;

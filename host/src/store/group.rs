@@ -17,10 +17,17 @@ use crate::protocol::{
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 /// Most pages in one request other than a publication.
 pub const MAX_REQUEST_PAGES: u64 = 1 << 16;
+
+/// Memory of a store beyond its pages that is let be: this many pages, and this part of them.
+const STRAY_PAGES: u64 = 256;
+const STRAY_PART: u64 = 64;
+/// Most ranges cleared of strays before others get hold of the store.
+const MAX_CLEARED: usize = 1024;
 
 /// What a group may take of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +133,8 @@ pub struct Group {
     store_full: u64,
     /// Sum over the VMs.
     granted: u64,
+    /// Store page up to which strays are cleared.
+    cleared: StorePage,
     /// While only learning.
     estimate: Option<Estimate>,
 }
@@ -154,6 +163,7 @@ impl Group {
             reports: Vec::new(),
             store_full: 0,
             granted: 0,
+            cleared: 0,
             estimate: None,
         };
         group.finish_adoption();
@@ -224,6 +234,54 @@ impl Group {
             adoption.settle(vm);
         }
         self.finish_adoption();
+        self.clear_strays();
+    }
+
+    /// Gives back memory that belongs to no page: whoever maps the store and touches what lies
+    /// between its pages makes the kernel take some, and no limit counts it. Returns whether
+    /// there is more to do, which can wait.
+    pub fn clear_strays(&mut self) -> bool {
+        match self.try_clear_strays() {
+            Ok(more) => more,
+            Err(error) => {
+                log::error!("cannot give memory between the pages back: {error}");
+                false
+            }
+        }
+    }
+
+    fn try_clear_strays(&mut self) -> io::Result<bool> {
+        // What was there when a file was taken over is in the index until that is over.
+        let pages = self.index.len() as u64;
+        let most = pages + pages / STRAY_PART + STRAY_PAGES;
+        if self.adoption.is_some() || self.file.allocated_bytes()? / PAGE as u64 <= most {
+            return Ok(false);
+        }
+        // Every page is granted to somebody.
+        let mut used = RoaringBitmap::new();
+        for vm in self.vms.values() {
+            used |= &vm.granted;
+        }
+        let end = self.file.pages()?;
+        let mut from = std::mem::take(&mut self.cleared);
+        used.remove_range(..from);
+        used.remove_range(end..);
+        let mut cleared = 0;
+        for span in spans(&used) {
+            if cleared == MAX_CLEARED {
+                self.cleared = from;
+                return Ok(true);
+            }
+            if from < span.page {
+                self.file.punch(from, span.page - from)?;
+                cleared += 1;
+            }
+            from = span.page + span.pages;
+        }
+        if from < end {
+            self.file.punch(from, end - from)?;
+        }
+        Ok(false)
     }
 
     /// Whether the VM lived under an earlier daemon and may map pages it has not announced.
@@ -315,10 +373,12 @@ impl Group {
         check_bytes(spans, bytes)?;
         check_spans(spans.iter().map(|it| (it.page, u64::from(it.pages))))?;
         let mut bytes = whole_pages(bytes);
+        let mut clean = 0..0;
         for span in spans {
             let pages = span.page..span.page + u64::from(span.pages);
-            for (page, bytes) in pages.zip(&mut bytes) {
-                out.push(self.publish_page(vm, &span.file, page, bytes));
+            for (page, bytes) in pages.clone().zip(&mut bytes) {
+                let following = (pages.end - page) as u32;
+                out.push(self.publish_page(vm, (&span.file, page), bytes, following, &mut clean));
             }
         }
         Ok(())
@@ -572,9 +632,10 @@ impl Group {
     fn publish_page(
         &mut self,
         vm: u32,
-        key: &FileKey,
-        page: u64,
+        (key, page): (&FileKey, u64),
         bytes: &[u8; PAGE],
+        following: u32,
+        clean: &mut Range<StorePage>,
     ) -> Option<StorePage> {
         let hash = hash_page(self.seed, bytes);
         let file = self.files.intern(key);
@@ -585,7 +646,7 @@ impl Group {
                 self.limit(vm, 1);
                 None
             }
-            Ok(None) => self.write_new(reporter, hash, bytes),
+            Ok(None) => self.write_new(reporter, hash, bytes, following, clean),
             Err(error) => {
                 log::error!("cannot read the page store: {error}");
                 None
@@ -615,7 +676,16 @@ impl Group {
         Ok(None)
     }
 
-    fn write_new(&mut self, by: Reporter, hash: u64, bytes: &[u8; PAGE]) -> Option<StorePage> {
+    /// `following` pages of the publication, this one among them, may come to lie side by side;
+    /// those in `clean` have been found or made holes.
+    fn write_new(
+        &mut self,
+        by: Reporter,
+        hash: u64,
+        bytes: &[u8; PAGE],
+        following: u32,
+        clean: &mut Range<StorePage>,
+    ) -> Option<StorePage> {
         match self.sightings.find(hash) {
             Some(other) if other != by => {}
             // The other reporter has gone in the meantime, or there never was one.
@@ -641,7 +711,7 @@ impl Group {
             self.store_full += 1;
             return None;
         };
-        if let Err(error) = self.file.write(store, bytes) {
+        if let Err(error) = self.write_anew(store, bytes, following, clean) {
             log::debug!("cannot write to the page store: {error}");
             self.store_full += 1;
             self.index.give(&mut self.files, store);
@@ -650,6 +720,23 @@ impl Group {
         self.index.insert(store, hash, by.vm);
         self.vms.entry(by.vm).or_default().published += 1;
         Some(store)
+    }
+
+    /// Writes a page into memory that nobody has mapped before it was a page.
+    fn write_anew(
+        &self,
+        store: StorePage,
+        bytes: &[u8; PAGE],
+        following: u32,
+        clean: &mut Range<StorePage>,
+    ) -> io::Result<()> {
+        if !clean.contains(&store) {
+            // At once for the whole run: for each page it would cost a third of the write.
+            let run = self.index.unused(store, following).max(1);
+            self.file.punch(store, run)?;
+            *clean = store..store.saturating_add(run);
+        }
+        self.file.write(store, bytes)
     }
 
     /// The page is in the store now: whoever else has it shall report it again.

@@ -156,6 +156,14 @@ impl Index {
             .or_else(|| self.space.take(1))
     }
 
+    /// How many pages from `store` on, of at most `most`, are not in the index.
+    pub(super) fn unused(&self, store: StorePage, most: u32) -> u32 {
+        let unused = |at: &StorePage| !self.pages.contains_key(at);
+        (store..store.saturating_add(most))
+            .take_while(unused)
+            .count() as u32
+    }
+
     /// Gives a number back that has no page.
     pub(super) fn give(&mut self, files: &mut Files, store: StorePage) {
         match self.chunk_of(store) {
@@ -177,6 +185,10 @@ impl Index {
         );
         if let Some(base) = self.chunk_of(store).map(|(base, _)| base) {
             self.chunks.get_mut(&base).expect("just found").used += 1;
+        }
+        // More of a kind, as in a file taken over, would only make all of them slow to find.
+        if self.candidates(hash).count() >= MAX_CANDIDATES {
+            return;
         }
         let Self {
             pages,
@@ -337,4 +349,22 @@ impl Index {
 fn chunk_pages(size: u64, page: u64) -> Option<u32> {
     let pages = size.div_ceil(super::PAGE as u64);
     (page < pages).then(|| (pages - page / CHUNK * CHUNK).min(CHUNK) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_equal_pages_few_are_found_by_content_and_all_can_go() {
+        let (mut index, mut files) = (Index::new(), Files::default());
+        for store in 0..1000 {
+            index.insert_foreign(store, 7);
+        }
+        assert_eq!((index.len(), index.contents.len()), (1000, MAX_CANDIDATES));
+        for store in 0..1000 {
+            assert_eq!(index.remove(&mut files, store).map(|it| it.hash), Some(7));
+        }
+        assert_eq!((index.len(), index.contents.len()), (0, 0));
+    }
 }
