@@ -22,6 +22,9 @@ pub(super) const CHUNK: u64 = 16_384;
 pub(super) const MAX_CANDIDATES: usize = 4;
 /// Most names of one store page besides that of its own place.
 const MAX_NAMES: usize = 64;
+/// Most names of all pages: so many for each page, and so many more.
+const NAMES_PER_PAGE: usize = 4;
+const MORE_NAMES: usize = 1 << 16;
 /// Below this many free page numbers new files get no chunks any more, only single pages.
 const SCARCE: u64 = 1 << 30;
 
@@ -51,6 +54,8 @@ pub(super) struct Index {
     pages: HashMap<StorePage, Page>,
     contents: HashTable<StorePage>,
     names: HashMap<StorePage, Vec<(FileId, u64)>>,
+    /// How many there are.
+    named: usize,
     chunks: BTreeMap<StorePage, Chunk>,
     space: Space,
     hasher: DefaultHashBuilder,
@@ -62,6 +67,7 @@ impl Index {
             pages: HashMap::new(),
             contents: HashTable::new(),
             names: HashMap::new(),
+            named: 0,
             chunks: BTreeMap::new(),
             space: Space::new(),
             hasher: DefaultHashBuilder::default(),
@@ -207,23 +213,25 @@ impl Index {
         self.insert(store, hash, 0);
     }
 
-    /// Makes `store` found as `page` of `file`, if it is not by its place.
+    /// Makes `store` found as `page` of `file`, if it is not by its place. With too many names
+    /// it is only found by its content: files can be invented, and names stay as long as pages.
     pub(super) fn name(&mut self, files: &mut Files, file: FileId, page: u64, store: StorePage) {
         let record = files.get_mut(file);
         let base = record.chunk(page / CHUNK);
         if base.and_then(|base| self.in_chunk(base, page)) == Some(store) {
             return;
         }
-        let names = self
-            .names
-            .entry(store)
-            .or_insert_with(|| Vec::with_capacity(1));
-        if names.len() >= MAX_NAMES && !names.contains(&(file, page)) {
+        let names = self.names.get(&store).map_or(&[][..], Vec::as_slice);
+        let all = self.pages.len() * NAMES_PER_PAGE + MORE_NAMES;
+        if (names.len() >= MAX_NAMES || self.named >= all) && !names.contains(&(file, page)) {
             return;
         }
         let (new, dropped) = record.add_alias(page, store);
         if new {
+            let names = self.names.entry(store);
+            let names = names.or_insert_with(|| Vec::with_capacity(1));
             names.push((file, page));
+            self.named += 1;
         }
         if let Some(dropped) = dropped {
             self.forget_name(dropped, file, page);
@@ -279,7 +287,9 @@ impl Index {
             entry.remove();
         }
         self.pages.remove(&store);
-        for (file, page) in self.names.remove(&store).unwrap_or_default() {
+        let names = self.names.remove(&store).unwrap_or_default();
+        self.named -= names.len();
+        for (file, page) in names {
             files.get_mut(file).remove_alias(page, store);
             files.prune(file);
         }
@@ -336,7 +346,9 @@ impl Index {
 
     fn forget_name(&mut self, store: StorePage, file: FileId, page: u64) {
         if let Some(names) = self.names.get_mut(&store) {
+            let before = names.len();
             names.retain(|&name| name != (file, page));
+            self.named -= before - names.len();
             if names.is_empty() {
                 self.names.remove(&store);
             }
@@ -354,6 +366,57 @@ fn chunk_pages(size: u64, page: u64) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn file(files: &mut Files, inode: u64) -> FileId {
+        files.intern(&FileKey {
+            fs_uuid: [0; 16],
+            inode,
+            size: 0,
+            mtime_ns: 0,
+            generation: 0,
+            kind: 1,
+        })
+    }
+
+    #[test]
+    fn invented_names_are_limited_and_there_is_room_again_when_pages_go() {
+        const PAGES: u32 = 1200;
+        let (mut index, mut files) = (Index::new(), Files::default());
+        (0..PAGES).for_each(|store| index.insert_foreign(store, u64::from(store)));
+        for inode in 0..MAX_NAMES as u64 {
+            let file = file(&mut files, inode);
+            for store in 0..PAGES {
+                index.name(&mut files, file, u64::from(store), store);
+            }
+            files.prune(file);
+        }
+        let most = PAGES as usize * NAMES_PER_PAGE + MORE_NAMES;
+        assert_eq!(index.named, most);
+        let count = |index: &Index| index.names.values().map(Vec::len).sum::<usize>();
+        assert_eq!(count(&index), most);
+        let found = |index: &Index, files: &Files, file, page| {
+            let mut found = None;
+            index.lookup(files, file, page..page + 1, |store| found = store);
+            found
+        };
+        let last = file(&mut files, MAX_NAMES as u64 - 1);
+        assert_eq!(found(&index, &files, last, 1199), None);
+        for store in 0..PAGES / 2 {
+            index.remove(&mut files, store);
+        }
+        assert_eq!(count(&index), index.named);
+        index.name(&mut files, last, 1199, 1199);
+        assert_eq!(found(&index, &files, last, 1199), Some(1199));
+        // Another content of a page that has as many as it can takes the place of the oldest.
+        for store in PAGES / 2..PAGES / 2 + 50 {
+            index.name(&mut files, last, 7, store);
+        }
+        assert_eq!(count(&index), index.named);
+        for store in PAGES / 2..PAGES {
+            index.remove(&mut files, store);
+        }
+        assert_eq!((index.named, files.len()), (0, 0));
+    }
 
     #[test]
     fn of_many_equal_pages_few_are_found_by_content_and_all_can_go() {
