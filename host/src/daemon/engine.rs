@@ -24,6 +24,11 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Serves a connection until it ends.
 pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
+    let Some(_serving) = vm.enter() else {
+        log::warn!("VM {} ({}) keeps too many threads busy", vm.number, vm.name);
+        let _ = stream.shutdown(Shutdown::Both);
+        return;
+    };
     let result = stream.try_clone().and_then(|stream| {
         let mut connection = Connection::new(stream, Encoding::Postcard, LIMIT)?;
         match greet(&mut connection)? {
@@ -137,6 +142,10 @@ fn answer(
 /// Holds a VM to its rate and to its group's, before it gets hold of the store; whether what
 /// it has to publish can be taken within a reasonable time.
 fn wait_for_pace(vm: &Vm, bytes: usize) -> bool {
+    if bytes == 0 {
+        // It would wait for what others have taken.
+        return true;
+    }
     for pace in [&vm.pace, &*vm.group_store.pace] {
         match pace.take(bytes) {
             Some(wait) => std::thread::sleep(wait),

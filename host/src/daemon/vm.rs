@@ -15,11 +15,14 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most connections of an engine at one time.
 const MAX_CONNECTIONS: usize = 4;
+/// Most threads that serve them. One whose connection is closed may still be at its last
+/// request.
+const MAX_THREADS: usize = 16;
 
 /// Whether huge pages are split: as the operator wants it, and as the engine was told last.
 #[derive(Clone, Copy, Debug, Default)]
@@ -34,6 +37,16 @@ pub(super) struct Asker {
     /// In the order in which they were welcomed.
     number: u64,
     stream: UnixStream,
+}
+
+/// A thread that serves a connection.
+#[derive(Debug)]
+pub(super) struct Serving<'a>(&'a AtomicUsize);
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What a request is to its VM.
@@ -71,6 +84,7 @@ pub(super) struct Vm {
     undone_files: Mutex<Arc<HashSet<FileKey>>>,
     device_connection: Mutex<Option<UnixStream>>,
     engine_connections: Mutex<Vec<UnixStream>>,
+    threads: AtomicUsize,
     /// How many have been welcomed to ask.
     askers: AtomicU64,
     /// The newest that has asked. Compared and changed with the store locked.
@@ -112,6 +126,7 @@ impl Vm {
             record: Mutex::new(record),
             device_connection: Mutex::default(),
             engine_connections: Mutex::default(),
+            threads: AtomicUsize::default(),
             askers: AtomicU64::default(),
             asker: Mutex::default(),
         })
@@ -256,6 +271,13 @@ impl Vm {
         }
         connections.push(stream.try_clone()?);
         Ok(true)
+    }
+
+    /// Counts a thread that serves a connection, until the answer is dropped; `None` when there
+    /// are too many.
+    pub(super) fn enter(&self) -> Option<Serving<'_>> {
+        let serving = Serving(&self.threads);
+        (self.threads.fetch_add(1, Ordering::Relaxed) < MAX_THREADS).then_some(serving)
     }
 
     /// Numbers a connection on which the engine will ask, before it is welcome to.

@@ -5,12 +5,16 @@
 use crate::hostile::{become_vm_of, welcomed};
 use crate::support::{Daemon, Host, content, key};
 use pagefusion_host::protocol::{
-    Connection, EngineReply, EngineRequest, FileSpan, Holding, Segment, Sighting, StorePage,
-    StoreSpan, Verdict, Welcome,
+    Connection, Encoding, EngineReply, EngineRequest, FileSpan, Hello, HelloReply, Holding, Role,
+    Segment, Sighting, StorePage, StoreSpan, VERSION, Verdict, Welcome,
 };
 use pagefusion_host::store::{PAGE, hash_page};
 use std::io::Read;
-use std::time::Duration;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+const LIMIT: Duration = Duration::from_secs(10);
 
 fn ask(connection: &mut Connection, request: &EngineRequest) -> EngineReply {
     connection.send(request).unwrap();
@@ -133,4 +137,67 @@ fn what_was_granted_in_an_answer_that_was_lost_is_given_back() {
         assert_eq!(ask(&mut new, &announce), EngineReply::Done);
     }
     assert_eq!(host.stored_pages(), 2);
+}
+
+/// Has the rate be used up by publications that are answered, or waited for by the last.
+fn use_rate_up(connection: &mut Connection) {
+    let spans = vec![span(100, 64)];
+    let slow = EngineRequest::Publish { spans };
+    let payload = vec![1; 64 * PAGE];
+    for _ in 0..2 {
+        connection.send_with_payload(&slow, &payload).unwrap();
+    }
+}
+
+#[test]
+fn a_publication_of_nothing_waits_for_nobody() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    assert_eq!(host.ctl("set --all --each-vm --publish-rate 256K").0, 0);
+    let vm = become_vm_of(&host, "g");
+    let (mut busy, _) = welcomed(&vm);
+    use_rate_up(&mut busy);
+    let _: EngineReply = busy.receive().unwrap();
+    let (mut other, _) = welcomed(&vm);
+    // For the second to be counted, which waits for a second.
+    std::thread::sleep(Duration::from_millis(100));
+    let begin = Instant::now();
+    let nothing = EngineRequest::Publish { spans: vec![] };
+    assert_eq!(ask(&mut other, &nothing), EngineReply::Published(vec![]));
+    assert!(begin.elapsed() < Duration::from_millis(500));
+}
+
+#[test]
+fn connections_that_are_closed_at_one_end_keep_few_threads_busy() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    assert_eq!(host.ctl("set --all --each-vm --publish-rate 256K").0, 0);
+    let vm = become_vm_of(&host, "g");
+    let before = daemon.niceness().len();
+    let (mut busy, _) = welcomed(&vm);
+    use_rate_up(&mut busy);
+    let mut held = Vec::new();
+    for page in 0..40 {
+        let stream = UnixStream::connect(vm.directory.join("engine.sock")).unwrap();
+        let mut connection = Connection::new(stream, Encoding::Postcard, LIMIT).unwrap();
+        let hello = Hello {
+            version: VERSION,
+            role: Role::Requests,
+        };
+        // Those beyond the limit are closed at once.
+        let welcome = connection.send(&hello).and_then(|()| connection.receive());
+        if !matches!(welcome, Ok(HelloReply::Welcome(_))) {
+            continue;
+        }
+        let spans = vec![span(page, 1)];
+        let publish = EngineRequest::Publish { spans };
+        let sent = connection.send_with_payload(&publish, &[0; PAGE]);
+        let half = connection.stream().shutdown(Shutdown::Write);
+        if sent.and(half).is_ok() {
+            held.push(connection);
+        }
+    }
+    let threads = daemon.niceness().len();
+    assert!(threads <= before + 16, "{threads} threads, {before} before");
+    daemon.expect("keeps too many threads busy");
 }
