@@ -3,6 +3,7 @@
 //! A process that stays the same process even when its number is used again.
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,23 +17,35 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// The process that has `pid` now.
+    /// The process that has `pid` now. [`io::ErrorKind::NotFound`] means that there certainly is
+    /// none; with any other error nobody knows.
     pub(super) fn open(pid: i32) -> io::Result<Self> {
         let gone = || io::Error::new(io::ErrorKind::NotFound, format!("process {pid} is gone"));
-        let raw = Pid::from_raw(pid).ok_or_else(gone)?;
-        let pidfd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
-        let start_time = start_time(pid)?;
-        let process = Self {
+        let raw = Some(pid).filter(|pid| *pid > 0).and_then(Pid::from_raw);
+        let raw = raw.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("{pid} is no process"))
+        })?;
+        let pidfd =
+            rustix::process::pidfd_open(raw, PidfdFlags::empty()).map_err(|error| match error {
+                // The last two, by version of the kernel: the number is that of a mere thread of
+                // another process now.
+                Errno::SRCH | Errno::NOENT | Errno::INVAL => gone(),
+                error => error.into(),
+            })?;
+        let start_time = start_time(pid);
+        // Living now, it was living between the two steps above.
+        if has_ended(&pidfd)? {
+            return Err(gone());
+        }
+        let start_time = start_time.map_err(|error| {
+            // Not even NotFound means that it has ended: /proc may be missing, or hide it.
+            io::Error::other(format!("/proc/{pid}/stat: {error}"))
+        })?;
+        Ok(Self {
             pid,
             start_time,
             pidfd,
-        };
-        // Living now, it was living between the two steps above.
-        if process.has_ended() {
-            Err(gone())
-        } else {
-            Ok(process)
-        }
+        })
     }
 
     pub(super) fn pid(&self) -> i32 {
@@ -45,12 +58,7 @@ impl Process {
     }
 
     pub(super) fn has_ended(&self) -> bool {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1..))
+        has_ended(&self.pidfd).unwrap_or(false)
     }
 }
 
@@ -58,6 +66,20 @@ impl AsFd for Process {
     /// Readable when the process has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
+    }
+}
+
+fn has_ended(pidfd: &OwnedFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    loop {
+        match rustix::event::poll(&mut fds, Some(&now)) {
+            Err(Errno::INTR) => {}
+            ready => return Ok(ready? > 0),
+        }
     }
 }
 
@@ -91,6 +113,30 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(process.has_ended());
-        assert!(Process::open(pid).is_err());
+        let error = Process::open(pid).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_number_that_is_a_threads_now_is_no_process() {
+        let (send, receive) = std::sync::mpsc::channel();
+        let (end, until) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            send.send(rustix::thread::gettid()).unwrap();
+            until.recv().unwrap_err();
+        });
+        let number = receive.recv().unwrap().as_raw_nonzero().get();
+        let error = Process::open(number).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        drop(end);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_number_of_a_process_tells_nothing() {
+        for pid in [0, -1, i32::MIN] {
+            let error = Process::open(pid).unwrap_err();
+            assert_ne!(error.kind(), io::ErrorKind::NotFound, "{pid}");
+        }
     }
 }

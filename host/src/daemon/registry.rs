@@ -126,15 +126,22 @@ impl Registry {
     /// Takes over the VMs that lived under an earlier daemon.
     pub(super) fn adopt(runtime: Runtime, max_store: Option<u64>) -> Result<Self, DaemonError> {
         let failed = DaemonError::system("cannot adopt the VMs of the daemon before this one");
-        let mut living = Vec::new();
+        // What one VM alone maps is given back with it. So nothing is removed before all are
+        // known to live or to have ended.
+        let (mut living, mut ended) = (Vec::new(), Vec::new());
         for record in runtime.records().map_err(&failed)? {
             match Process::open(record.pid) {
                 Ok(process) if process.start_time() == record.start_time => {
                     living.push((record, process));
                 }
-                _ => runtime.remove_vm(record.number),
+                Ok(_) => ended.push(record.number),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    ended.push(record.number);
+                }
+                Err(error) => return Err(failed(cannot_tell(&record, &error))),
             }
         }
+        ended.iter().for_each(|number| runtime.remove_vm(*number));
         let numbers: BTreeSet<_> = living.iter().map(|(record, _)| record.number).collect();
         runtime.remove_other_vms(&numbers).map_err(&failed)?;
         let stores = living
@@ -144,7 +151,7 @@ impl Registry {
             .remove_other_stores(&stores.collect())
             .map_err(&failed)?;
 
-        let mut state = runtime.state();
+        let mut state = runtime.state().map_err(&failed)?;
         // Should the state be lost, at least no living VM's number is used again.
         state.next_vm = state.next_vm.max(numbers.last().map_or(1, |last| last + 1));
         let mut members = BTreeMap::<String, Vec<&VmRecord>>::new();
@@ -527,6 +534,14 @@ fn insert(files: &mut Vec<UndoneFile>, file: UndoneFile) {
     if !files.iter().any(|it| it.file == file.file) {
         files.push(file);
     }
+}
+
+fn cannot_tell(record: &VmRecord, error: &io::Error) -> io::Error {
+    io::Error::other(format!(
+        "cannot tell whether process {} of VM {} ({}) is running: {error}; nothing was removed, \
+         start the daemon again when this is cured",
+        record.pid, record.number, record.name
+    ))
 }
 
 fn open_group(runtime: &Runtime, name: &str, waiting: HashSet<u32>) -> io::Result<Group> {

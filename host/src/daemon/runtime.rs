@@ -196,21 +196,36 @@ impl Runtime {
         Ok(listener)
     }
 
-    pub(super) fn state(&self) -> State {
-        read_json(&self.directory.join("state.json")).unwrap_or_default()
+    /// The state, as new if there is none or it is damaged.
+    pub(super) fn state(&self) -> io::Result<State> {
+        let path = self.directory.join("state.json");
+        match read_json(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(State::default()),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                log::error!(
+                    "{error}; what was paused, undone and limited for groups and new VMs is lost"
+                );
+                Ok(State::default())
+            }
+            state => state,
+        }
     }
 
     pub(super) fn save_state(&self, state: &State) -> io::Result<()> {
         write_json(&self.directory.join("state.json"), state)
     }
 
+    /// All records. One that cannot be read or understood is an error, not a VM that has ended:
+    /// nobody knows which pages that VM maps.
     pub(super) fn records(&self) -> io::Result<Vec<VmRecord>> {
         let mut records = Vec::new();
         for entry in fs::read_dir(self.directory.join("records"))? {
             let path = entry?.path();
-            match read_json::<VmRecord>(&path) {
-                Some(record) => records.push(record),
-                None => fs::remove_file(path)?,
+            match path.extension().and_then(|it| it.to_str()) {
+                Some("json") => records.push(read_record(&path)?),
+                // Of a daemon that died while it wrote; what was before it is still there.
+                Some("new") => remove(&path)?,
+                _ => log::warn!("{} is no record and passed over", path.display()),
             }
         }
         records.sort_by_key(|record| record.number);
@@ -342,21 +357,39 @@ fn lock(path: &Path) -> io::Result<Option<fs::File>> {
     }
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) => {
-            if error.kind() != io::ErrorKind::NotFound {
-                log::warn!("cannot read {}: {error}", path.display());
-            }
-            return None;
+fn read_record(path: &Path) -> io::Result<VmRecord> {
+    let number = path.file_stem().and_then(|it| it.to_str()?.parse().ok());
+    match read_json::<VmRecord>(path) {
+        Ok(record) if number == Some(record.number) => Ok(record),
+        Ok(record) => Err(unusable_record(&format!(
+            "{} is the record of VM {}",
+            path.display(),
+            record.number
+        ))),
+        // Records are moved into place whole, so it is not what a daemon that died has left.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Err(unusable_record(&error.to_string()))
         }
-    };
-    let value = serde_json::from_slice(&bytes);
-    if let Err(error) = &value {
-        log::warn!("{} is damaged and passed over: {error}", path.display());
+        Err(error) => Err(error),
     }
-    value.ok()
+}
+
+fn unusable_record(what: &str) -> io::Error {
+    let reason = format!(
+        "{what}; start the version of the daemon that wrote it, or end that VM and remove the \
+         file: its pages cannot be kept without it"
+    );
+    io::Error::new(io::ErrorKind::InvalidData, reason)
+}
+
+/// Reads a file; `InvalidData` if it is not what was written.
+fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
+    let bytes = fs::read(path)
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        let reason = format!("{} is damaged: {error}", path.display());
+        io::Error::new(io::ErrorKind::InvalidData, reason)
+    })
 }
 
 /// Writes a file so that it is there whole or not at all, whenever the daemon dies.

@@ -4,6 +4,9 @@
 
 use crate::support::{Daemon, Host, Vmm};
 use pagefusion_host::protocol::{AdminClient, Scope, Selection};
+use rustix::mount::MountFlags;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 fn connected(host: &Host, name: &str, group: &str) -> Vmm {
     let mut vmm = Vmm::start(host, name, group);
@@ -173,6 +176,105 @@ fn what_ends_while_no_daemon_runs_is_cleaned_up_later() {
     let three = connected(&host, "three", "g");
     assert!(three.directory.ends_with("vms/3"), "{:?}", three.directory);
     drop(daemon);
+}
+
+/// Two VMs that share 8 pages, of which one has 4 more alone, and a daemon that was killed.
+fn left_alone(host: &Host) -> [Vmm; 2] {
+    let daemon = Daemon::start(host);
+    let mut vms = ["one", "two"].map(|name| connected(host, name, "g"));
+    for vm in [0, 1, 0] {
+        vms[vm].tell("share 1 0 12");
+    }
+    for page in 8..12 {
+        vms[0].tell(&format!("release 1 {page}"));
+    }
+    daemon.kill();
+    vms
+}
+
+fn check_left_alone(vms: &mut [Vmm; 2]) {
+    assert_eq!(vms[0].tell("check"), "8 of 8");
+    assert_eq!(vms[1].tell("check"), "12 of 12");
+}
+
+#[test]
+fn a_daemon_without_file_descriptors_takes_no_vm_for_ended() {
+    let host = Host::new();
+    let mut vms = left_alone(&host);
+    let mut could_not_tell = 0;
+    for files in 3.. {
+        let daemon = host.daemon_command();
+        let mut child = Command::new("sh")
+            .args(["-c", &format!("ulimit -n {files}; exec \"$@\""), "sh"])
+            .arg(daemon.get_program())
+            .args(daemon.get_args())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let status = loop {
+            let status = child.try_wait().unwrap();
+            if status.is_some() || AdminClient::connect(&host.runtime()).is_ok() {
+                break status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(host.records(), ["1.json", "2.json"], "{files} files");
+        check_left_alone(&mut vms);
+        let Some(status) = status else {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            break;
+        };
+        assert!(!status.success());
+        let text = std::io::read_to_string(child.stderr.unwrap()).unwrap();
+        could_not_tell += usize::from(text.contains("cannot tell whether process"));
+        assert!(files < 100, "{text}");
+    }
+    assert!(could_not_tell > 0);
+    let _daemon = Daemon::start(&host);
+    vms.iter_mut().for_each(reconnect);
+    check_left_alone(&mut vms);
+    assert_eq!(host.stored_pages(), 12);
+}
+
+#[test]
+fn a_daemon_without_proc_takes_no_vm_for_ended() {
+    let Some(host) = Host::with_room_for(100) else {
+        eprintln!("skipped: mounting takes root");
+        return;
+    };
+    let mut vms = left_alone(&host);
+    // Only for this thread and what it starts.
+    rustix::mount::mount("none", "/proc", "tmpfs", MountFlags::empty(), None).unwrap();
+    let text = host.refused_start();
+    rustix::mount::unmount("/proc", rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert!(text.contains("of VM 1 (one) is running: /proc/"), "{text}");
+    let _daemon = Daemon::start(&host);
+    vms.iter_mut().for_each(reconnect);
+    check_left_alone(&mut vms);
+}
+
+#[test]
+fn a_record_that_nobody_understands_is_not_of_a_vm_that_has_ended() {
+    let host = Host::new();
+    let mut vms = left_alone(&host);
+    let path = host.runtime().join("records/1.json");
+    let record = std::fs::read_to_string(&path).unwrap();
+    let other_number = record.replace("\"number\":1", "\"number\":7");
+    for damaged in ["", &record[..record.len() / 2], &other_number] {
+        std::fs::write(&path, damaged).unwrap();
+        let text = host.refused_start();
+        assert!(text.contains("records/1.json is"), "{text}");
+        assert!(text.contains("remove the file"), "{text}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), damaged);
+    }
+    std::fs::write(&path, &record).unwrap();
+    // What a daemon had only begun to write is nothing to worry about.
+    std::fs::write(path.with_extension("new"), &record[..9]).unwrap();
+    let _daemon = Daemon::start(&host);
+    vms.iter_mut().for_each(reconnect);
+    check_left_alone(&mut vms);
+    assert_eq!(host.records(), ["1.json", "2.json"]);
 }
 
 #[test]

@@ -82,6 +82,26 @@ impl Host {
         command
     }
 
+    /// Starts a daemon that refuses to run; what it says.
+    pub(crate) fn refused_start(&self) -> String {
+        let daemon = self.daemon_command();
+        let mut command = Command::new("timeout");
+        command.arg("20").arg(daemon.get_program());
+        let output = command.args(daemon.get_args()).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        text
+    }
+
+    /// Names of the records of VMs, in order.
+    pub(crate) fn records(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.runtime().join("records")).unwrap();
+        let name = |it: std::fs::DirEntry| it.file_name().into_string().unwrap();
+        let mut names: Vec<_> = entries.map(|it| name(it.unwrap())).collect();
+        names.sort();
+        names
+    }
+
     /// `pagefusionctl` with these words; exit status, output, errors.
     pub(crate) fn ctl(&self, words: &str) -> (i32, String, String) {
         let output = Command::new(env!("CARGO_BIN_EXE_pagefusionctl"))
@@ -166,9 +186,9 @@ impl Daemon {
         let pid = |it: std::fs::DirEntry| it.file_name().to_str().unwrap().parse().unwrap();
         let nice = |pid| {
             let pid = rustix::process::Pid::from_raw(pid);
-            // None for a thread that has just ended.
             rustix::process::getpriority_process(pid).ok()
         };
+        // Some end while they are looked at.
         threads.filter_map(|it| nice(pid(it.unwrap()))).collect()
     }
 
