@@ -14,6 +14,7 @@ mod error;
 mod files;
 mod gate;
 mod http;
+mod leftover;
 mod limits;
 mod metrics;
 mod orders;

@@ -124,7 +124,7 @@ pub(super) struct Caller {
 
 impl Registry {
     /// Takes over the VMs that lived under an earlier daemon.
-    pub(super) fn adopt(runtime: Runtime, max_store: Option<u64>) -> Result<Self, DaemonError> {
+    pub(super) fn adopt(mut runtime: Runtime, max_store: Option<u64>) -> Result<Self, DaemonError> {
         let failed = DaemonError::system("cannot adopt the VMs of the daemon before this one");
         // What one VM alone maps is given back with it. So nothing is removed before all are
         // known to live or to have ended.
@@ -143,6 +143,7 @@ impl Registry {
         }
         ended.iter().for_each(|number| runtime.remove_vm(*number));
         let numbers: BTreeSet<_> = living.iter().map(|(record, _)| record.number).collect();
+        runtime.remove_leftovers().map_err(&failed)?;
         runtime.remove_other_vms(&numbers).map_err(&failed)?;
         let stores = living
             .iter()
@@ -167,12 +168,14 @@ impl Registry {
             groups.insert(name, SharedGroup::new(group));
         }
         let mut vms = BTreeMap::new();
+        runtime.set_adopting(true);
         for (record, process) in living {
             let store = groups[&store_name(&record)].clone();
             let vm = Vm::new(&runtime, record, process, store, false).map_err(&failed)?;
             log::info!("adopted VM {} ({})", vm.number, vm.name);
             vms.insert(vm.number, Arc::new(vm));
         }
+        runtime.set_adopting(false);
         let registry = Self {
             runtime,
             max_store,

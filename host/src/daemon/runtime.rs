@@ -9,7 +9,8 @@
 //! RUNTIME/state.json      next VM number, what is paused
 //! RUNTIME/records/N.json  one living VM each
 //! RUNTIME/vms/N/          its sockets; belongs to the VM's user
-//! RUNTIME/staging/        where sockets are made before they are moved into place
+//! RUNTIME/staging/        where sockets are made before they are moved into place, and where
+//!                         what VMs leave is moved before it is removed
 //! STORE/lock              held while a daemon runs; names the runtime directory
 //! STORE/NAME.pages        the pages of one trust group
 //! ```
@@ -18,6 +19,7 @@
 //! trust group.
 
 use super::error::DaemonError;
+use super::leftover;
 use super::limits::HostLimits;
 use crate::protocol::{FileKey, Limits};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
@@ -35,6 +37,8 @@ use std::path::{Path, PathBuf};
 const MAX_SOCKET_PATH: usize = 107;
 /// Longest name of a socket below the runtime directory.
 const LONGEST_SOCKET: &str = "/vms/4294967295/ivshmem.sock";
+/// How often something is moved out of the way of one socket.
+const TRIES: usize = 8;
 pub(crate) const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// One VM, as the next daemon must know it.
@@ -88,6 +92,9 @@ pub(super) struct State {
 pub(super) struct Runtime {
     directory: PathBuf,
     store: PathBuf,
+    /// Whether VMs that live already get their sockets. Whatever their users do with their
+    /// directories, the daemon starts: such a VM is only cut off from it.
+    adopting: bool,
     _lock: fs::File,
     _store_lock: fs::File,
 }
@@ -121,6 +128,7 @@ impl Runtime {
         Ok(Self {
             directory: directory.into(),
             store: store.into(),
+            adopting: false,
             _lock: lock,
             _store_lock: store_lock,
         })
@@ -165,11 +173,16 @@ impl Runtime {
         )
     }
 
+    /// Begins or ends to make the sockets of VMs that live already.
+    pub(super) fn set_adopting(&mut self, adopting: bool) {
+        self.adopting = adopting;
+    }
+
     /// Directory of a VM, made for `uid` if it is not there.
     pub(super) fn vm_directory(&self, number: u32, uid: u32) -> io::Result<PathBuf> {
         let path = self.directory.join("vms").join(number.to_string());
-        make_directory(&path, 0o700)?;
-        give_to(&path, uid)?;
+        let made = make_directory(&path, 0o700).and_then(|()| give_to(&path, uid));
+        self.unless_cut_off(&path, made)?;
         Ok(path)
     }
 
@@ -177,7 +190,7 @@ impl Runtime {
     pub(super) fn listen(&self, path: &Path, uid: u32) -> io::Result<UnixListener> {
         // Made where nobody else can interfere, then moved.
         let staging = self.directory.join("staging").join("socket");
-        remove(&staging)?;
+        self.clear(&staging)?;
         let listener = UnixListener::bind(&staging)?;
         let made = rustix::fs::chmodat(
             rustix::fs::CWD,
@@ -187,13 +200,76 @@ impl Runtime {
         )
         .map_err(io::Error::from)
         .and_then(|()| give_to(&staging, uid))
-        .and_then(|()| fs::rename(&staging, path));
-        if let Err(error) = made {
+        .and_then(|()| self.move_into_place(&staging, path));
+        if made.is_err() {
             remove(&staging)?;
-            return Err(error);
         }
+        self.unless_cut_off(path, made)?;
         listener.set_nonblocking(true)?;
         Ok(listener)
+    }
+
+    /// Moves a socket to where its user may have put a directory, and may do so again.
+    fn move_into_place(&self, staging: &Path, path: &Path) -> io::Result<()> {
+        for _ in 0..TRIES {
+            match fs::rename(staging, path) {
+                Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
+                    log::warn!("{} is in the way of a socket; removing it", path.display());
+                    self.discard(path)?;
+                }
+                result => return result,
+            }
+        }
+        fs::rename(staging, path)
+    }
+
+    /// Passes over what went wrong with a VM that is adopted, unless the daemon itself is short
+    /// of something: then it had better not start than cut every VM off.
+    fn unless_cut_off(&self, path: &Path, result: io::Result<()>) -> io::Result<()> {
+        use rustix::io::Errno;
+        let shortage = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+        match result {
+            Err(error) if self.adopting && !shortage.contains(&errno(&error)) => {
+                log::error!(
+                    "cannot make {}: {error}; its VM keeps what it shares and shares nothing new \
+                     until the daemon is started again",
+                    path.display()
+                );
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Makes a path in our own directories free.
+    fn clear(&self, path: &Path) -> io::Result<()> {
+        match remove(path) {
+            Err(error) if error.kind() == io::ErrorKind::IsADirectory => self.discard(path),
+            result => result,
+        }
+    }
+
+    /// Moves a file or a directory out of the way, and removes it meanwhile: how long that takes
+    /// is up to whoever filled it.
+    fn discard(&self, path: &Path) -> io::Result<()> {
+        let staging = self.directory.join("staging");
+        let name = leftover::new_name()?;
+        match fs::rename(path, staging.join(&name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            result => result?,
+        }
+        leftover::remove(staging, vec![name]);
+        Ok(())
+    }
+
+    /// Removes what could not be removed so far.
+    pub(super) fn remove_leftovers(&self) -> io::Result<()> {
+        let staging = self.directory.join("staging");
+        let names = leftover::names(&staging)?;
+        if !names.is_empty() {
+            leftover::remove(staging, names);
+        }
+        Ok(())
     }
 
     /// The state, as new if there is none or it is damaged.
@@ -239,7 +315,7 @@ impl Runtime {
     /// Removes all that belongs to a VM.
     pub(super) fn remove_vm(&self, number: u32) {
         let directory = self.directory.join("vms").join(number.to_string());
-        for result in [remove(&self.record(number)), remove_directory(&directory)] {
+        for result in [remove(&self.record(number)), self.discard(&directory)] {
             if let Err(error) = result {
                 log::warn!("cannot remove what belonged to VM {number}: {error}");
             }
@@ -255,7 +331,10 @@ impl Runtime {
                 .to_str()
                 .and_then(|name| name.parse().ok());
             if !number.is_some_and(|number| living.contains(&number)) {
-                remove_directory(&entry.path())?;
+                let path = entry.path();
+                if let Err(error) = self.discard(&path) {
+                    log::warn!("cannot remove {}: {error}", path.display());
+                }
             }
         }
         Ok(())
@@ -332,11 +411,8 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-fn remove_directory(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+fn errno(error: &io::Error) -> rustix::io::Errno {
+    rustix::io::Errno::from_raw_os_error(error.raw_os_error().unwrap_or_default())
 }
 
 /// Locks a file, unless somebody else has.

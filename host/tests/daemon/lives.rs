@@ -254,6 +254,75 @@ fn a_daemon_without_proc_takes_no_vm_for_ended() {
     check_left_alone(&mut vms);
 }
 
+/// Has a VM's user make what is in `made` of its directory.
+fn in_directory(vmm: &Vmm, script: &str) {
+    let mut command = Command::new("sh");
+    let command = command.current_dir(&vmm.directory).args(["-c", script]);
+    assert!(command.status().unwrap().success());
+}
+
+/// In a VM's directory, 5000 directories in each other.
+const DEEP: &str = "for i in 1 2 3 4 5; do n=$(printf 'd/%.0s' $(seq 1000)); mkdir -p $n x; \
+                    [ -d bottom ] && mv bottom $n; mv d bottom; done";
+
+#[test]
+fn directories_in_the_place_of_sockets_keep_no_daemon_from_starting() {
+    let host = Host::new();
+    let mut vms = left_alone(&host);
+    in_directory(&vms[0], "touch qmp.sock; rm *e*.sock");
+    in_directory(
+        &vms[0],
+        "mkdir engine.sock ivshmem.sock; touch engine.sock/x",
+    );
+    in_directory(&vms[0], &format!("cd ivshmem.sock && {DEEP}"));
+    let daemon = Daemon::start(&host);
+    vms.iter_mut().for_each(reconnect);
+    check_left_alone(&mut vms);
+    assert!(vms[0].directory.join("qmp.sock").exists());
+    in_directory(&vms[0], DEEP);
+    let [one, two] = vms;
+    one.kill();
+    daemon.expect_end("one");
+    drop(daemon);
+    in_directory(&two, DEEP);
+    two.kill();
+    let _daemon = Daemon::start(&host);
+    assert!(host.is_clean());
+    let staging = host.runtime().join("staging");
+    let begin = std::time::Instant::now();
+    while std::fs::read_dir(&staging).unwrap().next().is_some() {
+        assert!(begin.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_vm_whose_directory_cannot_be_used_is_cut_off_alone() {
+    let Some(host) = Host::with_room_for(100) else {
+        eprintln!("skipped: mounting takes root");
+        return;
+    };
+    let [mut one, mut two] = left_alone(&host);
+    // As good as what a user can mount: nothing can be made there.
+    let directory = one.directory.clone();
+    rustix::mount::mount("none", &directory, "tmpfs", MountFlags::RDONLY, None).unwrap();
+    let daemon = Daemon::start(&host);
+    daemon.expect("vms/1/engine.sock: ");
+    reconnect(&mut two);
+    // Its pages are kept for as long as it lives.
+    assert_eq!(one.tell("check"), "8 of 8");
+    assert_eq!(two.tell("check"), "12 of 12");
+    assert_eq!(host.records(), ["1.json", "2.json"]);
+    one.kill();
+    daemon.expect_end("one");
+    assert_eq!(host.records(), ["2.json"]);
+    drop(daemon);
+    // What is mounted cannot be moved away either.
+    let daemon = Daemon::start(&host);
+    daemon.expect("cannot remove");
+    rustix::mount::unmount(&directory, rustix::mount::UnmountFlags::DETACH).unwrap();
+}
+
 #[test]
 fn a_record_that_nobody_understands_is_not_of_a_vm_that_has_ended() {
     let host = Host::new();
