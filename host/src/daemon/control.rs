@@ -3,6 +3,7 @@
 //! What the daemon asks an engine: one thread for each connection, so that an engine that
 //! does not answer keeps nobody else waiting.
 
+use super::status;
 use crate::protocol::{Connection, ControlReply, ControlRequest, FileSpan};
 use std::collections::VecDeque;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
@@ -164,7 +165,26 @@ fn exchange(
         }
     })?;
     connection.send(request)?;
-    connection.receive()
+    Ok(tamed(connection.receive()?))
+}
+
+/// An engine may say anything. Here is where all of it comes in.
+fn tamed(reply: ControlReply) -> ControlReply {
+    match reply {
+        ControlReply::Error(mut reason) => {
+            status::tame_text(&mut reason);
+            ControlReply::Error(reason)
+        }
+        ControlReply::Status(engine) => ControlReply::Status(Box::new(status::tamed(*engine))),
+        ControlReply::Files(mut files) => {
+            for file in &mut files {
+                file.pages_shared = file.pages_shared.min(status::MOST_PAGES);
+                file.pages_broken = file.pages_broken.min(status::MOST_PAGES);
+            }
+            ControlReply::Files(files)
+        }
+        ControlReply::Done => ControlReply::Done,
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -174,7 +194,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Encoding, FileKey};
+    use crate::protocol::{Encoding, EngineStatus, FileKey};
     use std::os::unix::net::UnixStream;
 
     fn connected(control: &Control) -> Connection {
@@ -210,5 +230,33 @@ mod tests {
         drop(engine);
         let mut engine = connected(&control);
         assert_eq!(engine.receive::<ControlRequest>().unwrap(), wanted);
+    }
+
+    #[test]
+    fn whatever_an_engine_answers_is_tamed() {
+        let control = Control::default();
+        let mut engine = connected(&control);
+        let mut ask = |reply: ControlReply| {
+            let answer = control.ask(ControlRequest::Pause).unwrap();
+            engine.receive::<ControlRequest>().unwrap();
+            engine.send(&reply).unwrap();
+            wait(&answer, Duration::from_secs(10)).unwrap()
+        };
+        let error = ControlReply::Error(format!("a\u{1b}[2J\n{}", "x".repeat(1000)));
+        let ControlReply::Error(reason) = ask(error) else {
+            panic!("no error");
+        };
+        assert!(
+            reason.starts_with("a[2Jx") && reason.len() < 300,
+            "{reason}"
+        );
+        let hostile = EngineStatus {
+            cpu_seconds: f64::NAN,
+            ..EngineStatus::default()
+        };
+        let ControlReply::Status(engine) = ask(ControlReply::Status(Box::new(hostile))) else {
+            panic!("no status");
+        };
+        assert_eq!(engine.cpu_seconds, 0.0);
     }
 }

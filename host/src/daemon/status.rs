@@ -26,6 +26,10 @@ const CANONICAL_EXTRA: u64 = 592 / 64;
 /// Most characters of a text that an engine says.
 const LONGEST_TEXT: usize = 256;
 
+/// Most pages that one engine can have: no process has room for more. Sums over VMs and files
+/// stay far below what numbers hold.
+pub(super) const MOST_PAGES: u64 = 1 << 36;
+
 /// Asks every engine at once and adds up.
 pub(super) fn collect(registry: &Registry) -> Status {
     let vms = registry.vms();
@@ -57,7 +61,7 @@ pub(super) fn collect(registry: &Registry) -> Status {
 
 fn vm_status(vm: &Vm, answer: Option<Result<ControlReply, String>>) -> VmStatus {
     let (connected, engine) = match answer {
-        Some(Ok(ControlReply::Status(engine))) => (true, tamed(*engine)),
+        Some(Ok(ControlReply::Status(engine))) => (true, *engine),
         Some(Ok(ControlReply::Error(reason))) => (true, disabled(reason)),
         Some(Ok(_)) => (false, disabled("the engine answers nonsense".into())),
         Some(Err(reason)) => (false, disabled(reason)),
@@ -81,9 +85,9 @@ fn vm_status(vm: &Vm, answer: Option<Result<ControlReply, String>>) -> VmStatus 
     }
 }
 
-/// Names that are ours and texts without control characters: an engine may say anything, and
+/// Names that are ours, numbers that can be counted with and texts without control characters: an engine may say anything, and
 /// others show it to people and programs.
-fn tamed(mut engine: EngineStatus) -> EngineStatus {
+pub(super) fn tamed(mut engine: EngineStatus) -> EngineStatus {
     let known = |name: &str| (0..reason::COUNT as u8).any(|code| reason::name(code) == name);
     let mut refusals = BTreeMap::new();
     for (name, pages) in engine.refusals {
@@ -92,13 +96,30 @@ fn tamed(mut engine: EngineStatus) -> EngineStatus {
         *sum = sum.saturating_add(pages);
     }
     engine.refusals = refusals;
-    for text in std::iter::once(&mut engine.memory_source).chain(&mut engine.disabled) {
-        text.retain(|c| !c.is_control());
-        if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
-            text.truncate(end);
+    let texts = std::iter::once(&mut engine.memory_source).chain(&mut engine.disabled);
+    texts.for_each(tame_text);
+    for pages in [
+        &mut engine.pages_shared,
+        &mut engine.pages_broken,
+        &mut engine.overlay_mappings,
+    ] {
+        *pages = (*pages).min(MOST_PAGES);
+    }
+    // JSON has no other numbers, and readers of one VM's would lose all VMs.
+    for seconds in [&mut engine.seconds_sharing, &mut engine.cpu_seconds] {
+        if !seconds.is_finite() || *seconds < 0.0 {
+            *seconds = 0.0;
         }
     }
     engine
+}
+
+/// Leaves a text that can be shown.
+pub(super) fn tame_text(text: &mut String) {
+    text.retain(|c| !c.is_control());
+    if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
+        text.truncate(end);
+    }
 }
 
 fn disabled(reason: String) -> EngineStatus {
@@ -159,26 +180,33 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
             )
         });
         group.vms += 1;
-        group.pages_shared += engine.pages_shared;
+        group.pages_shared = group.pages_shared.saturating_add(engine.pages_shared);
         group.pages_granted += vm.store().vm_statistics(vm.number).granted;
-        *metadata += engine.overlay_mappings * mapping_bytes()
-            + vm.device
-                .as_ref()
-                .map_or(0, PagefusionDevice::allocated_bytes);
+        let device = vm.device.as_ref();
+        let mappings = engine.overlay_mappings.saturating_mul(mapping_bytes());
+        *metadata = metadata
+            .saturating_add(mappings)
+            .saturating_add(device.map_or(0, PagefusionDevice::allocated_bytes));
     }
     for (mut group, metadata) in groups.into_values() {
-        let pages = group.pages_shared as i64 - group.store_pages as i64;
-        group.bytes_saved = pages * PAGE as i64 - metadata as i64;
+        group.bytes_saved = saved(group.pages_shared, group.store_pages, metadata);
         group.bytes_metadata = metadata;
-        status.pages_shared += group.pages_shared;
+        status.pages_shared = status.pages_shared.saturating_add(group.pages_shared);
         status.store_pages += group.store_pages;
-        status.bytes_saved += group.bytes_saved;
-        status.bytes_metadata += metadata;
+        status.bytes_saved = status.bytes_saved.saturating_add(group.bytes_saved);
+        status.bytes_metadata = status.bytes_metadata.saturating_add(metadata);
         status.groups.push(group);
     }
     status
         .groups
         .sort_by(|one, other| one.name.cmp(&other.name));
+}
+
+/// Bytes that pages save, less what that costs.
+fn saved(shared: u64, stored: u64, metadata: u64) -> i64 {
+    let pages = i128::from(shared) - i128::from(stored);
+    let bytes = pages * PAGE as i128 - i128::from(metadata);
+    bytes.clamp(i64::MIN.into(), i64::MAX.into()) as i64
 }
 
 #[cfg(test)]
@@ -194,7 +222,12 @@ mod tests {
         for (name, pages) in [("different", 1), ("x\"} 7\n", u64::MAX), ("y", 5)] {
             engine.refusals.insert(name.into(), pages);
         }
+        (engine.seconds_sharing, engine.cpu_seconds) = (f64::INFINITY, -f64::NAN);
+        (engine.pages_shared, engine.overlay_mappings) = (u64::MAX, u64::MAX);
         let engine = tamed(engine);
+        assert_eq!((engine.seconds_sharing, engine.cpu_seconds), (0.0, 0.0));
+        let counted = (engine.pages_shared, engine.overlay_mappings);
+        assert_eq!(counted, (MOST_PAGES, MOST_PAGES));
         let text = engine.disabled.unwrap();
         assert!(
             text.starts_with("a[2Jbx") && text.len() == LONGEST_TEXT,
@@ -202,5 +235,12 @@ mod tests {
         );
         let expected = [("different".into(), 1), ("unknown".into(), u64::MAX)];
         assert_eq!(engine.refusals, BTreeMap::from(expected));
+    }
+
+    #[test]
+    fn what_is_saved_stays_a_number() {
+        assert_eq!(saved(3, 1, 100), 2 * PAGE as i64 - 100);
+        assert_eq!(saved(u64::MAX, 0, 0), i64::MAX);
+        assert_eq!(saved(0, u64::MAX, u64::MAX), i64::MIN);
     }
 }
