@@ -18,6 +18,9 @@ use std::time::Instant;
 /// Most files taken from one engine: more than a guest may announce at a time.
 const MOST: usize = 1 << 17;
 
+/// Most files taken from one engine for one name.
+const MOST_NAMED: usize = 4096;
+
 /// Files of one group while they are added up.
 #[derive(Default)]
 struct GroupFiles {
@@ -79,20 +82,31 @@ pub(super) fn collect(
     Ok(files)
 }
 
-/// Files on overlays that are called `name`, with their directories or without, or have it as
-/// their id; each with its name.
-pub(super) fn named(vms: &[Arc<Vm>], name: &str) -> BTreeMap<FileKey, String> {
+/// Files on overlays of each VM that are called `name`, with their directories or without, or
+/// have it as their id; each with its name.
+pub(super) fn named(vms: &[Arc<Vm>], name: &str) -> Vec<BTreeMap<FileKey, String>> {
     let matches = |used: &FileUse| {
         used.name == name
             || used.name.rsplit('/').next() == Some(name) && !name.is_empty()
             || used.file.id() == name
     };
-    uses(vms)
-        .into_iter()
-        .flatten()
-        .filter(matches)
-        .map(|used| (used.file, used.name))
-        .collect()
+    let of_vm = |(vm, uses): (&Arc<Vm>, Vec<FileUse>)| {
+        let mut named: BTreeMap<_, _> = uses
+            .into_iter()
+            .filter(matches)
+            .map(|used| (used.file, used.name))
+            .collect();
+        if let Some((&end, _)) = named.iter().nth(MOST_NAMED) {
+            log::warn!(
+                "VM {} ({}) has more than {MOST_NAMED} files of one name; the others are kept",
+                vm.number,
+                vm.name
+            );
+            named.split_off(&end);
+        }
+        named
+    };
+    vms.iter().zip(uses(vms)).map(of_vm).collect()
 }
 
 fn add_costs(vm: &Vm, group: &mut GroupFiles) {

@@ -9,12 +9,16 @@ use super::pace::SLOWEST;
 use super::registry::{Pause, Registry};
 use super::vm::Vm;
 use crate::protocol::{
-    ControlReply, ControlRequest, FileSpan, Limit, LimitChanges, Outcome, PolicyChanges, Scope,
-    Undo,
+    ControlReply, ControlRequest, FileKey, FileSpan, Limit, LimitChanges, Outcome, PolicyChanges,
+    Scope, Undo,
 };
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
+
+/// Most files in one request: far fewer than the longest message has room for.
+const MOST_FILES: usize = 8192;
 
 /// Turns everything back; sharing stays off.
 pub(super) fn undo_all(registry: &Registry, scope: &Scope) -> Result<Outcome, String> {
@@ -45,15 +49,29 @@ pub(super) fn undo_files(
     name: &str,
 ) -> Result<Outcome, String> {
     let vms = registry.in_scope(scope)?;
-    let found = files::named(&vms, name);
+    let of_vms = files::named(&vms, name);
+    let found: BTreeMap<_, _> = of_vms.iter().flatten().map(owned).collect();
     if found.is_empty() {
         return Err(format!(
             "no VM shares pages of a file {name}; pagefusionctl files shows names and ids"
         ));
     }
     noted(registry.set_files_undone(scope, &vms, &found, true))?;
-    let request = ControlRequest::Undo(Undo::Files(found.into_keys().collect()));
-    Ok(tell(&vms, &request, true))
+    let requests = of_vms
+        .iter()
+        .map(|own| ControlRequest::Undo(Undo::Files(files_for(own, &found))));
+    Ok(tell_each(&vms, requests, true))
+}
+
+fn owned((file, name): (&FileKey, &String)) -> (FileKey, String) {
+    (*file, name.clone())
+}
+
+/// What one VM is told to undo: what it shares, and, as it may have begun to share more since it
+/// was asked, what others do, as long as the request is not too long for its engine.
+fn files_for(own: &BTreeMap<FileKey, String>, all: &BTreeMap<FileKey, String>) -> Vec<FileKey> {
+    let others = all.keys().filter(|file| !own.contains_key(file));
+    own.keys().chain(others).take(MOST_FILES).copied().collect()
 }
 
 /// Shares files again that were undone one by one.
@@ -76,7 +94,7 @@ pub(super) fn resume_files(
         page: 0,
         pages: 0,
     };
-    let spans = found.into_keys().map(whole).collect();
+    let spans = found.into_keys().take(MOST_FILES).map(whole).collect();
     Ok(tell(&vms, &ControlRequest::Report { spans }, false))
 }
 
@@ -147,9 +165,19 @@ fn noted(result: io::Result<()>) -> Result<(), String> {
 
 /// Tells every engine at once and waits for all. `must_reach` those that may map pages.
 fn tell(vms: &[Arc<Vm>], request: &ControlRequest, must_reach: bool) -> Outcome {
+    tell_each(vms, vms.iter().map(|_| request.clone()), must_reach)
+}
+
+/// The same with a request for each.
+fn tell_each(
+    vms: &[Arc<Vm>],
+    requests: impl Iterator<Item = ControlRequest>,
+    must_reach: bool,
+) -> Outcome {
     let asked: Vec<_> = vms
         .iter()
-        .map(|vm| vm.control.ask(request.clone()))
+        .zip(requests)
+        .map(|(vm, request)| vm.control.ask(request))
         .collect();
     let deadline = Instant::now() + SLOW;
     let mut failed = Vec::new();
@@ -181,4 +209,32 @@ fn tell(vms: &[Arc<Vm>], request: &ControlRequest, must_reach: bool) -> Outcome 
 fn may_share(vm: &Vm) -> bool {
     let store = vm.store();
     store.vm_statistics(vm.number).granted > 0 || store.is_waiting_for(vm.number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::MAX_MESSAGE;
+
+    #[test]
+    fn one_vm_cannot_make_requests_to_others_too_long() {
+        let file = |inode| FileKey {
+            fs_uuid: [255; 16],
+            inode,
+            size: u64::MAX,
+            mtime_ns: u64::MAX,
+            generation: u32::MAX,
+            kind: u32::MAX,
+        };
+        let named = |inodes: std::ops::Range<u64>| -> BTreeMap<_, _> {
+            inodes.map(|it| (file(u64::MAX - it), "x".into())).collect()
+        };
+        let (own, all) = (named(0..3), named(0..100_000));
+        let files = files_for(&own, &all);
+        assert!(own.keys().eq(&files[..3]));
+        let request = ControlRequest::Undo(Undo::Files(files));
+        assert!(postcard::to_stdvec(&request).unwrap().len() < MAX_MESSAGE);
+        // As long as nobody overdoes it, every VM hears of all.
+        assert_eq!(files_for(&own, &named(0..9)).len(), 9);
+    }
 }
