@@ -459,22 +459,16 @@ impl Memory {
         // An overlay made after the undo began is registered for less.
         self.uffd.register_missing(&part)?;
         let result = self.restore_part(&part, &attributes);
-        // What is not mapped back, for whatever reason.
-        let kept = self
-            .written
-            .in_range(&part)
-            .into_iter()
-            .map(|(kept, _)| kept);
-        let failed = self.overlays.in_range(&part);
-        let failed = failed.map(|(at, o)| at..at + o.pages as usize * PAGE);
-        for range in kept.chain(failed) {
-            lift(&self.uffd, &range);
-            let _ = self.uffd.wake(&range);
+        // After an error.
+        for (at, overlay) in self.overlays.in_range(&part) {
+            let left = at..at + overlay.pages as usize * PAGE;
+            lift(&self.uffd, &left);
+            let _ = self.uffd.wake(&left);
         }
         result.map(|()| true)
     }
 
-    /// A window of an undo. The caller lifts the protection of what is not mapped back.
+    /// A window of an undo. After an error the caller lifts the protection of what is left.
     fn restore_part(&mut self, part: &Range<usize>, attributes: &Attributes) -> io::Result<()> {
         let pages = part.len() / PAGE;
         let before = self.pagemap.intact_now(part.start, pages)?;
@@ -488,6 +482,8 @@ impl Memory {
         for run in ones(!intact & mapped::mask(pages), pages).map(range) {
             self.written.insert(&run, *attributes);
             self.overlays.remove(&run);
+            lift(&self.uffd, &run);
+            let _ = self.uffd.wake(&run);
         }
         for run in ones(intact, pages).map(range) {
             // SAFETY: an overlay of ours, registered by our caller, as long as the buffer at most.
