@@ -369,7 +369,8 @@ impl Memory {
     }
 
     /// Turns the overlays in `range` back into ordinary memory with the same content. What the
-    /// guest has written stays as it is, see [`super::written`].
+    /// guest has written stays where it is, in a mapping of the store's file: a device may be
+    /// writing to it, by its physical address.
     pub fn restore(&mut self, range: &Range<usize>) -> io::Result<()> {
         if !self.overlays.intersects(range) {
             return Ok(());
