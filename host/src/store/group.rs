@@ -257,10 +257,16 @@ impl Group {
         if self.adoption.is_some() || self.file.allocated_bytes()? / PAGE as u64 <= most {
             return Ok(false);
         }
-        // Every page is granted to somebody.
         let mut used = RoaringBitmap::new();
         for vm in self.vms.values() {
             used |= &vm.granted;
+        }
+        // Every page is granted to somebody. Should one not be, nothing may go: it may be mapped.
+        if used.len() != pages {
+            return Err(io::Error::other(format!(
+                "{pages} pages, of which {} are granted",
+                used.len()
+            )));
         }
         let end = self.file.pages()?;
         let mut from = std::mem::take(&mut self.cleared);
