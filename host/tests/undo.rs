@@ -21,7 +21,8 @@ const RUN: usize = 16;
 struct Shared {
     vm: Vm,
     content: [Vec<u8>; 2],
-    _held: [[LocalStore; 2]; 2],
+    /// Others who have the same pages.
+    held: Vec<[LocalStore; 2]>,
 }
 
 impl Shared {
@@ -34,7 +35,7 @@ impl Shared {
         let this = Self {
             vm,
             content,
-            _held: held,
+            held: held.into(),
         };
         for frame in 0..2 * PAGES {
             this.vm.ram.write_page(frame, this.expected(frame));
@@ -487,6 +488,26 @@ fn what_a_guest_has_written_stays_in_its_frame_when_it_is_undone() {
     shared.vm.sharing.undo(&files).unwrap();
     assert_eq!(host_frames(&shared, &WRITTEN), before);
     flip();
+    shared.check();
+}
+
+#[test]
+fn what_a_guest_has_written_outlives_the_page_of_the_store_beneath_it() {
+    let mut shared = Shared::new();
+    // Nobody else has them: with the undo their memory goes back to the host.
+    shared.held.clear();
+    let flip = |shared: &Shared| {
+        for frame in [0, 9, 2 * RUN, 300] {
+            shared.vm.ram.word(frame, 7).fetch_xor(3, Ordering::Relaxed);
+        }
+    };
+    flip(&shared);
+    shared.vm.sharing.undo_all().unwrap();
+    assert_eq!(
+        shared.vm.store.lock().unwrap().allocated_bytes().unwrap(),
+        0
+    );
+    flip(&shared);
     shared.check();
 }
 

@@ -205,8 +205,8 @@ impl Memory {
         &self.overlays
     }
 
-    /// Guest memory that has overlays, or had some that were written, as addresses; regions that continue each other in this
-    /// process are one range, as they are one mapping.
+    /// Guest memory that has overlays, or had some that were written, as addresses; regions that
+    /// continue each other in this process are one range, as they are one mapping.
     pub fn overlaid_ranges(&self) -> Vec<Range<usize>> {
         let regions = self.regions.iter().map(Region::addresses);
         let mut sorted: Vec<_> = regions.filter(|r| self.is_cut(r)).collect();
@@ -348,24 +348,35 @@ impl Memory {
     pub fn before_discard(&mut self, range: &Range<usize>) -> io::Result<()> {
         self.restore(range)?;
         for (part, before) in self.written.in_range(range) {
-            let known = self.regions.find(part.start).map(|(key, _)| key);
-            let ready = known.and_then(|key| match self.suitability.get(&key) {
-                Some(Suitability::Ready(known)) => known.at(part.start),
-                _ => None,
-            });
-            let attributes = ready.map_or(before, |(attributes, _)| *attributes);
-            let is_ready = ready.is_some();
-            // SAFETY: guest memory that the VMM gives up.
-            unsafe { mapped::map_empty(&part, &attributes) }?;
-            self.written.remove(&part);
-            if is_ready {
-                self.uffd.register(&part)?;
-                if self.undoing > 0 {
-                    self.uffd.register_missing(&part)?;
+            let mut start = part.start;
+            while start < part.end {
+                let known = self.known_at(start);
+                let (attributes, end) = known.unwrap_or((before, part.end));
+                let piece = start..end.min(part.end);
+                // SAFETY: guest memory that the VMM gives up.
+                unsafe { mapped::map_empty(&piece, &attributes) }?;
+                self.written.remove(&piece);
+                if known.is_some() {
+                    self.uffd.register(&piece)?;
+                    if self.undoing > 0 {
+                        self.uffd.register_missing(&piece)?;
+                    }
                 }
+                start = piece.end;
             }
         }
         Ok(())
+    }
+
+    /// What memory at `address` is made of, and up to where, if it may be shared.
+    fn known_at(&self, address: usize) -> Option<(Attributes, usize)> {
+        let (key, _) = self.regions.find(address)?;
+        let Some(Suitability::Ready(known)) = self.suitability.get(&key) else {
+            return None;
+        };
+        known
+            .at(address)
+            .map(|(attributes, end)| (*attributes, end))
     }
 
     /// Turns the overlays in `range` back into ordinary memory with the same content. What the
@@ -444,19 +455,11 @@ impl Memory {
         let Some((address, overlay)) = self.overlays.in_range(range).next() else {
             return Ok(false);
         };
-        let known = self
-            .regions
-            .find(address)
-            .and_then(|(key, _)| self.suitability.get(&key));
-        let Some(Suitability::Ready(known)) = known else {
+        let Some((attributes, end)) = self.known_at(address) else {
             return Err(io::Error::other("an overlay outside of guest memory"));
-        };
-        let Some((attributes, end)) = known.at(address) else {
-            return Err(io::Error::other("an overlay outside of its region"));
         };
         let pages = (overlay.pages as usize).min(WINDOW_PAGES);
         let part = address..end.min(address + pages * PAGE);
-        let attributes = *attributes;
         // An overlay made after the undo began is registered for less.
         self.uffd.register_missing(&part)?;
         let result = self.restore_part(&part, &attributes);

@@ -208,7 +208,9 @@ pub struct Welcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EngineRequest {
     /// What this process has mapped from the store; first request after connecting again.
-    /// Answered by [`EngineReply::Done`]. The last part has `last` set.
+    /// Answered by [`EngineReply::Done`]. The last part has `last` set; what was granted on earlier
+    /// connections and is in no part counts as mapped no more. So a process has one engine that
+    /// asks: the connection that began to ask last is heard, and no other.
     Announce {
         /// Mapped store pages.
         holdings: Vec<Holding>,
