@@ -16,8 +16,18 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 const PAGES: usize = 128;
+
+/// Waits for what has no event.
+fn eventually(done: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline, "not within ten seconds");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
 
 /// A guest whose memory is as the store has it.
 struct Equal {
@@ -254,14 +264,23 @@ fn nothing_is_shared_under_strict_overcommit() {
     fs::write(&strict, "2\n").unwrap();
     let flags = MountFlags::BIND;
     let none: Option<&std::ffi::CStr> = None;
-    rustix::mount::mount(strict.path(), KNOB, "", flags, none).unwrap();
+    let set = || rustix::mount::mount(strict.path(), KNOB, "", flags, none).unwrap();
+    set();
 
     let equal = Equal::new();
     equal.write_all();
     is_refused(&equal, "vm.overcommit_memory");
     rustix::mount::unmount(KNOB, UnmountFlags::empty()).unwrap();
-    assert_eq!(equal.share(), (PAGES, reason::NONE));
+    // It is looked at once a second.
+    eventually(|| equal.share() == (PAGES, reason::NONE));
     assert_eq!(equal.refusal(), "");
+    // Set while memory is shared: what is stays, and no more is.
+    set();
+    eventually(|| {
+        equal.vm.sharing.undo_all().unwrap();
+        equal.share() == (0, reason::UNSUITABLE_MEMORY)
+    });
+    is_refused(&equal, "vm.overcommit_memory");
 }
 
 #[test]
@@ -282,7 +301,7 @@ fn mappings_are_left_for_the_vmm_and_no_call_fails() {
     equal.write_all();
     // The engine has counted before: the VMM maps all this afterwards.
     let ballast = Ballast::up_to(limit - limit / 8 - 100);
-    std::thread::sleep(std::time::Duration::from_millis(1100));
+    std::thread::sleep(Duration::from_millis(1100));
     let mut refused = 0;
     // With ordinary memory between them: two mappings each.
     for page in (0..4096).step_by(32) {

@@ -14,7 +14,6 @@
 )]
 
 use std::collections::HashMap;
-use std::fs;
 use std::io;
 use std::ops::Range;
 
@@ -28,6 +27,7 @@ use super::files::Files;
 use super::huge_pages::HugePages;
 use super::mapped;
 use super::mappings::MappingBudget;
+use super::overcommit::Overcommit;
 use super::overlays::{Overlay, Overlays};
 use super::pagemap::Pagemap;
 use super::regions::{Piece, Region, Regions};
@@ -72,7 +72,7 @@ pub struct Memory {
     /// Undos under way; while there are any, regions are registered for missing pages.
     undoing: u32,
     disabled: Option<String>,
-    strict_overcommit: bool,
+    overcommit: Overcommit,
     buffer: Vec<u8>,
     /// What one window is about; kept for the next one.
     pub(super) equal: Vec<Equal>,
@@ -97,7 +97,7 @@ impl Memory {
             paused: false,
             undoing: 0,
             disabled: None,
-            strict_overcommit: strict_overcommit(),
+            overcommit: Overcommit::now(),
             buffer: vec![0; WINDOW_PAGES * PAGE],
             equal: Vec::with_capacity(WINDOW_PAGES),
         })
@@ -171,7 +171,7 @@ impl Memory {
 
     /// Whether, and why, all of this VM's memory is left alone.
     pub fn disabled(&self) -> Option<String> {
-        let strict = || self.strict_overcommit.then(|| STRICT_OVERCOMMIT.to_owned());
+        let strict = || self.overcommit.complaint();
         self.disabled.clone().or_else(strict).or_else(|| {
             let refused = |s: &Suitability| match s {
                 Suitability::Refused(why) => Some(why.to_string()),
@@ -258,15 +258,16 @@ impl Memory {
     pub(super) fn prepare(&mut self, address: usize) -> Result<u64, Refusal> {
         let region = self.regions.find(address).ok_or(reason::OUTSIDE_MEMORY)?;
         let (key, region) = region;
+        if self.overcommit.is_strict() {
+            return Err(reason::UNSUITABLE_MEMORY);
+        }
         match self.suitability.get(&key) {
             Some(Suitability::Ready(_)) => return Ok(key),
             Some(Suitability::Refused(_)) => return Err(reason::UNSUITABLE_MEMORY),
             None => {}
         }
         let range = region.addresses();
-        // The operator may change it at any time.
-        self.strict_overcommit = strict_overcommit();
-        if self.strict_overcommit || self.changes.touch(&range) {
+        if self.changes.touch(&range) {
             return Err(reason::UNSUITABLE_MEMORY);
         }
         let is_ours = |at: usize| self.overlays.contains(at) || self.written.contains(at);
@@ -523,16 +524,6 @@ impl Memory {
             store.look_away();
         }
     }
-}
-
-const STRICT_OVERCOMMIT: &str = "vm.overcommit_memory is 2, under which every overlay is charged \
-    as if it were a copy; set it to 0 or 1";
-
-/// Under strict overcommit a private writable mapping is charged in full, so that mapping
-/// over guest memory could fail half-way.
-fn strict_overcommit() -> bool {
-    let mode = fs::read_to_string("/proc/sys/vm/overcommit_memory");
-    mode.is_ok_and(|mode| mode.trim() == "2")
 }
 
 pub(super) fn host_error(what: &str, error: &io::Error) -> Refusal {

@@ -18,6 +18,7 @@ mod mapped;
 mod mappings;
 mod memory;
 mod numa;
+mod overcommit;
 mod overlays;
 mod pagemap;
 mod regions;
