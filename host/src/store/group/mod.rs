@@ -2,108 +2,31 @@
 
 //! One trust group's store: pages, who is granted them, and who has seen what.
 
+mod limits;
+mod publish;
+mod statistics;
+mod strays;
+
+pub use self::limits::{Limits, VmLimits};
+pub use self::statistics::{GroupStatistics, VmStatistics};
+
+use super::StoreError;
 use super::adoption::Adoption;
-use super::batches::{check_bytes, pages_of};
 use super::estimate::Estimate;
 use super::file::StoreFile;
 use super::files::Files;
-use super::index::{Index, MAX_CANDIDATES};
+use super::index::Index;
 use super::sightings::{Reporter, Sightings};
-use super::{PAGE, StoreError, hash_page, whole_pages};
 use crate::protocol::{
-    FileKey, FileSpan, Holding, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, StoreSpan,
-    Verdict, spans,
+    FileKey, FileSpan, Holding, Segment, Sighting, StorePage, StoreSpan, Verdict, spans,
 };
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 /// Most pages in one request other than a publication.
 pub const MAX_REQUEST_PAGES: u64 = 1 << 16;
-
-/// Memory of a store beyond its pages that is let be: this many pages, and this part of them.
-const STRAY_PAGES: u64 = 256;
-const STRAY_PART: u64 = 64;
-/// Most ranges cleared of strays before others get hold of the store.
-const MAX_CLEARED: usize = 1024;
-
-/// What a group may take of the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Canonical pages of the whole group.
-    pub store_pages: u64,
-    /// Canonical pages granted, each VM's counted by itself.
-    pub granted_pages: u64,
-    /// Pages noted for one VM. Further ones are not noted, so they are shared only when
-    /// somebody else notes them.
-    pub sightings_per_vm: usize,
-    /// Files of which pages are noted for one VM.
-    pub files_per_vm: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            store_pages: u64::MAX,
-            granted_pages: u64::MAX,
-            // 16 GiB of page cache; takes about 64 MiB when it is full.
-            sightings_per_vm: 1 << 22,
-            files_per_vm: 1 << 18,
-        }
-    }
-}
-
-/// What one VM may take of its group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VmLimits {
-    /// Canonical pages that it has published.
-    pub store_pages: u64,
-    /// Canonical pages granted to it.
-    pub granted_pages: u64,
-}
-
-impl Default for VmLimits {
-    fn default() -> Self {
-        Self {
-            store_pages: u64::MAX,
-            granted_pages: u64::MAX,
-        }
-    }
-}
-
-/// Figures of a group.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct GroupStatistics {
-    /// Canonical pages.
-    pub store_pages: u64,
-    /// Pages noted that only one reporter has.
-    pub remembered: u64,
-    /// Files that either belong to.
-    pub files: u64,
-    /// Memory of the index, bytes, estimated.
-    pub index_bytes: u64,
-    /// Pages that could not be written or were refused by a limit, ever.
-    pub store_full: u64,
-    /// Whether VMs of an earlier daemon are still to announce what they map.
-    pub adopting: bool,
-    /// While only learning: pages that would be shared, and canonical pages for that.
-    pub would_share: Option<(u64, u64)>,
-}
-
-/// Figures of one VM in a group.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct VmStatistics {
-    /// Canonical pages granted to it.
-    pub granted: u64,
-    /// Canonical pages it has published.
-    pub published: u64,
-    /// Pages noted for it.
-    pub remembered: u64,
-    /// Pages that a limit has kept from it, ever.
-    pub limited: u64,
-}
 
 #[derive(Debug, Default)]
 struct Vm {
@@ -195,23 +118,12 @@ impl Group {
         self.file = file;
     }
 
-    /// Changes what the group may take. What it has stays.
-    pub fn set_limits(&mut self, store_pages: u64, granted_pages: u64) {
-        self.limits.store_pages = store_pages;
-        self.limits.granted_pages = granted_pages;
-    }
-
     /// Only learns who has what, or shares. While learning nothing is granted or published
     /// that was not before.
     pub fn set_learning(&mut self, learning: bool) {
         if learning != self.estimate.is_some() {
             self.estimate = learning.then(Estimate::default);
         }
-    }
-
-    /// Changes what a VM may take. What it has stays.
-    pub fn set_vm_limits(&mut self, vm: u32, limits: VmLimits) {
-        self.vms.entry(vm).or_default().limits = limits;
     }
 
     /// A VM has joined.
@@ -235,59 +147,6 @@ impl Group {
         }
         self.finish_adoption();
         self.clear_strays();
-    }
-
-    /// Gives back memory that belongs to no page: whoever maps the store and touches what lies
-    /// between its pages makes the kernel take some, and no limit counts it. Returns whether
-    /// there is more to do, which can wait.
-    pub fn clear_strays(&mut self) -> bool {
-        match self.try_clear_strays() {
-            Ok(more) => more,
-            Err(error) => {
-                log::error!("cannot give memory between the pages back: {error}");
-                false
-            }
-        }
-    }
-
-    fn try_clear_strays(&mut self) -> io::Result<bool> {
-        // What was there when a file was taken over is in the index until that is over.
-        let pages = self.index.len() as u64;
-        let most = pages + pages / STRAY_PART + STRAY_PAGES;
-        if self.adoption.is_some() || self.file.allocated_bytes()? / PAGE as u64 <= most {
-            return Ok(false);
-        }
-        let mut used = RoaringBitmap::new();
-        for vm in self.vms.values() {
-            used |= &vm.granted;
-        }
-        // Every page is granted to somebody. Should one not be, nothing may go: it may be mapped.
-        if used.len() != pages {
-            return Err(io::Error::other(format!(
-                "{pages} pages, of which {} are granted",
-                used.len()
-            )));
-        }
-        let end = self.file.pages()?;
-        let mut from = std::mem::take(&mut self.cleared);
-        used.remove_range(..from);
-        used.remove_range(end..);
-        let mut cleared = 0;
-        for span in spans(&used) {
-            if cleared == MAX_CLEARED {
-                self.cleared = from;
-                return Ok(true);
-            }
-            if from < span.page {
-                self.file.punch(from, span.page - from)?;
-                cleared += 1;
-            }
-            from = span.page + span.pages;
-        }
-        if from < end {
-            self.file.punch(from, end - from)?;
-        }
-        Ok(false)
     }
 
     /// Whether the VM lived under an earlier daemon and may map pages it has not announced.
@@ -356,35 +215,6 @@ impl Group {
         for sighting in sightings {
             for (&hash, page) in sighting.hashes.iter().zip(sighting.page..) {
                 out.push(self.sight_page(vm, &sighting.file, page, hash));
-            }
-        }
-        Ok(())
-    }
-
-    /// [`crate::protocol::EngineRequest::Publish`]
-    pub fn publish(
-        &mut self,
-        vm: u32,
-        spans: &[FileSpan],
-        bytes: &[u8],
-        out: &mut Vec<Option<StorePage>>,
-    ) -> Result<(), StoreError> {
-        self.known(vm)?;
-        let pages = pages_of(spans);
-        if pages > MAX_PUBLISH_PAGES as u64 {
-            return Err(StoreError::Refused(format!(
-                "{pages} pages at once; the most is {MAX_PUBLISH_PAGES}"
-            )));
-        }
-        check_bytes(spans, bytes)?;
-        check_spans(spans.iter().map(|it| (it.page, u64::from(it.pages))))?;
-        let mut bytes = whole_pages(bytes);
-        let mut clean = 0..0;
-        for span in spans {
-            let pages = span.page..span.page + u64::from(span.pages);
-            for (page, bytes) in pages.clone().zip(&mut bytes) {
-                let following = (pages.end - page) as u32;
-                out.push(self.publish_page(vm, (&span.file, page), bytes, following, &mut clean));
             }
         }
         Ok(())
@@ -546,47 +376,6 @@ impl Group {
         !self.reports.is_empty()
     }
 
-    /// Figures of the group.
-    pub fn statistics(&self) -> GroupStatistics {
-        let granted: u64 = self
-            .vms
-            .values()
-            .map(|vm| vm.granted.serialized_size() as u64)
-            .sum();
-        let estimate = self.estimate.as_ref().map_or(0, Estimate::bytes);
-        let index = self.index.bytes() + self.files.bytes() + self.sightings.bytes() + estimate;
-        GroupStatistics {
-            store_pages: self.index.len() as u64,
-            remembered: self.sightings.len() as u64,
-            files: self.files.len() as u64,
-            index_bytes: index as u64 + granted,
-            store_full: self.store_full,
-            adopting: self.adoption.is_some(),
-            would_share: self
-                .estimate
-                .as_ref()
-                .map(|estimate| (estimate.shared(), estimate.contents())),
-        }
-    }
-
-    /// Canonical pages by the file they belong to. Those of an earlier daemon that nobody has
-    /// announced yet belong to none.
-    pub fn pages_by_file(&self) -> BTreeMap<FileKey, u64> {
-        self.index.pages_by_file(&self.files)
-    }
-
-    /// Figures of one VM.
-    pub fn vm_statistics(&self, vm: u32) -> VmStatistics {
-        self.vms
-            .get(&vm)
-            .map_or_else(VmStatistics::default, |it| VmStatistics {
-                granted: it.granted.len(),
-                published: it.published,
-                remembered: self.sightings.pages_of(vm) as u64,
-                limited: it.limited,
-            })
-    }
-
     fn known(&self, vm: u32) -> Result<(), StoreError> {
         if self.vms.contains_key(&vm) {
             Ok(())
@@ -635,127 +424,6 @@ impl Group {
         verdict
     }
 
-    fn publish_page(
-        &mut self,
-        vm: u32,
-        (key, page): (&FileKey, u64),
-        bytes: &[u8; PAGE],
-        following: u32,
-        clean: &mut Range<StorePage>,
-    ) -> Option<StorePage> {
-        let hash = hash_page(self.seed, bytes);
-        let file = self.files.intern(key);
-        let reporter = Reporter { vm, file, page };
-        let store = match self.find_equal(hash, bytes) {
-            Ok(Some(store)) => Some(store).filter(|&store| self.admits(vm, store)),
-            Ok(None) if self.room(vm) == 0 => {
-                self.limit(vm, 1);
-                None
-            }
-            Ok(None) => self.write_new(reporter, hash, bytes, following, clean),
-            Err(error) => {
-                log::error!("cannot read the page store: {error}");
-                None
-            }
-        };
-        if let Some(store) = store {
-            self.index.name(&mut self.files, file, page, store);
-            self.grant(vm, store);
-            self.consume_sighting(reporter, hash);
-        }
-        // It may be forgotten already, with the last sighting in it.
-        if let Some(file) = self.files.find(key) {
-            self.files.prune(file);
-        }
-        store
-    }
-
-    /// A page of the store with the same bytes.
-    fn find_equal(&self, hash: u64, bytes: &[u8; PAGE]) -> io::Result<Option<StorePage>> {
-        let mut stored = [0; PAGE];
-        for store in self.index.candidates(hash) {
-            self.file.read(store, &mut stored)?;
-            if stored == *bytes {
-                return Ok(Some(store));
-            }
-        }
-        Ok(None)
-    }
-
-    /// `following` pages of the publication, this one among them, may come to lie side by side;
-    /// those in `clean` have been found or made holes.
-    fn write_new(
-        &mut self,
-        by: Reporter,
-        hash: u64,
-        bytes: &[u8; PAGE],
-        following: u32,
-        clean: &mut Range<StorePage>,
-    ) -> Option<StorePage> {
-        match self.sightings.find(hash) {
-            Some(other) if other != by => {}
-            // The other reporter has gone in the meantime, or there never was one.
-            Some(_) => return None,
-            None => {
-                let key = self.files.get(by.file).key;
-                self.sight_page(by.vm, &key, by.page, hash);
-                return None;
-            }
-        }
-        if self.index.candidates(hash).count() >= MAX_CANDIDATES {
-            return None;
-        }
-        let may_publish = |vm: &Vm| vm.published < vm.limits.store_pages;
-        if self.index.len() as u64 >= self.limits.store_pages
-            || !self.vms.get(&by.vm).is_some_and(may_publish)
-        {
-            self.store_full += 1;
-            self.limit(by.vm, 1);
-            return None;
-        }
-        let Some(store) = self.index.take(&mut self.files, by.file, by.page) else {
-            self.store_full += 1;
-            return None;
-        };
-        if let Err(error) = self.write_anew(store, bytes, following, clean) {
-            log::debug!("cannot write to the page store: {error}");
-            self.store_full += 1;
-            self.index.give(&mut self.files, store);
-            return None;
-        }
-        self.index.insert(store, hash, by.vm);
-        self.vms.entry(by.vm).or_default().published += 1;
-        Some(store)
-    }
-
-    /// Writes a page into memory that nobody has mapped before it was a page.
-    fn write_anew(
-        &self,
-        store: StorePage,
-        bytes: &[u8; PAGE],
-        following: u32,
-        clean: &mut Range<StorePage>,
-    ) -> io::Result<()> {
-        if !clean.contains(&store) {
-            // At once for the whole run: for each page it would cost a third of the write.
-            let run = self.index.unused(store, following).max(1);
-            self.file.punch(store, run)?;
-            *clean = store..store.saturating_add(run);
-        }
-        self.file.write(store, bytes)
-    }
-
-    /// The page is in the store now: whoever else has it shall report it again.
-    fn consume_sighting(&mut self, by: Reporter, hash: u64) {
-        if let Some(first) = self.sightings.find(hash) {
-            if first != by {
-                self.reports
-                    .push((first.vm, self.files.get(first.file).key, first.page));
-            }
-            self.sightings.remove(&mut self.files, first);
-        }
-    }
-
     fn drop_unannounced(&mut self, vm: u32) {
         let Some(it) = self.vms.get_mut(&vm) else {
             return;
@@ -767,80 +435,6 @@ impl Group {
         it.granted -= &lost;
         self.granted -= lost.len();
         self.drop_references(&lost);
-    }
-
-    fn grant(&mut self, vm: u32, store: StorePage) {
-        let Some(page) = self.index.page_mut(store) else {
-            return;
-        };
-        let vm = self.vms.entry(vm).or_default();
-        if let Some(renewed) = &mut vm.renewed {
-            renewed.insert(store);
-        }
-        if vm.granted.insert(store) {
-            page.references += 1;
-            self.granted += 1;
-        }
-    }
-
-    /// Grants as many pages from `first` on, all of them in the index, as the limits allow;
-    /// how many.
-    fn grant_range(&mut self, vm: u32, first: StorePage, pages: u32) -> u32 {
-        let room = self.room(vm);
-        let Vm {
-            granted, renewed, ..
-        } = self.vms.entry(vm).or_default();
-        let mut new = RoaringBitmap::new();
-        new.insert_range(first..first + pages);
-        for page in granted.range(first..first + pages) {
-            new.remove(page);
-        }
-        // The first new page that is one too many.
-        let end = u32::try_from(room).ok().and_then(|room| new.select(room));
-        let end = end.unwrap_or(first + pages);
-        new.remove_range(end..);
-        granted.insert_range(first..end);
-        if let Some(renewed) = renewed {
-            renewed.insert_range(first..end);
-        }
-        self.granted += new.len();
-        for store in new {
-            if let Some(page) = self.index.page_mut(store) {
-                page.references += 1;
-            }
-        }
-        let beyond = first + pages - end;
-        self.limit(vm, beyond);
-        end - first
-    }
-
-    /// How many pages more a VM may be granted.
-    fn room(&self, vm: u32) -> u64 {
-        if self.estimate.is_some() {
-            return 0;
-        }
-        let of_vm = self.vms.get(&vm).map_or(0, |vm| {
-            vm.limits.granted_pages.saturating_sub(vm.granted.len())
-        });
-        of_vm.min(self.limits.granted_pages.saturating_sub(self.granted))
-    }
-
-    /// Whether a VM may be granted a page, or is already; counts it if not.
-    fn admits(&mut self, vm: u32, store: StorePage) -> bool {
-        let granted = |vm: &Vm| vm.granted.contains(store);
-        let admitted = self.room(vm) > 0 || self.vms.get(&vm).is_some_and(granted);
-        self.limit(vm, u32::from(!admitted));
-        admitted
-    }
-
-    /// Counts pages that a limit has kept from a VM.
-    fn limit(&mut self, vm: u32, pages: u32) {
-        if self.estimate.is_some() {
-            return;
-        }
-        if let Some(vm) = self.vms.get_mut(&vm) {
-            vm.limited += u64::from(pages);
-        }
     }
 
     /// Takes a reference from each page and gives back to the host what has none left.
