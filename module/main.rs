@@ -45,7 +45,7 @@ mod tracker;
 mod values;
 mod walk;
 // The host's side of it is not used here.
-#[allow(dead_code, unreachable_pub)]
+#[allow(dead_code, unreachable_pub, unused_imports)]
 #[rustfmt::skip] // Formatted with its own crate.
 #[path = "../abi/src/wire/mod.rs"]
 mod wire;

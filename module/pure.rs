@@ -28,6 +28,8 @@ mod session;
 mod sight;
 mod tracker;
 mod values;
+// The rest is used elsewhere.
+#[allow(unused_imports)]
 #[rustfmt::skip] // Formatted with its own crate.
 #[path = "../abi/src/wire/mod.rs"]
 mod wire;
