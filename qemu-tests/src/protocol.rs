@@ -225,6 +225,16 @@ pub enum Op {
     },
     /// What all frames hold. The reply is a list of the number of frames and their [`FrameKind`], from frame 0 on.
     Census,
+    /// How what [`FrameKind::Mapped`] calls so lies in memory. The reply is a list: how many of these pages are in runs of
+    /// one page, of 2 and 3, of 4 to 7 and so on, where a run is of pages of a file that follow each other in memory.
+    MappedRuns,
+    /// Gives a kernel thread another priority.
+    Renice {
+        /// Its name.
+        name: String,
+        /// From -20, before everybody else, to 19.
+        nice: i32,
+    },
     /// CPU time of a kernel thread at a moment when it sleeps. The reply is a [`ThreadTime`].
     ThreadTime {
         /// Its name.

@@ -32,12 +32,35 @@ pub(super) fn take() -> Result<Vec<(u64, FrameKind)>> {
         .chunks_exact(8)
         .filter_map(|entry| entry.try_into().ok());
     let mut kinds: Vec<_> = flags.map(u64::from_le_bytes).map(kind).collect();
-    for frame in mapped()? {
-        if let Some(kind) = kinds.get_mut(usize::try_from(frame)?) {
+    for frame in mapped()?.into_iter().flatten() {
+        // A page that is not cached has none.
+        if let Some(kind) = kinds
+            .get_mut(usize::try_from(frame)?)
+            .filter(|_| frame != 0)
+        {
             *kind = FrameKind::Mapped;
         }
     }
     Ok(runs(&kinds))
+}
+
+/// How many mapped pages are in runs of one page, of 2 and 3, of 4 to 7 and so on.
+pub(super) fn mapped_runs() -> Result<Vec<u64>> {
+    Ok(run_lengths(&mapped()?))
+}
+
+fn run_lengths(parts: &[Vec<u64>]) -> Vec<u64> {
+    let mut lengths = Vec::new();
+    for part in parts {
+        for run in part.chunk_by(|one, next| *one != 0 && one + 1 == *next) {
+            if run[0] != 0 {
+                let class = run.len().ilog2() as usize;
+                lengths.resize(lengths.len().max(class + 1), 0);
+                lengths[class] += run.len() as u64;
+            }
+        }
+    }
+    lengths
 }
 
 fn kind(flags: u64) -> FrameKind {
@@ -66,8 +89,9 @@ fn runs(kinds: &[FrameKind]) -> Vec<(u64, FrameKind)> {
 /// A file and which parts of it are mapped.
 type MappedFile = (File, Vec<Range<u64>>);
 
-/// The frames of all page cache that lies in the range of a readable mapping that is not writable.
-fn mapped() -> Result<Vec<u64>> {
+/// The frames of all page cache that lies in the range of a readable mapping that is not writable, for each part of a
+/// file; 0 for a page that is not cached.
+fn mapped() -> Result<Vec<Vec<u64>>> {
     let mut files: BTreeMap<(u64, u64), MappedFile> = BTreeMap::new();
     for process in fs::read_dir("/proc").context("list /proc")? {
         let directory = process?.path();
@@ -96,19 +120,17 @@ fn mapped() -> Result<Vec<u64>> {
             }
         }
     }
-    let mut frames = Vec::new();
+    let mut mapped = Vec::new();
     for (file, parts) in files.into_values() {
         let end = file.metadata()?.len();
         for part in joined(parts) {
             let length = part.end.min(end).saturating_sub(part.start);
             if length > 0 {
-                frames.extend(Held::cached_frames(&file, part.start, length)?);
+                mapped.push(Held::cached_frames(&file, part.start, length)?);
             }
         }
     }
-    // A page that is not cached has none.
-    frames.retain(|frame| *frame != 0);
-    Ok(frames)
+    Ok(mapped)
 }
 
 /// One line of `/proc/<pid>/maps`.
@@ -171,6 +193,18 @@ mod tests {
     #[test]
     fn parts_that_overlap_are_one() {
         assert_eq!(joined(vec![8..12, 0..4, 3..6, 12..13]), [0..6, 8..13]);
+    }
+
+    #[test]
+    fn a_run_ends_where_a_page_is_elsewhere_or_not_there() {
+        let parts = [
+            vec![7, 8, 9, 0, 0, 10, 5],
+            vec![6],
+            vec![1, 2, 3, 4],
+            vec![],
+        ];
+        // 10, 5 and 6; 7 to 9; 1 to 4.
+        assert_eq!(run_lengths(&parts), [3, 3, 4]);
     }
 
     #[test]

@@ -90,6 +90,18 @@ pub(super) fn thread_time(name: &str, counter: &str) -> Result<ThreadTime> {
     bail!("{name} never sleeps")
 }
 
+/// Gives a kernel thread another priority.
+pub(super) fn renice(name: &str, nice: i32) -> Result<()> {
+    let directory = thread_directory(name)?;
+    let number = directory.file_name().and_then(|name| name.to_str());
+    let number = number.and_then(|number| number.parse().ok());
+    let process = number
+        .and_then(rustix::process::Pid::from_raw)
+        .with_context(|| format!("{} is no process", directory.display()))?;
+    rustix::process::setpriority_process(Some(process), nice)
+        .with_context(|| format!("renice {name}"))
+}
+
 fn thread_directory(name: &str) -> Result<PathBuf> {
     for entry in fs::read_dir("/proc").context("list /proc")? {
         let path = entry?.path();

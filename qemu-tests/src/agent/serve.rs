@@ -219,6 +219,11 @@ impl Agent {
                 Ok(Value::Null)
             }
             Op::Census => Ok(serde_json::to_value(census::take()?)?),
+            Op::MappedRuns => Ok(serde_json::to_value(census::mapped_runs()?)?),
+            Op::Renice { name, nice } => {
+                kernel::renice(&name, nice)?;
+                Ok(Value::Null)
+            }
             Op::ThreadTime { name, counter } => {
                 Ok(serde_json::to_value(kernel::thread_time(&name, &counter)?)?)
             }

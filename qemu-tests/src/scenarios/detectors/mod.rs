@@ -27,17 +27,15 @@ const STRESS: &str = include_str!("stress.py");
 const FAILURES: &str = include_str!("failures.py");
 /// Tells the stress to end.
 const STOP: &str = "/tmp/stress-stop";
-/// Gives the module's thread the usual priority.
-const HURRY: &str = r#"for process in /proc/[0-9]*; do
-    read name < $process/comm
-    if [ "$name" = pagefusion ]; then renice -n 0 -p ${process#/proc/}; fi
-done 2> /dev/null"#;
 /// Puts the agent, whose child this is, before everybody else, and what it starts.
 const FIRST: &str = "renice -n -20 -p $(ls /proc/$PPID/task)";
 const MODULE: &str = "/run/pagefusion/pagefusion.ko";
 
 /// How often the module is loaded and unloaded while its guest is busy.
 const LOADS: u32 = 500;
+/// Seconds, at most, between changes of a kind while that happens. Without pauses a round takes twice as long, nearly all
+/// of it waiting for a processor.
+const PAUSE: f64 = 1.0;
 /// Files that each guest maps all the time.
 const HELD: usize = 60;
 /// Between two looks.
@@ -99,7 +97,7 @@ fn fail(guest: &mut Guest, what: &str) -> Result<()> {
 /// The module comes and goes, at any moment of its passes, while processes and files do.
 pub(super) fn loads_and_unloads_under_load(stage: &mut Stage) -> Result<()> {
     with_detectors(stage, |world| {
-        let stress = Stress::start(world, 1)?;
+        let stress = Stress::start(world, 1, PAUSE)?;
         // Who loads and unloads waits for the kernel often enough; all the others run meanwhile.
         world.guests[0].output(&["sh", "-c", FIRST])?;
         let began = Instant::now();
@@ -132,7 +130,7 @@ pub(super) fn loads_and_unloads_under_load(stage: &mut Stage) -> Result<()> {
             } else {
                 0
             };
-            hurry(guest)?;
+            renice(guest, -20)?;
             next(1);
             let op = Op::WaitCounter {
                 path: format!("{SYSFS}/pages_reported"),
@@ -152,8 +150,8 @@ pub(super) fn loads_and_unloads_under_load(stage: &mut Stage) -> Result<()> {
 /// For ten minutes, in two guests that share; then they share on, and what they read is right.
 pub(super) fn everything_at_once_leaves_no_trace(stage: &mut Stage) -> Result<()> {
     with_detectors(stage, |world| {
-        each(world, hurry)?;
-        let stress = Stress::start(world, 2)?;
+        each(world, |guest| renice(guest, 0))?;
+        let stress = Stress::start(world, 2, 0.0)?;
         let before = passes(world)?;
         let deadline = Instant::now() + STRESSED;
         while Instant::now() < deadline {
@@ -176,8 +174,9 @@ pub(super) fn everything_at_once_leaves_no_trace(stage: &mut Stage) -> Result<()
 }
 
 /// By itself the module's thread would wait for a moment when nobody else wants to run.
-fn hurry(guest: &mut Guest) -> Result<()> {
-    guest.output(&["sh", "-c", HURRY]).map(drop)
+fn renice(guest: &mut Guest, nice: i32) -> Result<()> {
+    let name = "pagefusion".to_owned();
+    unit(guest, Op::Renice { name, nice })
 }
 
 /// How many each guest has made.
@@ -192,11 +191,12 @@ struct Stress {
 }
 
 impl Stress {
-    fn start(world: &mut World, guests: usize) -> Result<Self> {
+    fn start(world: &mut World, guests: usize, pause: f64) -> Result<Self> {
         const START: &str = r#"rm -f /tmp/stress-stop /tmp/stress-status
-            (setsid python3 -c "$0" "$1" > /tmp/stress-log 2>&1; echo $? > /tmp/stress-status) > /dev/null 2>&1 &"#;
+            (setsid python3 -c "$0" "$1" "$2" > /tmp/stress-log 2>&1; echo $? > /tmp/stress-status) > /dev/null 2>&1 &"#;
         for (seed, guest) in world.guests[..guests].iter_mut().enumerate() {
-            guest.output(&["sh", "-c", START, STRESS, &seed.to_string()])?;
+            let (seed, pause) = (seed.to_string(), pause.to_string());
+            guest.output(&["sh", "-c", START, STRESS, &seed, &pause])?;
         }
         Ok(Self { guests })
     }

@@ -1,6 +1,7 @@
 """Everything at once that changes what a module that walks processes and page caches looks at.
 
-stress.py SEED: until the file STOP is there. Exits with 1, and says why, when bytes are not what was written.
+stress.py SEED PAUSE: until the file STOP is there, with pauses of up to so many seconds between two changes of a kind.
+Exits with 1, and says why, when bytes are not what was written.
 """
 
 import glob
@@ -17,7 +18,11 @@ PAGE = 4096
 LIBRARIES = [path for path in glob.glob("/usr/lib/x86_64-linux-gnu/*.so*") if os.path.isfile(path)]
 
 
-def going_on():
+PAUSE = float(sys.argv[2])
+
+
+def going_on(rng):
+    time.sleep(rng.random() * PAUSE)
     return not os.path.exists(STOP)
 
 
@@ -29,7 +34,7 @@ def content(tag, pages):
 def maps(rng):
     """Libraries come and go in an address space."""
     held = []
-    while going_on():
+    while going_on(rng):
         with open(rng.choice(LIBRARIES), "rb") as file:
             view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
         for at in range(0, len(view), PAGE * 3):
@@ -41,7 +46,7 @@ def maps(rng):
 
 def forks(rng):
     """Processes of all ages."""
-    while going_on():
+    while going_on(rng):
         children = []
         for _ in range(rng.randrange(1, 6)):
             child = os.fork()
@@ -60,7 +65,7 @@ def files(rng):
     os.makedirs(directory, exist_ok=True)
     path, spare = directory + "/file", directory + "/spare"
     round = 0
-    while going_on():
+    while going_on(rng):
         round += 1
         pages = rng.randrange(1, 96)
         expected = bytearray(content(b"%d/%d" % (os.getpid(), round), pages))
@@ -101,7 +106,7 @@ def check(found, expected, what):
 
 def memory(rng):
     """Caches are dropped and memory is compacted."""
-    while going_on():
+    while going_on(rng):
         if rng.random() < 0.3:
             # What shrinks everything makes the module rest for ten seconds, so it is rare.
             set_("/proc/sys/vm/drop_caches", "3" if rng.random() < 0.02 else "1")
@@ -113,7 +118,7 @@ def memory(rng):
 def plugs(rng):
     """A CPU and pieces of memory are taken away and come back."""
     blocks = glob.glob("/sys/devices/system/memory/memory*/state")
-    while going_on():
+    while going_on(rng):
         set_("/sys/devices/system/cpu/cpu1/online", "0")
         time.sleep(rng.random() / 2)
         set_("/sys/devices/system/cpu/cpu1/online", "1")
