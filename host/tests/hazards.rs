@@ -13,6 +13,7 @@ use pagefusion_host::engine::{ReportedRun, mappings_now};
 use pagefusion_host::store::{Group, LocalStore, PAGE};
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::ptr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -241,6 +242,63 @@ fn memory_with_a_userfaultfd_of_the_vmm_is_refused_by_name() {
     let foreign = pagefusion_host::engine::Uffd::open(None).unwrap();
     foreign.register(&equal.range()).unwrap();
     is_refused(&equal, "userfaultfd");
+}
+
+/// KSM puts a page in the place of another without its write protection.
+#[test]
+fn ksm_is_kept_from_memory_while_it_is_replaced() {
+    let equal = Equal::new();
+    equal.write_all();
+    equal.vm.ram.word(5, 0).fetch_xor(1, Ordering::Relaxed);
+    if !Path::new("/sys/kernel/mm/ksm").exists() {
+        eprintln!("skipped: this kernel has no KSM");
+        return;
+    }
+    advise(&equal.vm.ram, 0..PAGES, libc::MADV_MERGEABLE);
+    let is_mergeable = |page: usize| {
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|it| it.split_once('-'));
+            let number = |text| usize::from_str_radix(text, 16).ok();
+            if let Some((Some(start), Some(end))) = range.map(|(s, e)| (number(s), number(e))) {
+                inside = (start..end).contains(&equal.vm.ram.at(page));
+            } else if inside && line.starts_with("VmFlags:") {
+                return line.split(' ').any(|flag| flag == "mg");
+            }
+        }
+        panic!("page {page} is not mapped");
+    };
+    let all = |pages: &[usize]| {
+        pages
+            .iter()
+            .map(|&page| is_mergeable(page))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(all(&[0, 5, 20]), [true, true, true]);
+    let run = ReportedRun {
+        file: file(1),
+        page: 0,
+        gfn: 0,
+        pages: 16,
+    };
+    for protects in [false, true] {
+        // Asked while the pages are protected.
+        let seen = std::cell::RefCell::new(Vec::new());
+        equal.vm.sharing.share_while(&[run], &|| {
+            *seen.borrow_mut() = all(&[0, 15, 20]);
+            protects
+        });
+        assert_eq!(*seen.borrow(), [false, false, true]);
+        // What was not replaced, after all, is as it was.
+        assert_eq!(all(&[5, 20]), [true, true]);
+        assert_eq!(
+            equal.vm.sharing.memory().overlays().pages(),
+            if protects { 15 } else { 0 }
+        );
+    }
+    equal.vm.sharing.undo_all().unwrap();
+    assert_eq!(all(&[0, 5, 15, 20]), [true; 4]);
 }
 
 #[test]

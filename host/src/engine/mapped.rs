@@ -111,6 +111,22 @@ unsafe fn set_attributes(at: *mut c_void, bytes: usize, attributes: &Attributes)
     }
 }
 
+/// Lets KSM merge what is in `range`, or keeps it from doing so: when this has returned, it is at
+/// no page of it.
+///
+/// # Safety
+///
+/// The range must be mapped memory of this process.
+pub(super) unsafe fn set_mergeable(range: &Range<usize>, mergeable: bool) -> io::Result<()> {
+    let advice = if mergeable {
+        Advice::LinuxMergeable
+    } else {
+        Advice::LinuxUnmergeable
+    };
+    // SAFETY: neither changes content.
+    Ok(unsafe { madvise(range.start as *mut c_void, range.len(), advice) }?)
+}
+
 /// Splits huge pages that reach into `range`, so that what an overlay hides is freed.
 ///
 /// # Safety

@@ -215,6 +215,27 @@ impl Memory {
         next: Option<usize>,
         pinned: &dyn Fn() -> bool,
     ) -> Result<u64, Refusal> {
+        let result = self.replace_apart(stretch, attributes, next, pinned);
+        if attributes.mergeable {
+            let (start, end) = (stretch[0].address, stretch[stretch.len() - 1].end());
+            let (pages, mapped) = ((end - start) / PAGE, *result.as_ref().unwrap_or(&0));
+            for (first, count) in ones(!mapped & mask(pages), pages) {
+                let at = start + first * PAGE;
+                // SAFETY: guest memory.
+                let _ = unsafe { mapped::set_mergeable(&(at..at + count * PAGE), true) };
+            }
+        }
+        result
+    }
+
+    /// The same, and leaves memory that KSM may merge kept from it.
+    fn replace_apart(
+        &mut self,
+        stretch: &[Equal],
+        attributes: &Attributes,
+        next: Option<usize>,
+        pinned: &dyn Fn() -> bool,
+    ) -> Result<u64, Refusal> {
         let (start, end) = (stretch[0].address, stretch[stretch.len() - 1].end());
         let (range, pages) = (start..end, (end - start) / PAGE);
         if self.is_cut(&range) {
@@ -225,6 +246,12 @@ impl Memory {
         }
         if !attributes.no_huge_page {
             self.split_huge_pages(&range, next);
+        }
+        if attributes.mergeable {
+            // A page that KSM merges loses its protection, and who writes to it then stops nowhere.
+            // SAFETY: guest memory.
+            unsafe { mapped::set_mergeable(&range, false) }
+                .map_err(|e| host_error("keeping memory from KSM", &e))?;
         }
         let store = self.store.as_ref().ok_or(reason::NO_STORE)?;
         self.uffd
