@@ -511,6 +511,90 @@ fn what_a_guest_has_written_outlives_the_page_of_the_store_beneath_it() {
     shared.check();
 }
 
+/// Mappings of a guest's memory, and how many of these are of a store's file.
+fn mappings(shared: &Shared) -> (usize, usize) {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let of = |line: &&str| {
+        let (start, _) = line.split_once('-').unwrap();
+        let start = usize::from_str_radix(start, 16).unwrap();
+        (shared.vm.ram.at(0)..shared.vm.ram.at(2 * PAGES)).contains(&start)
+    };
+    let is_of_store = |line: &str| line.split_ascii_whitespace().nth(4) != Some("0");
+    let found: Vec<&str> = maps.lines().filter(of).collect();
+    (
+        found.len(),
+        found.iter().filter(|it| is_of_store(it)).count(),
+    )
+}
+
+#[test]
+fn what_is_given_up_while_it_is_shared_is_ordinary_memory() {
+    let shared = Shared::new();
+    shared.vm.ram.word(3, 0).fetch_xor(1, Ordering::Relaxed);
+    let before = mappings(&shared);
+    // Two runs, one of them broken in part, and a part of a third.
+    let given_up = 2 * RUN + 5;
+    let range = shared.vm.ram.at(0)..shared.vm.ram.at(given_up);
+    shared.vm.sharing.memory().before_discard(&range).unwrap();
+    for frame in 0..2 * PAGES {
+        let expected = shared.expected(frame);
+        let expected = if frame < given_up {
+            &[0; PAGE]
+        } else {
+            expected
+        };
+        assert_eq!(shared.vm.ram.read_page(frame), expected, "{frame}");
+    }
+    // Frame 3 has made three mappings of its run.
+    assert!(
+        mappings(&shared).1 <= before.1 - 2,
+        "{:?}",
+        mappings(&shared)
+    );
+    for frame in 0..given_up {
+        shared.vm.ram.write_page(frame, shared.expected(frame));
+    }
+    shared.share();
+    assert_eq!(shared.uses(), [256, 256]);
+    shared.vm.sharing.undo_all().unwrap();
+    assert_eq!(mappings(&shared), (1, 0));
+    shared.check();
+}
+
+#[test]
+fn memory_that_two_regions_have_is_undone_and_shared_like_any_other() {
+    let shared = Shared::new();
+    let region = shared.vm.ram.region();
+    let other = pagefusion_host::engine::Region {
+        gfn: 10_000,
+        ..region
+    };
+    {
+        let mut memory = shared.vm.sharing.memory();
+        memory.remove_region(0).unwrap();
+        memory.insert_region(5, region).unwrap();
+    }
+    shared.share();
+    // Found first from here on, and nothing is known of it.
+    shared.vm.sharing.memory().insert_region(0, other).unwrap();
+    shared.vm.sharing.undo_all().unwrap();
+    assert_eq!(shared.uses(), [0, 0]);
+    shared.check();
+    // Known by both, and the one goes.
+    shared.vm.sharing.memory().remove_region(0).unwrap();
+    shared.share();
+    shared.vm.sharing.memory().insert_region(0, other).unwrap();
+    shared.share();
+    shared.vm.sharing.memory().check(region.hva).unwrap();
+    shared.vm.sharing.memory().remove_region(0).unwrap();
+    shared.share();
+    assert_eq!(shared.uses(), [256, 256]);
+    shared.vm.ram.word(7, 0).fetch_xor(1, Ordering::Relaxed);
+    assert_eq!(shared.uses(), [255, 256]);
+    shared.vm.ram.word(7, 0).fetch_xor(1, Ordering::Relaxed);
+    shared.check();
+}
+
 #[test]
 fn what_a_guest_has_written_and_given_up_is_ordinary_memory() {
     let shared = Shared::new();
@@ -523,22 +607,8 @@ fn what_a_guest_has_written_and_given_up_is_ordinary_memory() {
     shared.vm.sharing.memory().before_discard(&range).unwrap();
     shared.vm.ram.discard(0..2 * RUN);
     assert!((0..2 * RUN).all(|frame| shared.vm.ram.word(frame, 0).load(Ordering::Relaxed) == 0));
-    let mappings = || {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let of = |line: &&str| {
-            let (start, _) = line.split_once('-').unwrap();
-            let start = usize::from_str_radix(start, 16).unwrap();
-            (shared.vm.ram.at(0)..shared.vm.ram.at(2 * PAGES)).contains(&start)
-        };
-        let is_of_store = |line: &str| line.split_ascii_whitespace().nth(4) != Some("0");
-        let found: Vec<&str> = maps.lines().filter(of).collect();
-        (
-            found.len(),
-            found.iter().filter(|it| is_of_store(it)).count(),
-        )
-    };
     // That of frame 40.
-    assert_eq!(mappings().1, 1);
+    assert_eq!(mappings(&shared).1, 1);
     shared.vm.ram.word(40, 0).fetch_xor(1, Ordering::Relaxed);
     // Written, and shared again where it is.
     for frame in 0..2 * PAGES {
@@ -547,6 +617,6 @@ fn what_a_guest_has_written_and_given_up_is_ordinary_memory() {
     shared.share();
     assert_eq!(shared.uses(), [256, 256]);
     shared.vm.sharing.undo_all().unwrap();
-    assert_eq!(mappings(), (1, 0));
+    assert_eq!(mappings(&shared), (1, 0));
     shared.check();
 }

@@ -88,11 +88,11 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mu
                 return refuse(&error);
             }
             // SAFETY: passed on as it came.
-            let result = unsafe { next_ioctl()(fd, request, argument) };
-            if result != 0 {
+            let outcome = Outcome::of(|| unsafe { next_ioctl()(fd, request, argument) });
+            if outcome.result != 0 {
                 runtime::give_userfaultfd_back(&range);
             }
-            result
+            outcome.give()
         }
         Watched::UnregistersUserfaultfd => {
             // SAFETY: the caller passes a `uffdio_range`.
@@ -109,14 +109,42 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mu
     }
 }
 
+/// What a call has returned, and the `errno` that goes with it: what is done before its caller
+/// sees that may change it.
+pub(crate) struct Outcome {
+    result: c_int,
+    errno: c_int,
+}
+
+impl Outcome {
+    pub(crate) fn of(call: impl FnOnce() -> c_int) -> Self {
+        let result = call();
+        Self {
+            result,
+            errno: std::io::Error::last_os_error().raw_os_error().unwrap_or(0),
+        }
+    }
+
+    pub(crate) fn give(self) -> c_int {
+        if self.result == -1 {
+            set_errno(self.errno);
+        }
+        self.result
+    }
+}
+
+fn set_errno(value: c_int) {
+    // SAFETY: where the calling thread's own errno is.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    unsafe { *errno = value };
+}
+
 /// Fails a call of the VMM: overlays could not be undone, and going on would let a guest read
 /// what is not its own.
 pub(crate) fn refuse(error: &std::io::Error) -> c_int {
     log::error!("a request of the VMM is refused, since overlays cannot be undone: {error}");
-    // SAFETY: where the calling thread's own errno is.
-    let errno = unsafe { libc::__errno_location() };
-    // SAFETY: as above.
-    unsafe { *errno = libc::ENOMEM };
+    set_errno(libc::ENOMEM);
     -1
 }
 

@@ -11,7 +11,7 @@ use std::ffi::{c_int, c_uint, c_ulong, c_void};
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use crate::interpose::{find_next, next, refuse};
+use crate::interpose::{Outcome, find_next, next, refuse};
 use crate::runtime;
 
 const PAGE: usize = 4096;
@@ -61,7 +61,7 @@ fn change(range: Range<usize>, call: impl FnOnce() -> c_int) -> c_int {
     if !runtime::is_active() {
         return call();
     }
-    runtime::change(&range, call).unwrap_or_else(|error| refuse(&error))
+    runtime::change(&range, || Outcome::of(call)).map_or_else(|error| refuse(&error), Outcome::give)
 }
 
 /// What an advice does.
@@ -69,7 +69,10 @@ fn change(range: Range<usize>, call: impl FnOnce() -> c_int) -> c_int {
 enum Advice {
     /// Memory is given back: on an overlay it would turn into the canonical bytes instead of
     /// zeros.
-    Discards,
+    Discards {
+        /// The kernel cannot refuse it for memory that is shared.
+        certainly: bool,
+    },
     /// An attribute changes, which overlays or what takes their place must have.
     Changes,
     /// None of ours.
@@ -81,11 +84,11 @@ impl From<c_int> for Advice {
         const DONTNEED_LOCKED: c_int = 24;
         const GUARD_INSTALL: c_int = 102;
         match advice {
-            libc::MADV_DONTNEED
-            | libc::MADV_FREE
-            | libc::MADV_REMOVE
-            | DONTNEED_LOCKED
-            | GUARD_INSTALL => Self::Discards,
+            libc::MADV_DONTNEED | libc::MADV_FREE | DONTNEED_LOCKED => {
+                Self::Discards { certainly: true }
+            }
+            // The one is for shared mappings, the other needs Linux 6.13.
+            libc::MADV_REMOVE | GUARD_INSTALL => Self::Discards { certainly: false },
             libc::MADV_DONTFORK
             | libc::MADV_DOFORK
             | libc::MADV_DONTDUMP
@@ -116,9 +119,11 @@ pub(crate) unsafe extern "C" fn madvise(
     // SAFETY: passed on as it came.
     let pass_on = || unsafe { next_madvise()(address, length, advice) };
     match Advice::from(advice) {
-        Advice::Discards if runtime::is_active() => {
+        Advice::Discards { certainly } if runtime::is_active() => {
             let range = whole_pages(address, length);
-            runtime::discard(&range, pass_on).unwrap_or_else(|error| refuse(&error))
+            // The kernel refuses any other address.
+            let certainly = certainly && address as usize % PAGE == 0;
+            runtime::discard(&range, certainly, pass_on).unwrap_or_else(|error| refuse(&error))
         }
         Advice::Changes => change(whole_pages(address, length), pass_on),
         _ => pass_on(),
@@ -324,9 +329,12 @@ mod tests {
 
     #[test]
     fn what_brings_back_other_bytes_is_a_discard() {
-        // MADV_DONTNEED, FREE, REMOVE, DONTNEED_LOCKED, GUARD_INSTALL.
-        for advice in [4, 8, 9, 24, 102] {
-            assert_eq!(Advice::from(advice), Advice::Discards, "{advice}");
+        // MADV_DONTNEED, FREE, DONTNEED_LOCKED; REMOVE, GUARD_INSTALL.
+        for (certainly, advices) in [(true, vec![4, 8, 24]), (false, vec![9, 102])] {
+            for advice in advices {
+                let found = Advice::from(advice);
+                assert_eq!(found, Advice::Discards { certainly }, "{advice}");
+            }
         }
         // MADV_WILLNEED, COLD, PAGEOUT, POPULATE_READ, POPULATE_WRITE.
         for advice in [3, 20, 21, 22, 23] {

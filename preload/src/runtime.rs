@@ -262,13 +262,22 @@ pub(crate) fn change<T>(range: &Range<usize>, change: impl FnOnce() -> T) -> io:
 }
 
 /// Discards memory with `discard` after it was made ordinary. No overlay can come in between:
-/// discarding one would bring the canonical bytes back.
-pub(crate) fn discard<T>(range: &Range<usize>, discard: impl FnOnce() -> T) -> io::Result<T> {
+/// discarding one would bring the canonical bytes back. Unless that is certain to be done, nothing
+/// is lost if it is not.
+pub(crate) fn discard<T>(
+    range: &Range<usize>,
+    certainly: bool,
+    discard: impl FnOnce() -> T,
+) -> io::Result<T> {
     let Some(sharing) = sharing() else {
         return Ok(discard());
     };
     let mut memory = sharing.memory();
-    memory.before_discard(range)?;
+    if certainly {
+        memory.before_discard(range)?;
+    } else {
+        memory.restore(range)?;
+    }
     Ok(discard())
 }
 

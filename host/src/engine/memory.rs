@@ -16,6 +16,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagefusion_abi::wire::reason;
 use roaring::RoaringBitmap;
@@ -156,6 +157,17 @@ impl Memory {
             let _ = self.uffd.unregister(&region.addresses());
         }
         self.regions.remove(key);
+        // Another region may have the same memory.
+        for range in self.ready_ranges() {
+            let both =
+                range.start.max(region.addresses().start)..range.end.min(region.addresses().end);
+            if !both.is_empty() {
+                self.uffd.register(&both)?;
+                if self.undoing > 0 {
+                    self.uffd.register_missing(&both)?;
+                }
+            }
+        }
         Ok(())
     }
 
@@ -344,18 +356,31 @@ impl Memory {
         self.prepare(address).map(drop)
     }
 
-    /// The VMM is about to discard `range`: what lies there is nobody's any more, no device's
-    /// either, and all of it becomes ordinary memory.
+    /// The VMM discards `range` next, and that cannot fail: what lies there is nobody's any more, no
+    /// device's either, and all of it becomes ordinary memory.
     pub fn before_discard(&mut self, range: &Range<usize>) -> io::Result<()> {
-        self.restore(range)?;
-        for (part, before) in self.written.in_range(range) {
+        let overlays = self.overlays.in_range(range);
+        let mut parts: Vec<_> = overlays
+            .map(|(at, overlay)| (at..at + overlay.pages as usize * PAGE, None))
+            .collect();
+        let written = self.written.in_range(range);
+        parts.extend(
+            written
+                .into_iter()
+                .map(|(part, before)| (part, Some(before))),
+        );
+        for (part, before) in parts {
             let mut start = part.start;
             while start < part.end {
                 let known = self.known_at(start);
-                let (attributes, end) = known.unwrap_or((before, part.end));
+                let before = before.map(|attributes| (attributes, part.end));
+                let Some((attributes, end)) = known.or(before) else {
+                    return Err(stray_overlay());
+                };
                 let piece = start..end.min(part.end);
                 // SAFETY: guest memory that the VMM gives up.
                 unsafe { mapped::map_empty(&piece, &attributes) }?;
+                self.overlays.remove(&piece);
                 self.written.remove(&piece);
                 if known.is_some() {
                     self.uffd.register(&piece)?;
@@ -371,13 +396,15 @@ impl Memory {
 
     /// What memory at `address` is made of, and up to where, if it may be shared.
     fn known_at(&self, address: usize) -> Option<(Attributes, usize)> {
-        let (key, _) = self.regions.find(address)?;
-        let Some(Suitability::Ready(known)) = self.suitability.get(&key) else {
-            return None;
-        };
-        known
-            .at(address)
-            .map(|(attributes, end)| (*attributes, end))
+        // Two regions may have the same memory: KVM's slots of video memory do.
+        self.regions.all_at(address).find_map(|key| {
+            let Some(Suitability::Ready(known)) = self.suitability.get(&key) else {
+                return None;
+            };
+            known
+                .at(address)
+                .map(|(attributes, end)| (*attributes, end))
+        })
     }
 
     /// Turns the overlays in `range` back into ordinary memory with the same content. What the
@@ -457,7 +484,7 @@ impl Memory {
             return Ok(false);
         };
         let Some((attributes, end)) = self.known_at(address) else {
-            return Err(io::Error::other("an overlay outside of guest memory"));
+            return Err(stray_overlay());
         };
         let pages = (overlay.pages as usize).min(WINDOW_PAGES);
         let part = address..end.min(address + pages * PAGE);
@@ -526,7 +553,16 @@ impl Memory {
     }
 }
 
+fn stray_overlay() -> io::Error {
+    io::Error::other("an overlay outside of guest memory")
+}
+
 pub(super) fn host_error(what: &str, error: &io::Error) -> Refusal {
-    log::warn!("{what}: {error}");
+    static TIMES: AtomicU64 = AtomicU64::new(0);
+    let times = TIMES.fetch_add(1, Ordering::Relaxed) + 1;
+    // Guests decide how often they come here.
+    if times.is_power_of_two() {
+        log::warn!("{what}: {error} ({times} such errors so far)");
+    }
     reason::HOST_ERROR
 }

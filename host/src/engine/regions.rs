@@ -60,6 +60,12 @@ impl Regions {
             .map(|(key, r)| (*key, *r))
     }
 
+    /// Keys of all regions that have this address of the process.
+    pub(super) fn all_at(&self, address: usize) -> impl Iterator<Item = u64> + '_ {
+        let holds = move |(_, r): &(&u64, &Region)| r.addresses().contains(&address);
+        self.by_key.iter().filter(holds).map(|(key, _)| *key)
+    }
+
     fn sort(&mut self) {
         self.sorted = self.by_key.values().copied().collect();
         self.sorted.sort_by_key(|r| r.gfn);

@@ -160,28 +160,50 @@ fn memory_that_may_be_freed_is_the_guests_own_or_zero() {
 }
 
 #[test]
-fn a_discard_is_refused_when_overlays_cannot_be_undone() {
-    in_vmm(
-        "a_discard_is_refused_when_overlays_cannot_be_undone",
-        |vmm| {
-            vmm.load();
-            vmm.boot();
-            vmm.share_all();
-            let limit = NoMemory::from_now_on();
-            let error = advise(&vmm.ram, 0..PAGES, libc::MADV_DONTNEED).unwrap_err();
-            // SAFETY: guest memory, which nothing refers to but atomics.
-            let locked = unsafe { libc::mlock(vmm.ram.at(0) as *const _, PAGE) };
-            // SAFETY: as above.
-            let unmapped = unsafe { libc::munmap(vmm.ram.at(0) as *mut _, PAGE) };
-            drop(limit);
-            assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
-            assert_eq!((locked, unmapped), (-1, -1));
-            vmm.check(0..PAGES);
-            assert!(vmm.is_overlaid(0..PAGES));
-            advise(&vmm.ram, 5..9, libc::MADV_DONTNEED).unwrap();
-            assert_eq!(vmm.ram.read_page(5), ZEROS);
-        },
-    );
+fn a_call_is_refused_when_overlays_cannot_be_undone() {
+    in_vmm("a_call_is_refused_when_overlays_cannot_be_undone", |vmm| {
+        vmm.load();
+        vmm.boot();
+        vmm.share_all();
+        let limit = NoMemory::from_now_on();
+        // This may fail, and what is there must not be lost then.
+        let removed = advise(&vmm.ram, 0..PAGES, libc::MADV_REMOVE);
+        // SAFETY: guest memory, which nothing refers to but atomics.
+        let locked = unsafe { libc::mlock(vmm.ram.at(0) as *const _, PAGE) };
+        // SAFETY: as above.
+        let unmapped = unsafe { libc::munmap(vmm.ram.at(0) as *mut _, PAGE) };
+        // It takes no memory to give memory up.
+        let discarded = advise(&vmm.ram, 5..9, libc::MADV_DONTNEED);
+        drop(limit);
+        discarded.unwrap();
+        assert_eq!(removed.unwrap_err().raw_os_error(), Some(libc::ENOMEM));
+        assert_eq!((locked, unmapped), (-1, -1));
+        for pages in [0..5, 9..PAGES] {
+            vmm.check(pages.clone());
+            assert_eq!(vmm.overlaid(pages.clone()), pages.len(), "{pages:?}");
+        }
+        assert_eq!(vmm.ram.read_page(5), ZEROS);
+    });
+}
+
+#[test]
+fn a_discard_that_the_kernel_refuses_loses_nothing() {
+    in_vmm("a_discard_that_the_kernel_refuses_loses_nothing", |vmm| {
+        vmm.load();
+        vmm.boot();
+        vmm.share_all();
+        vmm.ram.word(3, 0).store(7, Ordering::Relaxed);
+        // For shared mappings alone.
+        advise(&vmm.ram, 0..8, libc::MADV_REMOVE).unwrap_err();
+        // Not at the beginning of a page.
+        let (at, bytes) = (vmm.ram.at(8) + 8, 4 * PAGE);
+        // SAFETY: guest memory, which nothing refers to but atomics.
+        let result = unsafe { libc::madvise(at as *mut _, bytes, libc::MADV_DONTNEED) };
+        assert_eq!(result, -1);
+        assert_eq!(vmm.ram.word(3, 0).load(Ordering::Relaxed), 7);
+        vmm.ram.write_page(3, &vmm.content(3));
+        vmm.check(0..PAGES);
+    });
 }
 
 #[test]
