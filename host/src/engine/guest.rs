@@ -44,6 +44,8 @@ pub struct Guest<M> {
     withdrawal: Option<Withdrawal>,
     paused: bool,
     counts: Counts,
+    /// How often its ring made no sense.
+    ignored: u64,
     progress: Progress,
 }
 
@@ -146,6 +148,7 @@ impl<M: Words> Guest<M> {
             withdrawal: None,
             paused: false,
             counts: Counts::default(),
+            ignored: 0,
             progress: Progress::start(),
         }
     }
@@ -279,7 +282,14 @@ impl<M: Words> Guest<M> {
             Ok(None) => return done,
             Err(e) => {
                 self.counts.errors += 1;
-                log::warn!("{e}; the guest is ignored until it attaches again");
+                // It can do that as often as it likes.
+                self.ignored += 1;
+                if self.ignored.is_power_of_two() {
+                    log::warn!(
+                        "{e}; the guest is ignored until it attaches again ({} times so far)",
+                        self.ignored
+                    );
+                }
                 return done;
             }
         };
