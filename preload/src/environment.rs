@@ -10,10 +10,37 @@ use std::fs;
 
 /// Programs that only start others. A script that ends with `exec qemu-system-x86_64 …` is one of
 /// them until then, in the process that will be the VMM.
-const STARTERS: [&str; 22] = [
-    "ash", "bash", "busybox", "cgexec", "choom", "chrt", "dash", "env", "ionice", "ksh", "nice",
-    "nohup", "nsenter", "numactl", "prlimit", "setpriv", "setsid", "sh", "stdbuf", "taskset",
-    "unshare", "zsh",
+const STARTERS: [&str; 30] = [
+    "ash",
+    "bash",
+    "bwrap",
+    "busybox",
+    "capsh",
+    "cgexec",
+    "choom",
+    "chpst",
+    "chroot",
+    "chrt",
+    "dash",
+    "env",
+    "ionice",
+    "ip",
+    "ksh",
+    "nice",
+    "nohup",
+    "nsenter",
+    "numactl",
+    "prlimit",
+    "setarch",
+    "setpriv",
+    "setsid",
+    "sh",
+    "softlimit",
+    "stdbuf",
+    "systemd-run",
+    "taskset",
+    "unshare",
+    "zsh",
 ];
 /// The same, with a version behind the name.
 const STARTERS_OF_VERSIONS: [&str; 2] = ["perl", "python"];

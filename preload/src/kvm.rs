@@ -131,11 +131,10 @@ pub(crate) fn classify(request: c_ulong) -> Watched {
 }
 
 /// Memory is mapped for vDPA by messages; but every such device is asked for something by
-/// `VHOST_VDPA_…` before, and no other vhost device is.
+/// `VHOST_VDPA_…` before, and no other vhost device is. What has higher numbers is for all of them.
 #[inline]
 fn is_vdpa(request: c_ulong) -> bool {
-    const FIRST: c_ulong = 0x70;
-    request >> 8 & 0xff == 0xaf && request & 0xff >= FIRST
+    request >> 8 & 0xff == 0xaf && (0x70..=0x82).contains(&(request & 0xff))
 }
 
 #[cfg(test)]
@@ -205,12 +204,16 @@ mod tests {
             };
             assert!(what.contains(word), "{what}");
         }
-        // KVM_RUN, VHOST_SET_MEM_TABLE, VHOST_VSOCK_SET_RUNNING, VFIO_GROUP_GET_STATUS,
-        // TCGETS, UFFDIO_API.
+        // KVM_RUN, VHOST_SET_MEM_TABLE, VHOST_VSOCK_SET_RUNNING, VHOST_GET_ and
+        // VHOST_SET_FEATURES_ARRAY, VHOST_SET_FORK_FROM_OWNER, VFIO_GROUP_GET_STATUS, TCGETS,
+        // UFFDIO_API.
         for request in [
             0xae80,
             0x4008_af03,
             0x4004_af61,
+            0x8008_af83,
+            0x4008_af83,
+            0x4001_af84,
             0x3b67,
             0x5401,
             0xc018_aa3f,

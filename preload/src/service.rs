@@ -32,6 +32,8 @@ use crate::search::Search;
 
 /// Pages a guest may have pinned for us at a time: 64 MiB.
 const MAX_INFLIGHT_PAGES: u64 = 16384;
+/// Between tries to read events of `userfaultfd` that could not be read.
+const RETRY_EVENTS: Duration = Duration::from_millis(100);
 /// Between tries to reach a daemon that is gone.
 const RECONNECT: Duration = Duration::from_millis(100);
 /// Between two looks at what nobody rings for.
@@ -122,6 +124,8 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
     sharing.connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
     let mut guest = Guest::new(shared, layout, instance(), MAX_INFLIGHT_PAGES);
     guest.set_paused(welcome.paused);
+    // Never readable: events are served as long as the process lives.
+    let never = rustix::pipe::pipe()?;
     runtime.attach(&sharing);
     let service = Arc::new(Service {
         config,
@@ -139,7 +143,7 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
     // Events first: undoing an overlay waits for them.
     let faults = service.clone();
     let ring = service.clone();
-    let started = spawn_quiet("pf-faults", move || faults.serve_faults(&events))
+    let started = spawn_quiet("pf-faults", move || faults.serve_faults(&events, &never))
         && spawn_quiet("pf-ring", move || ring.serve_ring());
     if started {
         give_way();
@@ -179,17 +183,22 @@ impl Service {
         self.cpu[thread as usize].store(nanoseconds, Ordering::Relaxed);
     }
 
-    fn serve_faults(&self, events: &Uffd) {
-        // Never readable: this thread lives as long as the process.
-        let Ok((stop, _keep)) = rustix::pipe::pipe() else {
-            return;
-        };
-        if let Err(e) = serve_faults(events, &self.sharing, stop.as_fd()) {
-            log::error!("userfaultfd events are not served any more: {e}");
-            let _ = self
-                .sharing
-                .memory()
-                .disable("userfaultfd events cannot be read");
+    fn serve_faults(&self, events: &Uffd, (stop, _kept): &(OwnedFd, OwnedFd)) {
+        let mut failed = false;
+        while let Err(e) = serve_faults(events, &self.sharing, stop.as_fd()) {
+            if !failed {
+                failed = true;
+                log::error!("userfaultfd events cannot be read: {e}");
+                let sharing = self.sharing.clone();
+                // Undoing waits for events, so it cannot be done here, and they are served on.
+                let disable = move || {
+                    let _ = sharing
+                        .memory()
+                        .disable("userfaultfd events cannot be read");
+                };
+                spawn_quiet("pf-undo", disable);
+            }
+            std::thread::sleep(RETRY_EVENTS);
         }
         self.note_cpu(Thread::Faults);
     }
