@@ -40,6 +40,12 @@ pub enum LaunchError {
          background instead (systemd-run, or &)"
     )]
     Daemonize,
+    /// QEMU would see another root directory while its engine runs.
+    #[error(
+        "{} chroot is not supported: QEMU would lose its way to /proc and to the daemon; leave it out, or \
+         have what starts QEMU change the root", .0.to_string_lossy()
+    )]
+    ChangesRoot(OsString),
     /// QEMU would become another user's while its engine runs.
     #[error(
         "{} is not supported: QEMU would lose its way to the daemon; start it with: \
@@ -115,8 +121,11 @@ impl Launch {
         {
             return Err(LaunchError::Daemonize);
         }
-        if let Some(option) = drops_privileges(&self.command) {
+        if let Some(option) = option_for(&self.command, "runas", "user=") {
             return Err(LaunchError::DropsPrivileges(option));
+        }
+        if let Some(option) = option_for(&self.command, "chroot", "chroot=") {
+            return Err(LaunchError::ChangesRoot(option));
         }
         let user = self.user.as_deref().map(find_user).transpose()?;
         let preload = find_preload(self.preload.as_deref())?;
@@ -140,17 +149,19 @@ impl Launch {
     }
 }
 
-/// The option by which QEMU changes its own user, if one does.
-fn drops_privileges(command: &[OsString]) -> Option<OsString> {
-    let plain = |word: &OsString| ["-runas", "--runas"].iter().any(|it| word == it);
-    let run_with = |pair: &&[OsString]| {
-        let sets = pair[1].as_bytes();
-        ["-run-with", "--run-with"].iter().any(|it| pair[0] == *it)
-            && sets
-                .split(|byte| *byte == b',')
-                .any(|it| it.starts_with(b"user="))
+/// The option by which QEMU does something to itself, if it does: one of its own, or a part of
+/// `-run-with`.
+fn option_for(command: &[OsString], plain: &str, part: &str) -> Option<OsString> {
+    let is = |word: &OsString, option: &str| {
+        let bytes = word.as_bytes();
+        let bytes = bytes.strip_prefix(b"--").or(bytes.strip_prefix(b"-"));
+        bytes == Some(option.as_bytes())
     };
-    let word = command.iter().find(|word| plain(word));
+    let run_with = |pair: &&[OsString]| {
+        let mut parts = pair[1].as_bytes().split(|byte| *byte == b',');
+        is(&pair[0], "run-with") && parts.any(|it| it.starts_with(part.as_bytes()))
+    };
+    let word = command.iter().find(|word| is(word, plain));
     let pair = command.windows(2).find(run_with).map(|pair| &pair[0]);
     word.or(pair).cloned()
 }
@@ -271,8 +282,13 @@ mod tests {
     }
 
     #[test]
-    fn a_qemu_that_would_change_its_user_is_found() {
-        let option = |line: &str| drops_privileges(&words(line));
+    fn a_qemu_that_would_change_its_user_or_root_is_found() {
+        let root = |line: &str| option_for(&words(line), "chroot", "chroot=");
+        assert!(root("qemu -m 1 -chroot /x").is_some());
+        assert!(root("qemu -run-with async-teardown=on,chroot=/x").is_some());
+        assert_eq!(root("qemu -run-with user=nobody"), None);
+        assert_eq!(root("qemu -name chroot"), None);
+        let option = |line: &str| option_for(&words(line), "runas", "user=");
         for line in [
             "qemu -m 1 -runas nobody",
             "qemu -run-with chroot=/x,user=nobody",
