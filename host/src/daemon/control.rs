@@ -18,7 +18,7 @@ pub(super) const SLOW: Duration = Duration::from_secs(120);
 /// their pages are shared when the guest reports them for another reason.
 const MAX_REPORTS: usize = 4096;
 
-type Answer = Result<ControlReply, String>;
+pub(super) type Answer = Result<ControlReply, String>;
 
 enum Job {
     Ask(ControlRequest, SyncSender<Answer>),
@@ -178,6 +178,7 @@ fn tamed(reply: ControlReply) -> ControlReply {
         ControlReply::Status(engine) => ControlReply::Status(Box::new(status::tamed(*engine))),
         ControlReply::Files(mut files) => {
             for file in &mut files {
+                status::tame_name(&mut file.name);
                 file.pages_shared = file.pages_shared.min(status::MOST_PAGES);
                 file.pages_broken = file.pages_broken.min(status::MOST_PAGES);
             }

@@ -119,12 +119,14 @@ fn answer(
     payload: &[u8],
     first: bool,
 ) -> Result<EngineReply, StoreError> {
-    if let EngineRequest::Publish { .. } = request {
-        if !wait_for_pace(vm, payload.len()) {
-            return Ok(EngineReply::Published(vec![None; payload.len() / PAGE]));
-        }
-    }
+    let is_too_fast =
+        matches!(request, EngineRequest::Publish { .. }) && !wait_for_pace(vm, payload.len());
     let mut gate = Gate::of(vm, asker)?;
+    if is_too_fast {
+        let pages = payload.len() / PAGE;
+        gate.store().refuse_for_pace(vm.number, pages as u32);
+        return Ok(EngineReply::Published(vec![None; pages]));
+    }
     let reply = gate.answer(request, payload, first)?;
     let reports = match request {
         EngineRequest::Publish { .. } => gate.store().take_reports(),

@@ -140,8 +140,9 @@ impl Figures {
         );
         of_vms(
             "vm_disabled",
-            "1 while it cannot share, for a reason",
-            |it| f64::from(u8::from(it.engine.disabled.is_some())),
+            "1 while its engine says that it cannot share",
+            // Of one that says nothing this is not known.
+            |it| f64::from(u8::from(it.connected && it.engine.disabled.is_some())),
         );
         of_vms(
             "vm_memory_bytes",
@@ -294,6 +295,22 @@ mod tests {
             })
             .collect();
         assert_eq!(documented, given());
+    }
+
+    #[test]
+    fn of_an_engine_that_says_nothing_it_is_not_known_that_it_cannot_share() {
+        let disabled = |connected: bool| {
+            let mut status = status();
+            status.vms[0].connected = connected;
+            status.vms[0].engine.disabled = Some("why".into());
+            let line = "pagefusion_vm_disabled{vm=\"web\",group=\"g\"} ";
+            let text = text(&status).unwrap();
+            text.lines()
+                .find_map(|it| it.strip_prefix(line))
+                .map(str::to_owned)
+        };
+        assert_eq!(disabled(true).as_deref(), Some("1.0"));
+        assert_eq!(disabled(false).as_deref(), Some("0.0"));
     }
 
     #[test]

@@ -136,9 +136,10 @@ impl Daemon {
             }
         });
         let registry = self.registry.clone();
+        let mut tidying = tidy::Tidying::default();
         let _tidy = self
             .tidy
-            .map(|interval| every(interval, "tidy", move || tidy::tidy(&registry)));
+            .map(|interval| every(interval, "tidy", move || tidying.round(&registry)));
         let mut buffer = Vec::with_capacity(64);
         'serve: loop {
             for source in self.events.wait(&mut buffer).map_err(&failed)? {

@@ -6,7 +6,7 @@
 use super::control::{self, SLOW};
 use super::files;
 use super::pace::SLOWEST;
-use super::registry::{Pause, Registry};
+use super::registry::{Pause, Registry, check_name};
 use super::vm::Vm;
 use crate::protocol::{
     ControlReply, ControlRequest, FileKey, FileSpan, Limit, LimitChanges, Outcome, PolicyChanges,
@@ -36,7 +36,7 @@ pub(super) fn pause(registry: &Registry, scope: &Scope) -> Result<Outcome, Strin
 
 /// Shares again, files that were undone one by one included.
 pub(super) fn resume(registry: &Registry, scope: &Scope) -> Result<Outcome, String> {
-    let vms = registry.in_scope(scope)?;
+    let vms = registry.in_noted_scope(scope)?;
     noted(registry.clear_undone_files(scope, &vms))?;
     noted(registry.set_paused(scope, &vms, Pause::Running))?;
     Ok(tell(&vms, &ControlRequest::Resume, false))
@@ -80,8 +80,8 @@ pub(super) fn resume_files(
     scope: &Scope,
     id: &str,
 ) -> Result<Outcome, String> {
-    let vms = registry.in_scope(scope)?;
-    let found = registry.undone_files(&vms, id);
+    let vms = registry.in_noted_scope(scope)?;
+    let found = registry.undone_files(scope, &vms, id);
     if found.is_empty() {
         return Err(format!(
             "no file {id} was undone; give the id or the name that it was undone by, or resume \
@@ -124,6 +124,10 @@ pub(super) fn set(
             "the publish rate cannot be below {SLOWEST} bytes a second, which one request of an \
              engine may have; pause sharing instead"
         ));
+    }
+    if let Scope::Group(group) = scope {
+        // It may be one to come, and no other can.
+        check_name(group)?;
     }
     if matches!(scope, Scope::Vm(_)) && !policy.is_empty() {
         return Err(

@@ -219,10 +219,14 @@ impl Registry {
             return Err(format!("process {} is a VM already", caller.pid));
         }
         let number = inner.state.next_vm;
-        let name = name.unwrap_or_else(|| format!("vm{number}"));
-        if inner.vms.values().any(|vm| vm.name == name) {
-            return Err(format!("a VM named {name} is running; choose another name"));
-        }
+        let is_taken = |name: &str| inner.vms.values().any(|vm| vm.name == name);
+        let name = match name {
+            Some(name) if is_taken(&name) => {
+                return Err(format!("a VM named {name} is running; choose another name"));
+            }
+            Some(name) => name,
+            None => free_name(number, is_taken),
+        };
         inner.state.next_vm += 1;
         let paused = inner.state.all_paused
             || group
@@ -277,16 +281,38 @@ impl Registry {
                 .into_iter()
                 .filter(|vm| vm.group.as_ref() == Some(group))
                 .collect(),
-            Scope::Vm(vm) => vms
-                .into_iter()
-                .filter(|it| it.name == *vm || vm.parse() == Ok(it.number))
-                .collect(),
+            Scope::Vm(vm) => {
+                // Somebody may have another's number for a name.
+                let is_name = vms.iter().any(|it| it.name == *vm);
+                let is_meant = |it: &Arc<Vm>| match is_name {
+                    true => it.name == *vm,
+                    false => vm.parse() == Ok(it.number),
+                };
+                vms.into_iter().filter(is_meant).collect()
+            }
         };
         match (scope, found.is_empty()) {
             (Scope::Group(group), true) => Err(format!("no VM of the group {group} is running")),
             (Scope::Vm(vm), true) => Err(format!("no VM {vm} is running")),
             _ => Ok(found),
         }
+    }
+
+    /// VMs in a scope, of which there need not be any where something is noted for a group.
+    pub(super) fn in_noted_scope(&self, scope: &Scope) -> Result<Vec<Arc<Vm>>, String> {
+        let is_noted = match scope {
+            Scope::Group(group) => {
+                let state = &self.inner().state;
+                state.paused_groups.contains(group)
+                    || state
+                        .undone_files
+                        .iter()
+                        .any(|(of, _)| of.as_ref() == Some(group))
+            }
+            _ => false,
+        };
+        self.in_scope(scope)
+            .or_else(|error| if is_noted { Ok(Vec::new()) } else { Err(error) })
     }
 
     /// Notes that VMs are paused or not, those in existence and those to come.
@@ -318,11 +344,31 @@ impl Registry {
             .try_for_each(|vm| vm.set_pause(&self.runtime, pause))
     }
 
-    /// Files of these VMs that were undone by this name or have it as their id.
-    pub(super) fn undone_files(&self, vms: &[Arc<Vm>], name: &str) -> BTreeMap<FileKey, String> {
-        vms.iter()
+    /// Files of these VMs, and of those to come in this scope, that were undone by this name or have
+    /// it as their id.
+    pub(super) fn undone_files(
+        &self,
+        scope: &Scope,
+        vms: &[Arc<Vm>],
+        name: &str,
+    ) -> BTreeMap<FileKey, String> {
+        let mut files: BTreeMap<_, _> = vms
+            .iter()
             .flat_map(|vm| vm.undone_files_named(name))
-            .collect()
+            .collect();
+        let in_scope = |of: &Option<String>| match scope {
+            Scope::All => true,
+            Scope::Group(group) => of.as_ref() == Some(group),
+            Scope::Vm(_) => false,
+        };
+        let noted = &self.inner().state.undone_files;
+        let noted = noted.iter().filter(|(of, _)| in_scope(of));
+        files.extend(
+            noted
+                .filter(|(_, file)| file.is(name))
+                .map(|(_, it)| (it.file, it.name.clone())),
+        );
+        files
     }
 
     /// Notes files as undone or not, for VMs in existence and those to come.
@@ -563,7 +609,13 @@ fn store_name_of(number: u32, group: Option<&str>) -> String {
     }
 }
 
-fn check_name(name: &str) -> Result<(), String> {
+/// A name for a VM that was given none.
+fn free_name(number: u32, is_taken: impl Fn(&str) -> bool) -> String {
+    let mut names = (number..).map(|number| format!("vm{number}"));
+    names.find(|name| !is_taken(name)).unwrap_or_default()
+}
+
+pub(super) fn check_name(name: &str) -> Result<(), String> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(allowed) {
         return Err(format!(

@@ -8,7 +8,7 @@ use super::vm::Vm;
 use crate::device::PagefusionDevice;
 use crate::protocol::{ControlReply, ControlRequest, EngineStatus, GroupStatus, Status, VmStatus};
 use crate::store::PAGE;
-use pagefusion_abi::wire::reason;
+use pagefusion_abi::wire::{self, reason};
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -60,12 +60,19 @@ pub(super) fn collect(registry: &Registry) -> Status {
 }
 
 fn vm_status(vm: &Vm, answer: Option<Result<ControlReply, String>>) -> VmStatus {
+    let last = |reason: String| EngineStatus {
+        disabled: Some(reason),
+        ..vm.last_heard()
+    };
     let (connected, engine) = match answer {
-        Some(Ok(ControlReply::Status(engine))) => (true, *engine),
-        Some(Ok(ControlReply::Error(reason))) => (true, disabled(reason)),
-        Some(Ok(_)) => (false, disabled("the engine answers nonsense".into())),
-        Some(Err(reason)) => (false, disabled(reason)),
-        None => (false, disabled("no engine is connected".into())),
+        Some(Ok(ControlReply::Status(engine))) => {
+            vm.hear(&engine);
+            (true, *engine)
+        }
+        Some(Ok(ControlReply::Error(reason))) => (true, last(reason)),
+        Some(Ok(_)) => (false, last("the engine answers nonsense".into())),
+        Some(Err(reason)) => (false, last(reason)),
+        None => (false, last("no engine is connected".into())),
     };
     let store = vm.store().vm_statistics(vm.number);
     VmStatus {
@@ -114,18 +121,18 @@ pub(super) fn tamed(mut engine: EngineStatus) -> EngineStatus {
     engine
 }
 
+/// Leaves no more of a file's name than guests report: its end.
+pub(super) fn tame_name(name: &mut String) {
+    let least = name.len().saturating_sub(wire::MAX_NAME);
+    let begin = (least..=name.len()).find(|&at| name.is_char_boundary(at));
+    name.drain(..begin.unwrap_or_default());
+}
+
 /// Leaves a text that can be shown.
 pub(super) fn tame_text(text: &mut String) {
     text.retain(|c| !c.is_control());
     if let Some((end, _)) = text.char_indices().nth(LONGEST_TEXT) {
         text.truncate(end);
-    }
-}
-
-fn disabled(reason: String) -> EngineStatus {
-    EngineStatus {
-        disabled: Some(reason),
-        ..EngineStatus::default()
     }
 }
 
@@ -235,6 +242,21 @@ mod tests {
         );
         let expected = [("different".into(), 1), ("unknown".into(), u64::MAX)];
         assert_eq!(engine.refusals, BTreeMap::from(expected));
+    }
+
+    #[test]
+    fn of_a_long_name_the_end_is_left() {
+        let tamed = |name: &str| {
+            let mut name = name.to_owned();
+            tame_name(&mut name);
+            name
+        };
+        assert_eq!(tamed("/usr/lib/a"), "/usr/lib/a");
+        let long = tamed(&("x".repeat(1000) + "/b"));
+        assert!(long.len() == wire::MAX_NAME && long.ends_with("x/b"));
+        // Not in the middle of a character.
+        let wide = tamed(&("ä".repeat(200) + "b"));
+        assert!(wide.len() == wire::MAX_NAME - 1 && wide.starts_with('ä'));
     }
 
     #[test]

@@ -8,7 +8,9 @@ use super::process::Process;
 use super::registry::{Pause, SharedGroup};
 use super::runtime::{Runtime, UndoneFile, VmRecord};
 use crate::device::PagefusionDevice;
-use crate::protocol::{ControlRequest, FileKey, LimitChanges, Limits, SplitHugePages};
+use crate::protocol::{
+    ControlRequest, EngineStatus, FileKey, LimitChanges, Limits, SplitHugePages,
+};
 use crate::store::{Group, PAGE, VmLimits};
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -79,6 +81,8 @@ pub(super) struct Vm {
     limits: Mutex<Limits>,
     huge_pages: Mutex<HugePages>,
     pub(super) control: Control,
+    /// What its engine said of itself last.
+    heard: Mutex<EngineStatus>,
     record: Mutex<VmRecord>,
     /// Those of the record, to look a file up.
     undone_files: Mutex<Arc<HashSet<FileKey>>>,
@@ -122,6 +126,7 @@ impl Vm {
             limits: Mutex::default(),
             huge_pages: Mutex::default(),
             control: Control::default(),
+            heard: Mutex::default(),
             undone_files: Mutex::new(Arc::new(keys(&record.undone_files))),
             record: Mutex::new(record),
             device_connection: Mutex::default(),
@@ -160,6 +165,17 @@ impl Vm {
     /// Files that this VM shall not share.
     pub(super) fn undone_files(&self) -> Arc<HashSet<FileKey>> {
         lock(&self.undone_files).clone()
+    }
+
+    /// Notes what its engine says of itself.
+    pub(super) fn hear(&self, engine: &EngineStatus) {
+        lock(&self.heard).clone_from(engine);
+    }
+
+    /// What its engine said last, for when it says nothing: what it shares is shared still, and
+    /// what was counted does not become less.
+    pub(super) fn last_heard(&self) -> EngineStatus {
+        lock(&self.heard).clone()
     }
 
     /// The same with the names they were undone by, if those or their ids are `name`.

@@ -2,8 +2,8 @@
 
 //! Whether this host is fit for sharing, and which command mends what is not.
 
-use super::Facts;
 use super::human_bytes;
+use super::{Facts, NoAnswer};
 use serde::Serialize;
 
 /// The first kernel whose `userfaultfd` protects pages that are not there yet.
@@ -251,7 +251,7 @@ fn preload(found: &Result<std::path::PathBuf, String>) -> Finding {
     }
 }
 
-fn daemon(found: &Result<String, String>) -> Finding {
+fn daemon(found: &Result<String, NoAnswer>) -> Finding {
     let own = env!("CARGO_PKG_VERSION");
     match found {
         Ok(version) if version == own => fine("pagefusiond", format!("runs, version {version}")),
@@ -261,12 +261,7 @@ fn daemon(found: &Result<String, String>) -> Finding {
             format!("is version {version} and this program {own}"),
             "systemctl restart pagefusiond",
         ),
-        Err(reason) => mend(
-            "pagefusiond",
-            Verdict::Bad,
-            reason.clone(),
-            "systemctl start pagefusiond",
-        ),
+        Err(NoAnswer { reason, cure }) => mend("pagefusiond", Verdict::Bad, reason.clone(), *cure),
     }
 }
 
@@ -274,6 +269,7 @@ fn daemon(found: &Result<String, String>) -> Finding {
 mod tests {
     use super::super::Tmpfs;
     use super::*;
+    use crate::protocol::AdminError;
 
     fn good() -> Facts {
         Facts {
@@ -333,7 +329,7 @@ mod tests {
             broken(|it| it.qemu = fails()),
             broken(|it| it.ivshmem = Some(false)),
             broken(|it| it.preload = Some(Err("no".into()))),
-            broken(|it| it.daemon = fails()),
+            broken(|it| it.daemon = Some(Err(AdminError::NotRunning("/run".into()).into()))),
             broken(|it| it.daemon = Some(Ok("0.0.1".into()))),
         ];
         let expected = [

@@ -145,7 +145,7 @@ fn stopped(vm: &VmStatus) -> Option<Cause> {
         return Some(cause(
             "no-guest",
             "no guest module is attached",
-            "in the guest: modprobe pagefusion, and look into its kernel log",
+            "in the guest: insmod pagefusion.ko, and look into its kernel log",
         ));
     }
     None
@@ -201,31 +201,29 @@ fn limits(status: &Status, vm: &VmStatus, causes: &mut Vec<Cause>) {
             "start others with the same --group",
         ));
     }
-    let group = status
-        .groups
-        .iter()
-        .find(|it| Some(&it.name) == vm.group.as_ref());
+    // A VM without a group is one by itself.
+    let group_name = vm.group.as_ref().unwrap_or(&vm.name);
+    let group = status.groups.iter().find(|it| it.name == *group_name);
     if let Some(learning) = group.filter(|it| it.pages_would_share.is_some()) {
-        let group = &learning.name;
+        let scope = match &vm.group {
+            Some(group) => format!("--group {group}"),
+            None => "--all".to_owned(),
+        };
         causes.push(if learning.mode == Mode::WouldSave {
             cause(
                 "would-save",
                 "its group only counts what sharing would bring",
-                format!("pagefusionctl set --group {group} --mode share"),
+                format!("pagefusionctl set {scope} --mode share"),
             )
         } else {
             cause(
                 "no-pressure",
                 "its group shares only while the host is short of memory",
-                format!("pagefusionctl set --group {group} --policy always"),
+                format!("pagefusionctl set {scope} --policy always"),
             )
         });
     }
     if vm.pages_limited > 0 {
-        let group = status
-            .groups
-            .iter()
-            .find(|it| Some(&it.name) == vm.group.as_ref());
         causes.push(Cause {
             pages: Some(vm.pages_limited),
             ..cause(
@@ -336,8 +334,8 @@ fn refusal(reason: &str) -> (&'static str, &'static str) {
         ),
         "store-full" => (
             "the store had no room, or a limit was reached",
-            "give the tmpfs more (mount -o remount,size=… /dev/shm), or start the daemon with a \
-             larger --max-store",
+            "give the tmpfs more (mount -o remount,size=… /dev/shm), start the daemon with a larger \
+             --max-store, or see pagefusionctl set --max-store and --publish-rate",
         ),
         "paused" => (
             "came while sharing was paused",
@@ -354,7 +352,8 @@ fn refusal(reason: &str) -> (&'static str, &'static str) {
         ),
         "outside-memory" => (
             "lie outside of the guest memory that the engine knows",
-            "without KVM, memory added later is not known: start the VM again",
+            "none needed for memory that was just added: without KVM, QEMU is asked for it again \
+             within about a minute",
         ),
         "malformed" | "unknown-file" => (
             "the guest's reports make no sense",

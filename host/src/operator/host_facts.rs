@@ -4,7 +4,7 @@
 
 use super::launch::find_preload;
 use crate::engine::Uffd;
-use crate::protocol::AdminClient;
+use crate::protocol::{AdminClient, AdminError};
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,30 @@ pub struct Tmpfs {
     pub bytes: u64,
     /// What is free of it, bytes.
     pub free: u64,
+}
+
+/// Why the daemon does not answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoAnswer {
+    /// Why.
+    pub reason: String,
+    /// The command that mends it.
+    pub cure: &'static str,
+}
+
+impl From<AdminError> for NoAnswer {
+    fn from(error: AdminError) -> Self {
+        let cure = match error {
+            AdminError::NotRunning(_) => "systemctl start pagefusiond",
+            AdminError::NotAllowed(_) => "sudo pagefusionctl doctor",
+            // One of another version, or one that is not well.
+            _ => "systemctl restart pagefusiond",
+        };
+        Self {
+            reason: error.to_string(),
+            cure,
+        }
+    }
 }
 
 /// What was found. What could not be found out is `None`.
@@ -50,8 +74,8 @@ pub struct Facts {
     pub ivshmem: Option<bool>,
     /// The preload library, or why it was not found.
     pub preload: Option<Result<PathBuf, String>>,
-    /// Version of the daemon, or why it was not reached.
-    pub daemon: Option<Result<String, String>>,
+    /// Version of the daemon, or why it does not answer.
+    pub daemon: Option<Result<String, NoAnswer>>,
 }
 
 impl Facts {
@@ -83,11 +107,7 @@ impl Facts {
                 .map(|text| text.is_ok_and(|text| text.contains("\"ivshmem-doorbell\""))),
             qemu: Some(version.map(|text| text.lines().next().unwrap_or_default().to_owned())),
             preload: Some(find_preload(preload).map_err(|error| error.to_string())),
-            daemon: Some(
-                daemon
-                    .map(|it| it.version)
-                    .map_err(|error| error.to_string()),
-            ),
+            daemon: Some(daemon.map(|it| it.version).map_err(NoAnswer::from)),
         }
     }
 }
@@ -169,6 +189,7 @@ mod tests {
                 .daemon
                 .unwrap()
                 .unwrap_err()
+                .reason
                 .contains("systemctl start")
         );
         assert!(facts.preload.unwrap().is_err());

@@ -14,9 +14,9 @@ mod top;
 
 pub use doctor::{Finding, Verdict, findings_text, judge};
 pub use explain::{Cause, Explanation, explain, explanation_text, find};
-pub use host_facts::{Facts, Tmpfs};
+pub use host_facts::{Facts, NoAnswer, Tmpfs};
 pub use launch::{Launch, LaunchError};
 pub use logs::{LogFormat, start_logging};
-pub use size::parse_size;
+pub use size::{parse_memory, parse_size};
 pub use table::{files_text, groups_text, human_bytes, human_pages, status_text, vms_text};
 pub use top::top;

@@ -101,7 +101,9 @@ pub fn files_text(files: &[FileStatus]) -> String {
 /// What a guest calls something, without what a terminal would take for a command.
 fn printable(name: &str) -> String {
     let escaped = |c: char| {
-        let plain = !c.is_control() && !('\u{202a}'..='\u{202e}').contains(&c);
+        // Marks that turn the direction of what follows, and ends of lines.
+        let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        let plain = !c.is_control() && !turns;
         let text = if plain {
             c.to_string()
         } else {

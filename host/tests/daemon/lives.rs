@@ -370,6 +370,21 @@ fn a_vm_that_does_not_answer_keeps_nobody_else_waiting() {
 }
 
 #[test]
+fn a_vm_that_does_not_answer_keeps_no_other_from_being_tidied_up() {
+    let host = Host::new();
+    let _daemon = Daemon::start_with(&host, &["--tidy-interval", "1"]);
+    let mut hung = Vmm::start(&host, "hung", "g");
+    hung.tell("connect");
+    assert_eq!(hung.tell("hang"), "hanging");
+    let mut good = connected(&host, "good", "g");
+    assert_eq!(good.tell("listen"), "listening");
+    // Again and again.
+    for _ in 0..2 {
+        assert!(good.tell("await").starts_with("tidy"));
+    }
+}
+
+#[test]
 fn what_an_operator_pauses_stays_paused() {
     let host = Host::new();
     let daemon = Daemon::start(&host);

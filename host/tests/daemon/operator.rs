@@ -283,3 +283,125 @@ fn shells_complete_the_commands() {
         );
     }
 }
+
+#[test]
+fn of_a_vm_that_does_not_answer_the_last_figures_are_shown() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let [mut one, _two] = sharing(&host);
+    let before = host.status();
+    assert_eq!(before.vms[0].engine.pages_shared, 25);
+    assert_eq!(one.tell("hang"), "hanging");
+    let after = host.status();
+    let engine = &after.vms[0].engine;
+    assert!(!after.vms[0].connected);
+    assert_eq!(
+        engine.disabled.as_deref(),
+        Some("the engine does not answer")
+    );
+    assert_eq!(engine.pages_shared, 25);
+    assert_eq!(after.bytes_saved, before.bytes_saved);
+}
+
+#[test]
+fn a_vm_without_a_name_gets_one_that_is_free() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let _first = Vmm::start(&host, "vm2", "g");
+    let _others = ["", ""].map(|name| Vmm::start(&host, name, "g"));
+    let names: Vec<_> = host.status().vms.into_iter().map(|vm| vm.name).collect();
+    assert_eq!(names, ["vm2", "vm3", "vm4"]);
+}
+
+#[test]
+fn a_name_that_is_anothers_number_is_a_name() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let _vms = ["one", "1"].map(|name| Vmm::start(&host, name, "g"));
+    let outcome: Outcome = json(&host, "pause --vm 1");
+    assert_eq!(outcome.vms, 1);
+    let paused: Vec<_> = host.status().vms.iter().map(|vm| vm.paused).collect();
+    assert_eq!(paused, [false, true]);
+    let _: Outcome = json(&host, "pause --vm 2");
+    assert_eq!(host.ctl("pause --vm 3").0, 1);
+}
+
+#[test]
+fn a_group_is_resumed_when_its_vms_have_ended() {
+    let host = Host::new();
+    let daemon = Daemon::start(&host);
+    let [one, two] = sharing(&host);
+    let _: Outcome = json(&host, "undo --group g --file lib2.so");
+    let _: Outcome = json(&host, "pause --group g");
+    one.kill();
+    two.kill();
+    for name in ["one", "two"] {
+        daemon.expect_end(name);
+    }
+    let (status, text, errors) = host.ctl("resume --group g --file lib2.so");
+    assert_eq!(
+        (status, text.as_str()),
+        (0, "resumed for 0 of 0 VMs\n"),
+        "{errors}"
+    );
+    let (status, text, errors) = host.ctl("resume --group g");
+    assert_eq!(
+        (status, text.as_str()),
+        (0, "resumed for 0 of 0 VMs\n"),
+        "{errors}"
+    );
+    let mut next = Vmm::start(&host, "next", "g");
+    assert_eq!(next.tell("connect"), "device=true paused=false");
+    next.kill();
+    daemon.expect_end("next");
+    // Nothing is noted for it any more, nor was anything ever for another.
+    for group in ["g", "other"] {
+        let (status, _, errors) = host.ctl(&format!("resume --group {group}"));
+        assert!(
+            status == 1 && errors.contains("no VM of the group"),
+            "{errors}"
+        );
+    }
+}
+
+#[test]
+fn words_that_mean_nothing_are_refused() {
+    let host = Host::new();
+    for words in [
+        "--pressure-waiting nan",
+        "--pressure-available=-5",
+        "--pressure-available 101",
+        "--max-store 4",
+    ] {
+        let mut command = host.daemon_command();
+        let output = command.args(words.split(' ')).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{words}");
+    }
+    let _daemon = Daemon::start(&host);
+    let (status, _, errors) = host.ctl("set --group a/b --max-store 1G");
+    assert!(status == 1 && errors.contains("is no name"), "{errors}");
+}
+
+#[test]
+fn a_daemon_has_as_many_open_files_as_it_may() {
+    let host = Host::new();
+    let mut command = std::process::Command::new("sh");
+    let daemon = host.daemon_command();
+    let script = "ulimit -S -n 64; exec \"$0\" \"$@\"";
+    command.args(["-c", script]).arg(daemon.get_program());
+    let mut daemon = command
+        .args(daemon.get_args())
+        .env("RUST_LOG", "info")
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = std::io::BufReader::new(daemon.stderr.take().unwrap());
+    let ready = std::io::BufRead::lines(log).any(|line| line.unwrap().contains("ready"));
+    assert!(ready);
+    // More than 64 descriptors allow.
+    let vms: Vec<_> = (0..8).map(|_| connected(&host, "", "g")).collect();
+    assert!(host.status().vms.iter().all(|vm| vm.connected));
+    drop(vms);
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+}

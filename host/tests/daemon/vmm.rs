@@ -29,7 +29,7 @@ fn process() {
     let group = (!group.is_empty()).then_some(group);
     let created = AdminClient::connect(&runtime)
         .unwrap()
-        .create_vm(Some(name), group)
+        .create_vm((!name.is_empty()).then_some(name), group)
         .unwrap();
     let mut vmm = Vmm::new(&created.directory);
     println!("> {}", created.directory.display());

@@ -4,7 +4,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use pagefusion_host::operator::parse_size;
+use pagefusion_host::operator::{parse_memory, parse_size};
 use pagefusion_host::protocol::{
     Limit, LimitChanges, Mode, Policy, PolicyChanges, Scope, Selection, SplitHugePages,
 };
@@ -93,7 +93,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         scope: ScopeArguments,
         /// Limits for each VM of the scope; otherwise for each group as a whole.
-        #[arg(long, conflicts_with = "vm")]
+        #[arg(long, conflicts_with = "vm", requires = "limits")]
         each_vm: bool,
         #[command(flatten)]
         limits: LimitArguments,
@@ -171,13 +171,13 @@ pub(crate) struct ScopeArguments {
 pub(crate) struct LimitArguments {
     /// Memory for shared pages; of a VM: those it was the second to have. SIZE is bytes, or with
     /// K, M, G or T.
-    #[arg(long, value_name = "SIZE|none", value_parser = parse_limit)]
+    #[arg(long, value_name = "SIZE|none", value_parser = parse_limit, group = "limits")]
     max_store: Option<Limit>,
     /// Memory that may be mapped from there.
-    #[arg(long, value_name = "SIZE|none", value_parser = parse_limit)]
+    #[arg(long, value_name = "SIZE|none", value_parser = parse_limit, group = "limits")]
     max_overlays: Option<Limit>,
     /// Memory added to there in a second, at least 256K.
-    #[arg(long, value_name = "SIZE|none", value_parser = parse_limit)]
+    #[arg(long, value_name = "SIZE|none", value_parser = parse_rate, group = "limits")]
     publish_rate: Option<Limit>,
     /// Shares, or only counts what that would bring.
     #[arg(long, value_enum, conflicts_with = "vm")]
@@ -215,10 +215,18 @@ impl From<LimitArguments> for (LimitChanges, PolicyChanges) {
     }
 }
 
+fn parse_rate(text: &str) -> Result<Limit, String> {
+    match text {
+        "none" => Ok(Limit::None),
+        // The daemon knows the least.
+        _ => parse_size(text).map(Limit::Bytes),
+    }
+}
+
 fn parse_limit(text: &str) -> Result<Limit, String> {
     match text {
         "none" => Ok(Limit::None),
-        _ => parse_size(text).map(Limit::Bytes),
+        _ => parse_memory(text).map(Limit::Bytes),
     }
 }
 
@@ -249,9 +257,10 @@ fn parse_frames(text: &str) -> Result<(u64, u64), String> {
         None => text.parse(),
     };
     let (first, count) = text.split_once('+').unwrap_or((text, "1"));
-    number(first)
-        .and_then(|first| Ok((first, number(count)?)))
-        .map_err(|_| "a frame number, or FIRST+COUNT; 0x… is hexadecimal".into())
+    match (number(first), number(count)) {
+        (Ok(first), Ok(count)) if count > 0 => Ok((first, count)),
+        _ => Err("a frame number, or FIRST+COUNT; 0x… is hexadecimal".into()),
+    }
 }
 
 #[cfg(test)]
@@ -268,9 +277,21 @@ mod tests {
     fn frames_are_one_or_several() {
         assert_eq!(parse_frames("17"), Ok((17, 1)));
         assert_eq!(parse_frames("0x100+16"), Ok((256, 16)));
-        for text in ["", "x", "1+", "+1", "-1"] {
+        for text in ["", "x", "1+", "+1", "-1", "1+0"] {
             assert!(parse_frames(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_limit_for_each_vm_is_a_limit() {
+        let parse = |words: &str| Arguments::try_parse_from(words.split(' '));
+        assert!(parse("pagefusionctl set --all --each-vm --max-store 1G").is_ok());
+        assert!(parse("pagefusionctl set --all --each-vm --mode share").is_err());
+        assert!(parse("pagefusionctl set --all --mode share").is_ok());
+        assert!(parse("pagefusionctl set --all").is_err());
+        // The unit was forgotten.
+        let refused = parse("pagefusionctl set --all --max-store 4").unwrap_err();
+        assert!(refused.to_string().contains("4G"), "{refused}");
     }
 
     #[test]

@@ -62,6 +62,12 @@ impl Group {
         self.vms.entry(vm).or_default().limits = limits;
     }
 
+    /// Counts pages of a publication that came faster than a VM or its group may publish.
+    pub fn refuse_for_pace(&mut self, vm: u32, pages: u32) {
+        self.store_full += u64::from(pages);
+        self.limit(vm, pages);
+    }
+
     /// How many pages more a VM may be granted.
     pub(super) fn room(&self, vm: u32) -> u64 {
         if self.estimate.is_some() {
