@@ -103,6 +103,14 @@ pub fn stop_joining_pages(guests: &mut [Guest]) -> Result<()> {
     })
 }
 
+/// Has them do so a number of times as often as the kernel has set them.
+pub fn join_pages_often(guests: &mut [Guest], times: u64) -> Result<()> {
+    let sleep = (10_000 / times).to_string();
+    guests
+        .iter_mut()
+        .try_for_each(|guest| write(guest, SLEEP, &sleep))
+}
+
 /// Has them go on as the kernel has set them.
 pub fn join_pages_again(guests: &mut [Guest]) -> Result<()> {
     guests.iter_mut().try_for_each(|guest| {

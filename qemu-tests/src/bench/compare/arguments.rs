@@ -25,9 +25,15 @@ pub struct Compare {
     /// Two Debian guests of different images.
     #[arg(long)]
     mixed: bool,
+    /// Two Debian guests that have worked for long.
+    #[arg(long)]
+    aged: bool,
     /// How long requests to two Debian guests take.
     #[arg(long)]
     requests: bool,
+    /// What a load does that changes what two Debian guests share.
+    #[arg(long)]
+    churn: bool,
     /// Who shares; may be given more than once.
     #[arg(long, value_enum)]
     system: Vec<System>,
@@ -52,10 +58,12 @@ impl Compare {
         let files = self.files.iter().map(|&mib| Workload::Files { mib });
         let boot = self.boot.iter().map(|&guests| Workload::Boot { guests });
         let mixed = self.mixed.then_some(Workload::Mixed);
-        let workloads: Vec<_> = files.chain(boot).chain(mixed).collect();
-        if self.requests || !workloads.is_empty() {
+        let aged = self.aged.then_some(Workload::Aged);
+        let workloads: Vec<_> = files.chain(boot).chain(aged).chain(mixed).collect();
+        if self.requests || self.churn || !workloads.is_empty() {
             wanted.workloads = workloads;
             wanted.requests = self.requests;
+            wanted.churn = self.churn;
         }
         if !self.system.is_empty() {
             wanted.systems.clone_from(&self.system);

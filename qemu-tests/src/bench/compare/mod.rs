@@ -5,6 +5,7 @@
 //! outside.
 
 mod arguments;
+mod churn;
 mod ksm;
 mod machine;
 mod oracle;
@@ -63,6 +64,14 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
         let served = requests::run(system, artifacts, &ksm, &disks, logs).context(title)?;
         progress.found(&text::served_line(&served));
         results.served.push(served);
+        keep(&results)?;
+    }
+    for system in plan::churned(&wanted) {
+        let title = format!("churn: {}", system.name());
+        progress.step(title.clone());
+        let churned = churn::run(system, artifacts, &ksm, &disks, logs).context(title)?;
+        progress.found(&text::churned_line(&churned));
+        results.churned.push(churned);
         keep(&results)?;
     }
     Ok(results)

@@ -11,6 +11,8 @@ pub(super) struct Wanted {
     pub(super) workloads: Vec<Workload>,
     /// Whether requests are looked at, too.
     pub(super) requests: bool,
+    /// Whether a load that changes what is shared is, too.
+    pub(super) churn: bool,
     /// Those who share; none for all that fit the workload.
     pub(super) systems: Vec<System>,
     /// Runs of each.
@@ -27,6 +29,7 @@ impl Wanted {
         Self {
             workloads: vec![Workload::Files { mib: 128 }],
             requests: false,
+            churn: false,
             systems: vec![System::KsmUnlimited, System::Readonly],
             runs: 1,
             counted: true,
@@ -40,6 +43,7 @@ impl Wanted {
             workloads: vec![
                 Workload::Files { mib: 1024 },
                 Workload::Boot { guests: 2 },
+                Workload::Aged,
                 Workload::Mixed,
                 Workload::Files { mib: 256 },
                 Workload::Files { mib: 512 },
@@ -49,6 +53,7 @@ impl Wanted {
                 Workload::Boot { guests: 8 },
             ],
             requests: true,
+            churn: true,
             systems: Vec::new(),
             runs: 5,
             counted: true,
@@ -79,7 +84,7 @@ fn systems(workload: Workload) -> Vec<System> {
         Workload::Files { .. } => vec![Readonly],
         Workload::Boot { guests: 2 } => vec![Nothing, Readonly, KsmUnlimited, Clean],
         Workload::Boot { .. } => vec![Readonly],
-        Workload::Mixed => vec![Readonly, KsmUnlimited, Clean],
+        Workload::Aged | Workload::Mixed => vec![Readonly, KsmUnlimited, Clean],
     }
 }
 
@@ -121,7 +126,16 @@ pub(super) fn trials(wanted: &Wanted) -> Vec<Trial> {
 
 /// Under whom it is looked how long requests take, in this order.
 pub(super) fn served(wanted: &Wanted) -> Vec<System> {
-    if !wanted.requests {
+    in_turns(wanted, wanted.requests)
+}
+
+/// Under whom it is looked what a load does that changes what is shared, in this order.
+pub(super) fn churned(wanted: &Wanted) -> Vec<System> {
+    in_turns(wanted, wanted.churn)
+}
+
+fn in_turns(wanted: &Wanted, chosen: bool) -> Vec<System> {
+    if !chosen {
         return Vec::new();
     }
     let usual = [System::Nothing, System::Readonly, System::KsmUnlimited];

@@ -12,7 +12,7 @@ use plotters::{
 };
 
 use super::{
-    results::{Group, Results},
+    results::{Group, Results, run_lengths},
     systems::System,
     workloads::Workload,
 };
@@ -56,6 +56,10 @@ pub(super) fn draw(results: &Results, directory: &Path) -> Result<()> {
     if sizes.len() > 1 {
         growth(&sizes, &directory.join("growth.svg"))?;
     }
+    let lengths = run_lengths(&groups);
+    if lengths.len() > 1 {
+        runs(&lengths, &directory.join("run-lengths.svg"))?;
+    }
     Ok(())
 }
 
@@ -63,6 +67,7 @@ fn file_name(workload: Workload) -> String {
     match workload {
         Workload::Files { mib } => format!("files-{mib}"),
         Workload::Boot { guests } => format!("boot-{guests}"),
+        Workload::Aged => "aged".to_owned(),
         Workload::Mixed => "mixed".to_owned(),
     }
 }
@@ -202,6 +207,45 @@ fn growth(sizes: &[(f64, &Group<'_>)], path: &Path) -> Result<()> {
         chart
             .draw_series(LineSeries::new(line, colour.stroke_width(2)).point_size(4))?
             .label(name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(3)));
+    }
+    chart
+        .configure_series_labels()
+        .border_style(BLACK.mix(0.3))
+        .background_style(WHITE.mix(0.8))
+        .draw()?;
+    Ok(root.present()?)
+}
+
+/// How many of the pages lie in runs of at least so many.
+fn runs(workloads: &[(String, Vec<Vec<u64>>)], path: &Path) -> Result<()> {
+    let root = area(path)?;
+    let classes = workloads.iter().flat_map(|(_, runs)| runs);
+    let most = classes.map(Vec::len).max().unwrap_or(1);
+    let last = f64::from(1_u32 << most.min(20));
+    let mut chart = ChartBuilder::on(&root)
+        .caption("Pages of mapped files in runs of at least so many", FONT)
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(60)
+        .build_cartesian_2d((1.0..last).log_scale(), 0.0..105.0)?;
+    chart
+        .configure_mesh()
+        .x_desc("pages that follow each other in a guest's memory")
+        .y_desc("%")
+        .draw()?;
+    for (index, (name, runs)) in workloads.iter().enumerate() {
+        // All runs together.
+        let pages =
+            |from: usize| -> u64 { runs.iter().flat_map(|run| run.iter().skip(from)).sum() };
+        let line = (0..=most).map(|class| {
+            let part = pages(class) as f64 / pages(0).max(1) as f64;
+            (f64::from(1_u32 << class.min(20)), part * 100.0)
+        });
+        let colour = Palette99::pick(index).to_rgba();
+        chart
+            .draw_series(LineSeries::new(line, colour.stroke_width(2)).point_size(3))?
+            .label(name.as_str())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(3)));
     }
     chart

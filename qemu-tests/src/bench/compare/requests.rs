@@ -95,7 +95,7 @@ pub(super) fn run(
         counted: false,
         rest: Duration::ZERO,
     };
-    let mut world = trial::prepare(trial, artifacts, ksm, disks, logs)?;
+    let (mut world, _) = trial::prepare(trial, artifacts, ksm, disks, logs)?;
     let mut played = Windows::default();
     start(&mut world)?;
     pause(WARM)?;

@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{cgroup::Parts, protocol::FolioCount};
 
-use super::{oracle::Oracle, requests::Served, systems::System, workloads::Workload};
+use super::{
+    churn::Churned, oracle::Oracle, requests::Served, systems::System, workloads::Workload,
+};
 
 /// Everything a benchmark has found.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -21,6 +23,9 @@ pub struct Results {
     /// How long requests took, likewise.
     #[serde(default)]
     pub served: Vec<Served>,
+    /// What a load did that changes what is shared, likewise.
+    #[serde(default)]
+    pub churned: Vec<Churned>,
 }
 
 /// Where it was measured.
@@ -93,6 +98,10 @@ pub struct Run {
     /// How the files lie in the first guest's memory, under a workload of files.
     #[serde(default)]
     pub folios: Option<FolioCount>,
+    /// How many pages of mapped files lay in runs of one page, of 2 and 3, of 4 to 7 and so on in the first guest's
+    /// memory, under a workload of Debian guests: after the boot, and after they had worked, where they had.
+    #[serde(default)]
+    pub run_lengths: Vec<Vec<u64>>,
     /// What could have been shared.
     pub oracle: Option<Oracle>,
     /// Seconds and bytes saved, from the start on.
@@ -359,6 +368,30 @@ impl Results {
     }
 }
 
+/// How mapped files lay in guests' memory, for each workload and moment of it where that was looked at, whatever shared
+/// it afterwards.
+pub(super) fn run_lengths(
+    groups: &BTreeMap<(Workload, System), Group<'_>>,
+) -> Vec<(String, Vec<Vec<u64>>)> {
+    let mut found: BTreeMap<(Workload, usize), Vec<Vec<u64>>> = BTreeMap::new();
+    for ((workload, _), group) in groups {
+        for run in &group.runs {
+            for (moment, lengths) in run.run_lengths.iter().enumerate() {
+                let all = found.entry((*workload, moment)).or_default();
+                all.push(lengths.clone());
+            }
+        }
+    }
+    let named = found.into_iter().map(|((workload, moment), all)| {
+        let name = match (workload, moment) {
+            (Workload::Aged, 0) => format!("{workload}, before"),
+            _ => workload.to_string(),
+        };
+        (name, all)
+    });
+    named.collect()
+}
+
 /// When `fraction` of the last value was reached first.
 pub(super) fn time_to(series: &[(f64, i64)], last: i64, fraction: f64) -> Option<f64> {
     let wanted = last as f64 * fraction;
@@ -367,7 +400,7 @@ pub(super) fn time_to(series: &[(f64, i64)], last: i64, fraction: f64) -> Option
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::bench::compare::oracle::Class;
 
@@ -375,7 +408,12 @@ mod tests {
     const B: Workload = Workload::Boot { guests: 2 };
 
     /// A run that saved 1 GiB: 99% after so many seconds, for so many CPU seconds of the host.
-    fn run(workload: Workload, system: System, seconds: f64, host_seconds: f64) -> Run {
+    pub(in super::super) fn run(
+        workload: Workload,
+        system: System,
+        seconds: f64,
+        host_seconds: f64,
+    ) -> Run {
         Run {
             workload,
             system,
@@ -400,6 +438,7 @@ mod tests {
             metadata: 1 << 24,
             heap: [0; 2],
             folios: None,
+            run_lengths: Vec::new(),
             oracle: None,
             series: Vec::new(),
         }

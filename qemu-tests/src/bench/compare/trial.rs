@@ -63,22 +63,23 @@ pub(super) fn run(
     disks: &Disks,
     logs: Option<&Path>,
 ) -> Result<Run> {
-    let mut world = prepare(trial, artifacts, ksm, disks, logs)?;
+    let (mut world, run_lengths) = prepare(trial, artifacts, ksm, disks, logs)?;
     let mut run = measure(trial, &mut world, ksm)?;
+    run.run_lengths = run_lengths;
     run.folios = trial.workload.folios(&mut world)?;
     ksm.off()?;
     world.close()?;
     Ok(run)
 }
 
-/// Guests that have in memory what is to be shared, and nothing is.
+/// Guests that have in memory what is to be shared, and nothing is; and how it lies there, which is [`Run::run_lengths`].
 pub(super) fn prepare(
     trial: Trial,
     artifacts: &Artifacts,
     ksm: &Ksm,
     disks: &Disks,
     logs: Option<&Path>,
-) -> Result<World> {
+) -> Result<(World, Vec<Vec<u64>>)> {
     let host = Host {
         accelerator: if trial.counted {
             Accelerator::Counted
@@ -96,6 +97,14 @@ pub(super) fn prepare(
     }
     ksm.off()?;
     trial.workload.boot(&mut world, disks)?;
+    let mut run_lengths = Vec::new();
+    if !matches!(trial.workload, Workload::Files { .. }) {
+        run_lengths.push(mapped_runs(&mut world)?);
+    }
+    if trial.workload == Workload::Aged {
+        trial.workload.age(&mut world)?;
+        run_lengths.push(mapped_runs(&mut world)?);
+    }
     if let Some(pace) = trial.system.pace() {
         ksm.prepare(pace)?;
     }
@@ -114,7 +123,11 @@ pub(super) fn prepare(
             guest.request::<()>(Op::Spin { on: true })?;
         }
     }
-    Ok(world)
+    Ok((world, run_lengths))
+}
+
+fn mapped_runs(world: &mut World) -> Result<Vec<u64>> {
+    world.guests[0].request_for(Op::MappedRuns, world.limits.settle, |_| {})
 }
 
 fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
@@ -183,6 +196,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
         metadata: 0,
         heap: [heap_before, 0],
         folios: None,
+        run_lengths: Vec::new(),
         oracle: None,
         series: course.points(),
     };
@@ -335,7 +349,7 @@ fn median(values: &mut [i64]) -> i64 {
 }
 
 /// The sample at a moment.
-fn at(samples: &[Sample], moment: f64) -> Sample {
+pub(super) fn at(samples: &[Sample], moment: f64) -> Sample {
     let found = samples.iter().find(|sample| sample.at >= moment);
     found.or(samples.last()).copied().unwrap_or_default()
 }

@@ -3,16 +3,16 @@
 use std::{
     fmt, fs,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     bench::image::{self, Content, FILE_MIB},
-    guest::Mode,
-    protocol::{FolioCount, MountSpec, Op},
+    guest::{Guest, Mode},
+    protocol::{FolioCount, MountSpec, Op, RunOutcome},
     services,
     world::World,
 };
@@ -21,6 +21,11 @@ use crate::{
 const DISK: &str = "/tmp/disk";
 /// For what takes a guest long.
 const LONG: Duration = Duration::from_secs(1800);
+const AGE: &str = include_str!("aged.py");
+/// For how long guests work before memory is shared, and by how many times as often as usual their kernels join small
+/// pages into huge ones meanwhile: an hour, compressed.
+const WORK: Duration = Duration::from_secs(180);
+const COMPRESSED: u64 = 3600 / WORK.as_secs();
 
 /// One of them.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
@@ -36,6 +41,8 @@ pub enum Workload {
         /// How many.
         guests: u32,
     },
+    /// (e) Two of those, after minutes in which memory was used as in hours.
+    Aged,
     /// (c) Two of them, the second of which boots from an image of its own with the same packages in it.
     Mixed,
 }
@@ -46,6 +53,7 @@ impl fmt::Display for Workload {
             Self::Files { mib } if mib % 1024 == 0 => write!(f, "{} GiB of files", mib / 1024),
             Self::Files { mib } => write!(f, "{mib} MiB of files"),
             Self::Boot { guests } => write!(f, "{guests} Debian guests"),
+            Self::Aged => write!(f, "2 Debian guests that have worked for long"),
             Self::Mixed => write!(f, "2 Debian guests, different images"),
         }
     }
@@ -122,7 +130,7 @@ impl Workload {
                 }
                 Ok(())
             }
-            Self::Boot { .. } | Self::Mixed => {
+            Self::Boot { .. } | Self::Aged | Self::Mixed => {
                 let image = world.artifacts.guest_image.clone();
                 cached(&image)?;
                 for number in 0..self.guests() {
@@ -161,6 +169,20 @@ impl Workload {
         Ok(())
     }
 
+    /// Lets guests work that are to have worked for long.
+    pub(super) fn age(self, world: &mut World) -> Result<()> {
+        if self != Self::Aged {
+            return Ok(());
+        }
+        services::join_pages_often(&mut world.guests, COMPRESSED)?;
+        let seconds = WORK.as_secs().to_string();
+        everybody(&mut world.guests, AGE, |guest| {
+            vec![seconds.clone(), guest.to_string()]
+        })?;
+        // What they would move meanwhile is no part of what is measured.
+        services::stop_joining_pages(&mut world.guests)
+    }
+
     /// How the files lie in the memory of the first guest.
     pub(super) fn folios(self, world: &mut World) -> Result<Option<FolioCount>> {
         let (Self::Files { mib }, Some(guest)) = (self, world.guests.first_mut()) else {
@@ -175,6 +197,36 @@ impl Workload {
         }
         Ok(Some(all))
     }
+}
+
+/// Runs a program of Python's in all guests at once, with arguments for each, and says how many seconds it took.
+pub(super) fn everybody(
+    guests: &mut [Guest],
+    program: &str,
+    arguments: impl Fn(usize) -> Vec<String>,
+) -> Result<f64> {
+    let began = Instant::now();
+    let mut pending = Vec::new();
+    for (index, guest) in guests.iter_mut().enumerate() {
+        let mut argv = ["python3", "-c", program].map(str::to_owned).to_vec();
+        argv.extend(arguments(index));
+        pending.push(guest.begin(Op::Run {
+            argv,
+            timeout_ms: LONG.as_millis() as u64,
+            stream: false,
+        })?);
+    }
+    for (guest, pending) in guests.iter_mut().zip(pending) {
+        let outcome: RunOutcome = guest.finish(pending, 2 * LONG, &mut |_| {})?;
+        ensure!(
+            outcome.status == Some(0),
+            "{}: {:?}: {}",
+            guest.name(),
+            outcome.status,
+            outcome.stderr.trim()
+        );
+    }
+    Ok(began.elapsed().as_secs_f64())
 }
 
 /// The files on their disk.

@@ -1,13 +1,20 @@
 //! Results as tables, for a terminal and for the document.
 
+mod churn;
+mod requests;
+
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 
+use self::{churn::churned, requests::served};
+pub(super) use self::{churn::churned_line, requests::served_line};
 use super::{
     oracle::{Class, Oracle},
-    requests::{Latency, Phase, Served},
-    results::{Group, Results, Run, Spread},
+    results::{Group, Results, Run, Spread, run_lengths},
     systems::System,
+    workloads::Workload,
 };
 use crate::report::grouped;
 
@@ -76,6 +83,15 @@ pub(super) fn tables(results: &Results) -> String {
     if !results.served.is_empty() {
         text += "\n### Requests to guests that share\n\n";
         text += &served(&results.served);
+    }
+    if !results.churned.is_empty() {
+        text += "\n### When guests change what they share\n\n";
+        text += &churned(&results.churned);
+    }
+    let lengths = lengths(&groups);
+    if lengths.row_count() > 1 {
+        text += "\n### Runs of mapped files in a guest's memory\n\n";
+        text += &finish(lengths);
     }
     let growth = growth(results);
     if !growth.is_empty() {
@@ -304,78 +320,40 @@ fn classes(systems: &Systems<'_>) -> String {
     finish(table)
 }
 
-/// One run of requests in one line.
-pub(super) fn served_line(served: &Served) -> String {
-    let p99 = |of: &[Latency]| {
-        let each = of
-            .iter()
-            .map(|it| format!("{} {:.1}", phase(it.phase), it.microseconds[1] / 1e3));
-        each.collect::<Vec<_>>().join(", ")
-    };
-    format!(
-        "99th percentile, ms: nginx {}; PostgreSQL {}",
-        p99(&served.web),
-        p99(&served.database)
-    )
-}
-
-fn phase(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Before => "before",
-        Phase::Building => "while it is shared",
-        Phase::Settled => "settled",
-        Phase::Undoing => "while it is undone",
-    }
-}
-
-fn served(all: &[Served]) -> String {
+/// How mapped files lie in memory, in percent of their pages.
+fn lengths(groups: &BTreeMap<(Workload, System), Group<'_>>) -> Table {
     let mut table = table(&[
-        "", "", "", "a second", "50%, ms", "99%", "99.9%", "requests", "runs",
+        "pages in a run",
+        "1",
+        "2–3",
+        "4–7",
+        "8–15",
+        "16–31",
+        "32–63",
+        "64 and more",
+        "pages",
+        "runs",
     ]);
-    let mut systems: Vec<_> = all.iter().map(|served| served.system).collect();
-    systems.sort_unstable();
-    systems.dedup();
-    type Of = fn(&Served) -> &[Latency];
-    let services: [(&str, Of); 2] = [
-        ("nginx", |served| &served.web),
-        ("PostgreSQL", |served| &served.database),
-    ];
-    for (service, of) in services {
-        for when in [
-            Phase::Before,
-            Phase::Building,
-            Phase::Settled,
-            Phase::Undoing,
-        ] {
-            for &system in &systems {
-                let runs: Vec<_> = all
-                    .iter()
-                    .filter(|served| served.system == system)
-                    .filter_map(|served| of(served).iter().find(|it| it.phase == when))
-                    .collect();
-                if runs.is_empty() {
-                    continue;
-                }
-                let spread = |value: &dyn Fn(&Latency) -> f64, digits: usize| {
-                    let mut values: Vec<_> = runs.iter().map(|it| value(it)).collect();
-                    cell(Spread::of(&mut values), |value| format!("{value:.digits$}"))
-                };
-                let milliseconds = |index: usize| spread(&|it| it.microseconds[index] / 1e3, 1);
-                table.add_row([
-                    service.to_owned(),
-                    phase(when).to_owned(),
-                    system.name().to_owned(),
-                    spread(&|it| it.requests as f64 / it.seconds, 0),
-                    milliseconds(0),
-                    milliseconds(1),
-                    milliseconds(2),
-                    grouped(runs.iter().map(|it| it.requests).sum()),
-                    runs.len().to_string(),
-                ]);
-            }
+    for (name, runs) in run_lengths(groups) {
+        let pages = |lengths: &[u64]| lengths.iter().sum::<u64>() as f64;
+        let spread = |value: &dyn Fn(&[u64]) -> f64| {
+            let mut values: Vec<_> = runs.iter().map(|lengths| value(lengths)).collect();
+            cell(Spread::of(&mut values), |value| format!("{value:.0}"))
+        };
+        let mut row = vec![name];
+        for class in 0..7 {
+            let last = if class == 6 { usize::MAX } else { class };
+            row.push(spread(&|lengths| {
+                let of_class = lengths.iter().enumerate();
+                let of_class = of_class.filter(|(at, _)| (class..=last).contains(at));
+                of_class.map(|(_, pages)| *pages).sum::<u64>() as f64 / pages(lengths) * 100.0
+            }));
         }
+        row.push(spread(&|lengths| pages(lengths)));
+        row.push(runs.len().to_string());
+        table.add_row(row);
     }
-    finish(table)
+    table
 }
 
 fn growth(results: &Results) -> String {
@@ -495,6 +473,35 @@ mod tests {
             "2.0 (1.0–3.0)"
         );
         assert_eq!(cell(None, show), NONE);
+    }
+
+    #[test]
+    fn runs_of_pages_are_parts_of_all_pages() {
+        let run = |lengths: &[&[u64]]| -> Run {
+            let mut run = crate::bench::compare::results::tests::run(
+                Workload::Aged,
+                System::Readonly,
+                1.0,
+                1.0,
+            );
+            run.run_lengths = lengths.iter().map(|lengths| lengths.to_vec()).collect();
+            run
+        };
+        let results = Results {
+            runs: vec![run(&[&[0, 0, 0, 100], &[25, 75]]), run(&[&[0, 100]])],
+            ..Results::default()
+        };
+        let text = finish(lengths(&results.groups()));
+        let row = |name: &str| text.lines().find(|line| line.contains(name)).unwrap();
+        let cells = |name| -> Vec<&str> { row(name).split('|').map(str::trim).collect() };
+        let before = cells("2 Debian guests that have worked for long, before");
+        assert_eq!(
+            before[2..6],
+            ["0 (0–0)", "50 (0–100)", "0 (0–0)", "50 (0–100)"]
+        );
+        let after = cells("2 Debian guests that have worked for long ");
+        assert_eq!(after[2..5], ["25", "75", "0"]);
+        assert_eq!(after[9..11], ["100", "1"]);
     }
 
     /// The document and its plots are made of the results beside it.
