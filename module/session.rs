@@ -78,6 +78,8 @@ pub(crate) struct Session<M, P> {
     pub(crate) tracker: Tracker,
     pub(crate) totals: Totals,
     pass: u32,
+    /// The last pass that came to its end.
+    whole_pass: u32,
     acknowledged: u64,
     progress_ms: u64,
     news: bool,
@@ -96,6 +98,7 @@ impl<M: Memory, P> Session<M, P> {
             tracker: Tracker::new(most_files),
             totals: Totals::default(),
             pass: 0,
+            whole_pass: 0,
             acknowledged: 0,
             progress_ms: 0,
             news: false,
@@ -536,12 +539,12 @@ impl<M: Memory, P> Session<M, P> {
         Ok(())
     }
 
-    /// Gives memory back: forgets files that the last pass did not find, as far as the host can be
-    /// told now, and then what was reported of others, which is reported again some day.
+    /// Gives memory back: forgets files that the last whole pass did not find, as far as the host
+    /// can be told now, and then what was reported of others, which is reported again some day.
     pub(crate) fn shrink(&mut self, bytes: usize) {
         let before = self.tracker.bytes();
         let mut from = 0;
-        while let Some(id) = self.tracker.next_missing(from, self.pass) {
+        while let Some(id) = self.tracker.next_missing(from, self.whole_pass) {
             if self.retire(id).is_err() {
                 break;
             }
@@ -565,6 +568,7 @@ impl<M: Memory, P> Session<M, P> {
                 What::Other,
             )?;
         }
+        self.whole_pass = self.pass;
         self.tracker.end_of_pass();
         self.ring.publish();
         Ok(self.news)

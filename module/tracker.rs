@@ -210,12 +210,12 @@ impl Tracker {
             .first_outside(page, covered.unwrap_or(&Ranges::new()))
     }
 
-    /// A file that the pass did not find, from id `from` on.
+    /// A file that no pass from `pass` on has found, from id `from` on.
     pub(crate) fn next_missing(&self, from: u32, pass: u32) -> Option<u32> {
         (from..self.ids()).find(|&id| {
             let file = &self.files[id as usize];
             let live = matches!(file.state, FileState::Unannounced | FileState::Announced);
-            live && file.seen != pass
+            live && (file.seen.wrapping_sub(pass) as i32) < 0
         })
     }
 

@@ -608,6 +608,36 @@ fn a_host_that_stalls_loses_what_it_has_not_claimed() {
     assert_eq!(held.total(), 0);
 }
 
+#[test]
+fn memory_is_given_back_of_files_that_no_whole_pass_has_found_since() {
+    let (shared, held) = (Shared::new(), Held::default());
+    let (mut host, mut session) = (Host::new(&shared), session(&shared));
+    session.service(0);
+    host.attach();
+    session.service(0);
+    let range = Range { start: 0, end: 10 };
+    let pass = |session: &mut Session<_, _>, keys: &[usize], is_whole| {
+        let number = session.begin_pass();
+        for &key in keys {
+            report(session, &held, key, range, 500);
+            let id = session.tracker.find(key).expect("reported");
+            session.tracker.touch(id, number);
+        }
+        if is_whole {
+            session.end_pass(1, 10).expect("room");
+        }
+    };
+    pass(&mut session, &[64, 128], true);
+    // One that was interrupted says nothing of what it has not come to.
+    pass(&mut session, &[64], false);
+    session.shrink(0);
+    assert_eq!(session.tracker.files(), 2);
+    pass(&mut session, &[64], true);
+    session.shrink(0);
+    assert_eq!(session.tracker.files(), 1);
+    assert_eq!(session.tracker.find(128), None);
+}
+
 /// As after a kernel that has attached, too, has woken this one from the disk of the same machine.
 #[test]
 fn a_memory_that_another_kernel_has_used_is_attached_to_anew() {

@@ -118,9 +118,10 @@ proptest! {
                 prop_assert!(strays.is_superset(&expected));
                 prop_assert!(denied != 0 || strays == expected);
             }
-            let missing = |file: &Known| file.seen != pass;
-            let next = files.iter().find(|(_, file)| missing(file)).map(|(id, _)| *id);
-            prop_assert_eq!(tracker.next_missing(0, pass), next);
+            for since in [pass, pass.saturating_sub(2)] {
+                let next = files.iter().find(|(_, file)| file.seen < since).map(|(id, _)| *id);
+                prop_assert_eq!(tracker.next_missing(0, since), next);
+            }
             let old = files.iter().find(|(_, file)| pass - file.seen > 3).map(|(id, _)| *id);
             prop_assert_eq!(tracker.next_unseen(0, pass, 3), old);
             let pages: usize = files.values().map(|file| file.reported.len()).sum();
