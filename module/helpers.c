@@ -45,7 +45,7 @@ void pagefusion_wait_unfrozen(unsigned int milliseconds)
 {
 	wait_event_interruptible_timeout(pagefusion_queue,
 					 atomic_xchg(&pagefusion_kicked, 0) ||
-					 kthread_should_stop(),
+					 kthread_should_stop() || freezing(current),
 					 msecs_to_jiffies(milliseconds));
 }
 

@@ -8,7 +8,6 @@
 use crate::bindings as helpers;
 use crate::file::CachedFile;
 use crate::superblock::HeldSuper;
-use crate::thread::give_way;
 use core::ptr::{addr_of, addr_of_mut, NonNull};
 use kernel::bindings;
 use kernel::container_of;
@@ -30,17 +29,14 @@ impl<'a> Inodes<'a> {
         }
     }
 
-    /// The next inode with pages.
-    pub(crate) fn next(&mut self) -> Option<&CachedFile<'a>> {
-        loop {
-            let next = self.step();
-            // The one before is let go only now, as it was the place in the list.
-            self.current = next;
-            if self.current.as_ref()?.has_pages() {
-                return self.current.as_ref();
-            }
-            give_way();
-        }
+    /// The next inode with pages, or nothing in its place after many without any, so that the
+    /// caller can breathe. `None` at the end.
+    pub(crate) fn next(&mut self) -> Option<Option<&CachedFile<'a>>> {
+        let next = self.step();
+        // The one before is let go only now, as it was the place in the list.
+        self.current = next;
+        let current = self.current.as_ref()?;
+        Some(current.has_pages().then_some(current))
     }
 
     /// The next inode with pages, or after many without any that can be held.

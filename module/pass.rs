@@ -33,7 +33,7 @@ pub(crate) type GuestSession = Session<Ivshmem, PinnedFrames>;
 /// Why a pass ended early. What it has not seen is left for the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// Asked to: unloading, `run` is 0, the host paused or changed.
+    /// Asked to: unloading, `run` is 0, the host paused or changed, the thread is to be frozen.
     Asked,
     /// The host takes too long.
     Stalled,
@@ -201,7 +201,7 @@ impl Pass<'_> {
             }
             if self.looked >= CONTROL.pages_to_scan.get() {
                 self.looked = 0;
-                thread::wait(policy::POLL_MS);
+                self.pause()?;
             }
         }
         self.findings.seen = walk.seen;
@@ -239,6 +239,10 @@ impl Pass<'_> {
     fn scan_superblock(&mut self, held: HeldSuper<'_>) -> Result<(), Stop> {
         let mut inodes = Inodes::new(held);
         while let Some(file) = inodes.next() {
+            let Some(file) = file else {
+                self.breathe()?;
+                continue;
+            };
             let wanted = if file.is_mapped() {
                 Wanted::All
             } else {
@@ -250,7 +254,7 @@ impl Pass<'_> {
             self.look_up()?;
             if self.looked >= CONTROL.pages_to_scan.get() {
                 self.looked = 0;
-                thread::wait_unfrozen(policy::POLL_MS);
+                self.pause()?;
             }
         }
         Ok(())
@@ -267,9 +271,19 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// To be called now and then while file systems are held.
+    /// Rests a little, unfrozen: reports may be in flight, and file systems held.
+    fn pause(&self) -> Result<(), Stop> {
+        thread::wait_unfrozen(policy::POLL_MS);
+        self.breathe()
+    }
+
+    /// To be called now and then: others wait for the processor, for file systems that are held, or
+    /// for the thread to freeze.
     pub(crate) fn breathe(&self) -> Result<(), Stop> {
         thread::give_way();
+        if thread::is_freezing() {
+            return Err(Stop::Asked);
+        }
         if self.superblocks.are_wanted() {
             return Err(Stop::Wanted);
         }
@@ -355,7 +369,8 @@ impl Pass<'_> {
         let go_on = !serviced.restarted
             && self.session.is_open()
             && CONTROL.run.get() == 1
-            && !thread::must_stop();
+            && !thread::must_stop()
+            && !thread::is_freezing();
         if go_on {
             Ok(())
         } else {
@@ -383,11 +398,7 @@ impl Pass<'_> {
             CONTROL.ring_full_waits.add(1);
             self.session.publish();
             if self.session.ask_to_be_woken(false) {
-                if self.superblocks.are_held() {
-                    thread::wait_unfrozen(policy::POLL_MS);
-                } else {
-                    thread::wait(policy::POLL_MS);
-                }
+                thread::wait_unfrozen(policy::POLL_MS);
             }
             self.breathe()?;
             self.look_up()?;

@@ -71,11 +71,6 @@ impl Superblocks {
         Some(HeldSuper(slot))
     }
 
-    /// Whether any is held.
-    pub(crate) fn are_held(&self) -> bool {
-        self.slots.iter().any(|slot| slot.uses.get() != 0)
-    }
-
     /// Whether somebody waits for one of them, to unmount, remount or freeze it. They should all
     /// be let go then.
     pub(crate) fn are_wanted(&self) -> bool {

@@ -178,11 +178,19 @@ pub(crate) fn wait(milliseconds: u64) {
     unsafe { helpers::pagefusion_wait(milliseconds) };
 }
 
-/// As [`wait`], but is never frozen, for those who hold what others may need to be frozen.
+/// As [`wait`], but ends when the thread is to be frozen instead of freezing it, for those who have
+/// something to do before.
 pub(crate) fn wait_unfrozen(milliseconds: u64) {
     let milliseconds = milliseconds.min(3_600_000) as c_uint;
     // SAFETY: As in `wait`.
     unsafe { helpers::pagefusion_wait_unfrozen(milliseconds) };
+}
+
+/// Whether somebody waits for the current thread to be frozen. Only for code that runs in a
+/// [`Thread`].
+pub(crate) fn is_freezing() -> bool {
+    // SAFETY: The current task exists.
+    unsafe { helpers::pagefusion_freezing(Task::current_raw()) }
 }
 
 /// Sleeps whatever happens.

@@ -144,7 +144,7 @@ impl Walk {
             if !self.copy(&found, address, batch, superblocks) {
                 break true;
             }
-            if superblocks.are_wanted() {
+            if superblocks.are_wanted() || thread::is_freezing() {
                 break true;
             }
             give_way();
