@@ -18,6 +18,7 @@ extern "C" {
     pub(crate) fn register_reboot_notifier(notifier: *mut notifier_block) -> c_int;
     pub(crate) fn unregister_reboot_notifier(notifier: *mut notifier_block) -> c_int;
     pub(crate) fn pagefusion_freezing(task: *mut task_struct) -> bool;
+    pub(crate) fn pagefusion_try_to_freeze();
     pub(crate) fn pagefusion_kick();
     pub(crate) fn pagefusion_wait(milliseconds: c_uint);
     pub(crate) fn pagefusion_wait_unfrozen(milliseconds: c_uint);

@@ -49,6 +49,11 @@ void pagefusion_wait_unfrozen(unsigned int milliseconds)
 					 msecs_to_jiffies(milliseconds));
 }
 
+void pagefusion_try_to_freeze(void)
+{
+	try_to_freeze();
+}
+
 bool pagefusion_freezing(struct task_struct *task)
 {
 	return freezing(task);

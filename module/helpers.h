@@ -13,6 +13,7 @@ void pagefusion_kick(void);
 void pagefusion_wait(unsigned int milliseconds);
 void pagefusion_wait_unfrozen(unsigned int milliseconds);
 bool pagefusion_freezing(struct task_struct *task);
+void pagefusion_try_to_freeze(void);
 void pagefusion_cond_resched(void);
 void pagefusion_preempt_disable(void);
 void pagefusion_preempt_enable(void);

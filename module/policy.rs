@@ -4,7 +4,8 @@
 
 use crate::wire::reason;
 
-/// A host that acknowledges nothing for this long has its reports revoked.
+/// A host that acknowledges nothing for this long has its reports revoked. A machine that is to
+/// sleep waits as long for it, and must not for the 20 s after which the kernel gives up sleeping.
 pub(crate) const STALL_MS: u64 = 10_000;
 /// A pass that waits this long for the host is given up, so that it keeps no file busy.
 pub(crate) const PASS_WAIT_MS: u64 = 2_000;

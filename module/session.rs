@@ -120,6 +120,12 @@ impl<M: Memory, P> Session<M, P> {
         !self.inflight.is_empty()
     }
 
+    /// Whether a host that does not stand still has yet to answer a report. Takes its answers.
+    pub(crate) fn is_owed(&mut self) -> bool {
+        let is_settled = self.is_settled();
+        self.ring.state() == State::Attached && !is_settled && self.is_waiting()
+    }
+
     /// How long nothing of that has been answered.
     pub(crate) fn waited_ms(&self, now_ms: u64) -> u64 {
         now_ms.saturating_sub(self.progress_ms)

@@ -186,11 +186,17 @@ pub(crate) fn wait_unfrozen(milliseconds: u64) {
     unsafe { helpers::pagefusion_wait_unfrozen(milliseconds) };
 }
 
-/// Whether somebody waits for the current thread to be frozen. Only for code that runs in a
+/// Whether somebody waits for the current thread to [`freeze`]. Only for code that runs in a
 /// [`Thread`].
 pub(crate) fn is_freezing() -> bool {
     // SAFETY: The current task exists.
     unsafe { helpers::pagefusion_freezing(Task::current_raw()) }
+}
+
+/// Stays frozen as long as [`is_freezing`] says so. Only for code that runs in a [`Thread`].
+pub(crate) fn freeze() {
+    // SAFETY: Our callers run in a kthread that may sleep, and hold no lock.
+    unsafe { helpers::pagefusion_try_to_freeze() };
 }
 
 /// Sleeps whatever happens.

@@ -159,8 +159,33 @@ impl Worker {
             self.schedule.hurry();
             self.publish_tracker();
         } else if self.session.ask_to_be_woken(true) {
-            thread::wait(policy::POLL_MS);
+            self.wait(policy::POLL_MS);
         }
+    }
+
+    /// Sleeps; is frozen meanwhile only while the host owes no answer.
+    fn wait(&self, milliseconds: u64) {
+        if self.session.is_waiting() {
+            thread::wait_unfrozen(milliseconds);
+        } else {
+            thread::wait(milliseconds);
+        }
+    }
+
+    /// Freezes when the host has answered, unless it stands still. Afterwards memory may belong to
+    /// the kernel of an image, or this kernel be that of one, and what the host was still working
+    /// on would be lost to it.
+    fn freeze(&mut self) {
+        let began = thread::now_ms();
+        while thread::is_freezing() && self.session.is_owed() {
+            if thread::now_ms() - began > policy::STALL_MS {
+                self.session.revoke();
+                break;
+            }
+            thread::sleep(2);
+        }
+        self.publish_statistics();
+        thread::freeze();
     }
 
     /// Waits until the host has answered, at most so long.
@@ -199,6 +224,9 @@ impl Worker {
 impl Work for Worker {
     fn run(&mut self) {
         while !thread::must_stop() {
+            if thread::is_freezing() {
+                self.freeze();
+            }
             let now = thread::now_ms();
             let withdraws = CONTROL.run.get() == 2;
             if self.withdrawn && withdraws {
@@ -237,7 +265,7 @@ impl Work for Worker {
                 self.publish_statistics();
                 let idle = self.idle_ms(now);
                 if self.session.ask_to_be_woken(true) {
-                    thread::wait(idle);
+                    self.wait(idle);
                 }
             }
         }

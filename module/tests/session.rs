@@ -609,6 +609,44 @@ fn a_host_that_stalls_loses_what_it_has_not_claimed() {
 }
 
 #[test]
+fn an_answer_is_owed_by_who_is_there_and_does_not_stand_still() {
+    let (shared, held) = (Shared::new(), Held::default());
+    let (mut host, mut session) = (Host::new(&shared), session(&shared));
+    assert!(!session.is_owed());
+    session.service(0);
+    host.attach();
+    session.service(0);
+    // It has not answered the greeting, but that holds no page.
+    assert!(!session.is_owed());
+    let range = Range { start: 0, end: 10 };
+    let again = |session: &mut _, key| {
+        assert_eq!(report(session, &held, key, range, 500), 10);
+        session.publish();
+        assert!(session.is_owed());
+    };
+
+    again(&mut session, 64);
+    host.claim(&held);
+    assert!(session.is_owed());
+    host.acknowledge(false);
+    assert!(!session.is_owed());
+
+    again(&mut session, 128);
+    host.claim(&held);
+    session.revoke();
+    assert!(!session.is_owed());
+    assert!(held.is_held(500));
+    host.acknowledge(false);
+    session.service(1);
+    host.attach();
+    session.service(2);
+
+    again(&mut session, 192);
+    shared.set(host.layout.host_area, 0);
+    assert!(!session.is_owed());
+}
+
+#[test]
 fn memory_is_given_back_of_files_that_no_whole_pass_has_found_since() {
     let (shared, held) = (Shared::new(), Held::default());
     let (mut host, mut session) = (Host::new(&shared), session(&shared));
