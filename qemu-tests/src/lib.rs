@@ -31,6 +31,7 @@ pub mod report;
 pub mod scenarios;
 pub mod services;
 pub mod settle;
+pub mod standstill;
 pub mod suite;
 pub mod workdir;
 pub mod world;

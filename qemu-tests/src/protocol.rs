@@ -145,6 +145,15 @@ pub enum Op {
         /// How many times.
         rounds: u32,
     },
+    /// Make many files of one page each, and use them. The last part of their names is their number.
+    ManyFiles {
+        /// Where; it is made.
+        directory: String,
+        /// The pattern of the first; each of the others has one more.
+        seed: u64,
+        /// How many.
+        files: u64,
+    },
     /// Read a file from start to end, by `read` alone.
     ReadThrough {
         /// The file.

@@ -93,6 +93,19 @@ pub(super) fn read_through(path: &str, times: u32) -> Result<()> {
     Ok(())
 }
 
+/// Makes files of one page each, read as often as what is used.
+pub(super) fn many_files(directory: &str, seed: u64, files: u64) -> Result<()> {
+    fs::create_dir_all(directory).with_context(|| format!("create {directory}"))?;
+    for number in 0..files {
+        let path = format!("{directory}/{number}");
+        let file = File::create(&path).with_context(|| format!("create {path}"))?;
+        files::fill(&file, seed + number, 0, 4096).with_context(|| format!("write {path}"))?;
+        drop(file);
+        read_through(&path, 4)?;
+    }
+    Ok(())
+}
+
 /// A memfd with pattern bytes in it, mapped read-only.
 pub(super) fn memory(name: &str, seed: u64, bytes: u64, sealed: bool) -> Result<Held> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;

@@ -165,6 +165,11 @@ impl Agent {
             } => Ok(serde_json::to_value(mounts::unmount_often(
                 &mount, &file, rounds,
             )?)?),
+            Op::ManyFiles {
+                directory,
+                seed,
+                files,
+            } => mounts::many_files(&directory, seed, files).map(unit),
             Op::ReadThrough { path, times } => mounts::read_through(&path, times).map(unit),
             Op::Rename { from, to } => {
                 fs::rename(&from, &to).with_context(|| format!("rename {from} to {to}"))?;

@@ -6,7 +6,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
     path::Path,
-    sync::{Arc, Mutex, PoisonError, mpsc::Sender},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc::Sender},
     thread,
     time::{Duration, Instant},
 };
@@ -35,15 +35,48 @@ pub(super) enum Event {
 
 /// The last lines of a console.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Tail(Arc<Mutex<VecDeque<String>>>);
+pub(super) struct Tail(Arc<(Mutex<Lines>, Condvar)>);
+
+#[derive(Debug, Default)]
+struct Lines {
+    last: VecDeque<String>,
+    /// How many there were.
+    all: usize,
+}
 
 impl Tail {
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        let (lines, _) = &*self.0;
+        lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn push(&self, line: String) {
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if lines.len() == TAIL {
-            lines.pop_front();
+        let mut lines = self.lines();
+        if lines.last.len() == TAIL {
+            lines.last.pop_front();
         }
-        lines.push_back(line);
+        lines.last.push_back(line);
+        lines.all += 1;
+        let (_, came) = &*self.0;
+        came.notify_all();
+    }
+
+    /// How many lines there were.
+    pub(super) fn count(&self) -> usize {
+        self.lines().all
+    }
+
+    /// Waits for a line after the first so many. Returns whether it has come.
+    pub(super) fn wait_for(&self, text: &str, after: usize, limit: Duration) -> bool {
+        let (_, came) = &*self.0;
+        let is_missing = |lines: &mut Lines| {
+            let passed = (after + lines.last.len()).saturating_sub(lines.all);
+            let mut rest = lines.last.iter().skip(passed);
+            !rest.any(|line| line.contains(text))
+        };
+        let waited = came.wait_timeout_while(self.lines(), limit, is_missing);
+        let (_lines, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        !result.timed_out()
     }
 
     /// Waits until a trace has come to its end, but not long: not all that is fatal has one.
@@ -55,8 +88,12 @@ impl Tail {
     }
 
     pub(super) fn text(&self) -> String {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lines.iter().map(|line| format!("    | {line}\n")).collect()
+        let lines = self.lines();
+        lines
+            .last
+            .iter()
+            .map(|line| format!("    | {line}\n"))
+            .collect()
     }
 }
 
@@ -97,5 +134,25 @@ fn each_line(stream: UnixStream, mut take: impl FnMut(&str) -> bool) {
             return;
         }
         line.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lines_after_those_that_are_known_count() {
+        let tail = Tail::default();
+        let has = |after| tail.wait_for("wanted", after, Duration::ZERO);
+        tail.push("wanted".to_owned());
+        assert!(has(0) && !has(1));
+        for _ in 0..TAIL {
+            tail.push("other".to_owned());
+        }
+        assert!(!has(0), "it is not among the last ones");
+        let known = tail.count();
+        tail.push("[    1.0] what is wanted".to_owned());
+        assert!(has(known) && has(0) && !has(known + 1));
     }
 }

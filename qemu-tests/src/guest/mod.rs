@@ -405,6 +405,26 @@ impl Guest {
         self.process.kill()
     }
 
+    /// How many lines its console has shown.
+    pub fn console_lines(&self) -> usize {
+        self.tail.count()
+    }
+
+    /// Waits for a line of its console after the first `after`.
+    pub fn wait_line(&self, text: &str, after: usize, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        while !self.tail.wait_for(text, after, SLICE) {
+            interrupt::check()?;
+            ensure!(
+                Instant::now() < deadline,
+                "{}: its console has not shown {text:?}, but:\n{}",
+                self.name,
+                self.tail.text()
+            );
+        }
+        Ok(())
+    }
+
     /// Waits for a console failure, which a test provoked.
     pub fn wait_failure(&mut self, limit: Duration) -> Result<String> {
         let deadline = Instant::now() + limit;

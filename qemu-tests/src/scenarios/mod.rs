@@ -203,6 +203,18 @@ pub const ALL: &[Scenario] = &[
         run: power::suspended_to_memory,
     },
     Scenario {
+        name: "suspended_in_the_middle_of_a_pass",
+        tier: Tier::Usual,
+        guests: 0,
+        run: power::suspended_in_the_middle_of_a_pass,
+    },
+    Scenario {
+        name: "suspended_while_the_host_stands_still",
+        tier: Tier::Usual,
+        guests: 0,
+        run: power::suspended_while_the_host_stands_still,
+    },
+    Scenario {
         name: "hibernated_and_woken_elsewhere",
         tier: Tier::Deep,
         guests: 0,
