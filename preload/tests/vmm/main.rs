@@ -201,7 +201,7 @@ fn a_discard_that_the_kernel_refuses_loses_nothing() {
         let result = unsafe { libc::madvise(at as *mut _, bytes, libc::MADV_DONTNEED) };
         assert_eq!(result, -1);
         assert_eq!(vmm.ram.word(3, 0).load(Ordering::Relaxed), 7);
-        vmm.ram.write_page(3, &vmm.content(3));
+        vmm.ram.write_page(3, vmm.content(3));
         vmm.check(0..PAGES);
     });
 }
