@@ -63,9 +63,14 @@ def asks(rng):
 
 
 def takes_memory(rng):
-    """Processes that hold memory in pieces of all sizes."""
-    code = ("import random, sys; rng = random.Random(sys.argv[1]); left = int(sys.argv[2]); held = []\n"
-            "while left > 0: held.append(bytearray(min(left, rng.randrange(1, 512) << 12))); left -= len(held[-1])\n"
+    """Processes that hold memory in pieces of all sizes, no two pages alike."""
+    code = ("import os, random, sys; rng = random.Random(sys.argv[1]); left = int(sys.argv[2]); held = []\n"
+            "page = bytearray(os.urandom(4096))\n"
+            "while left > 0:\n"
+            "    piece = bytearray()\n"
+            "    for number in range(min(rng.randrange(1, 512), left + 4095 >> 12)):\n"
+            "        page[:8] = (left - number).to_bytes(8, 'little'); piece += page\n"
+            "    held.append(piece); left -= len(piece)\n"
             "print(flush=True); sys.stdin.read()")
     children = []
     while (left := available() - SPARE) > 16 << 20:
