@@ -72,7 +72,10 @@ fn wait(thread: libc::pid_t) -> io::Result<libc::c_int> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
+    use std::{
+        io::{Read, Write},
+        process::{Child, Command, Stdio},
+    };
 
     use super::*;
 
@@ -84,14 +87,22 @@ mod tests {
 
     #[test]
     fn a_thread_stands_still_until_it_is_let_go() {
-        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        // `spawn` returns after `exec`.
-        let standstill = Standstill::of(child.id(), "sleep").unwrap();
+        let mut child = Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // `spawn` returns before the thread has its new name, `cat` answers after that.
+        let mut echo = [0];
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        let output = child.stdout.as_mut().unwrap();
+        output.read_exact(&mut echo).unwrap();
+        let standstill = Standstill::of(child.id(), "cat").unwrap();
         assert_eq!(state(&child), "t");
         drop(standstill);
         assert_ne!(state(&child), "t");
 
-        let standstill = Standstill::of(child.id(), "sleep").unwrap();
+        let standstill = Standstill::of(child.id(), "cat").unwrap();
         child.kill().unwrap();
         drop(standstill);
         let _ = child.wait();
