@@ -52,7 +52,7 @@ pub struct Run {
 pub enum Record<'a> {
     /// First record of an epoch.
     Hello {
-        /// The epoch, as in [`guest_area::EPOCH`].
+        /// The epoch, as in [`super::guest_area::EPOCH`].
         epoch: u64,
         /// One more than the highest guest frame.
         memory_pages: u64,

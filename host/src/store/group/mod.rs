@@ -98,7 +98,7 @@ impl Group {
         Self::new(StoreFile::anonymous()?, Limits::default(), HashSet::new())
     }
 
-    /// Seed for [`hash_page`].
+    /// Seed for [`crate::store::hash_page`].
     pub fn hash_seed(&self) -> u64 {
         self.seed
     }
