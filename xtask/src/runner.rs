@@ -5,8 +5,10 @@ use std::{
     ffi::OsString,
     io::{BufRead, BufReader},
     path::Path,
-    process::{Command, ExitCode, ExitStatus, Stdio},
-    time::Instant,
+    process::{ChildStdout, Command, ExitCode, ExitStatus, Stdio},
+    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -22,6 +24,8 @@ use crate::{
 
 /// Set for tests that can try harder when there is time.
 const DEEP: &str = "PAGEFUSION_DEEP_TESTS";
+/// What a runner has written before it ended has been read when nothing has come for so long.
+const QUIET: Duration = Duration::from_millis(500);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct DemoArguments {
@@ -383,25 +387,47 @@ fn counted(what: &str, command: &mut Command, tally: Tally) -> Result<Counts> {
         .with_context(|| format!("cannot start {what}"))?;
     let mut counts = Counts::default();
     let mut any = false;
-    if let Some(output) = child.stdout.take() {
-        let mut reader = BufReader::new(output);
-        let mut line = Vec::new();
-        while reader.read_until(b'\n', &mut line)? > 0 {
-            let text = String::from_utf8_lossy(&line);
-            print!("{text}");
-            if let Some(of_line) = Counts::of_line(&text) {
-                any = true;
-                match tally {
-                    Tally::Sum => counts += of_line,
-                    Tally::Last => counts = of_line,
-                }
+    let lines = child.stdout.take().map(lines);
+    while let Some(lines) = &lines {
+        let text = match lines.recv_timeout(QUIET) {
+            Ok(text) => text,
+            // A test that failed may have left a process behind, which has the other end of it, too.
+            Err(RecvTimeoutError::Timeout) if child.try_wait()?.is_some() => break,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => break,
+        };
+        print!("{text}");
+        if let Some(of_line) = Counts::of_line(&text) {
+            any = true;
+            match tally {
+                Tally::Sum => counts += of_line,
+                Tally::Last => counts = of_line,
             }
-            line.clear();
         }
     }
     let status = child.wait()?;
     stop_if_interrupted()?;
     Ok(judge(what, counts, any, status.success()))
+}
+
+/// What comes from `output`, line by line.
+fn lines(output: ChildStdout) -> Receiver<String> {
+    let (sender, lines) = mpsc::channel();
+    thread::spawn(move || {
+        let mut reader = BufReader::new(output);
+        let mut line = Vec::new();
+        while reader
+            .read_until(b'\n', &mut line)
+            .is_ok_and(|read| read > 0)
+        {
+            let text = String::from_utf8_lossy(&line).into_owned();
+            if sender.send(text).is_err() {
+                return;
+            }
+            line.clear();
+        }
+    });
+    lines
 }
 
 fn judge(what: &str, mut counts: Counts, any: bool, success: bool) -> Counts {
@@ -441,6 +467,18 @@ mod tests {
                 skipped: 0
             }
         );
+    }
+
+    #[test]
+    fn a_process_that_is_left_behind_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let end = directory.path().join("end");
+        let path = end.display();
+        // It ends when somebody has opened the file for writing.
+        let counts = "test result: ok. 3 passed; 0 failed; 0 ignored";
+        let script = format!("mkfifo {path}; cat < {path} & echo '{counts}'");
+        assert_eq!(shell(&script, Tally::Sum).passed, 3);
+        drop(std::fs::OpenOptions::new().write(true).open(end).unwrap());
     }
 
     #[test]
