@@ -535,7 +535,12 @@ fn what_is_given_up_while_it_is_shared_is_ordinary_memory() {
     // Two runs, one of them broken in part, and a part of a third.
     let given_up = 2 * RUN + 5;
     let range = shared.vm.ram.at(0)..shared.vm.ram.at(given_up);
-    shared.vm.sharing.memory().before_discard(&range).unwrap();
+    shared
+        .vm
+        .sharing
+        .memory()
+        .before_discard(&range, false)
+        .unwrap();
     for frame in 0..2 * PAGES {
         let expected = shared.expected(frame);
         let expected = if frame < given_up {
@@ -604,7 +609,12 @@ fn what_a_guest_has_written_and_given_up_is_ordinary_memory() {
     shared.vm.sharing.undo_all().unwrap();
     // The runs of frames 3 and 19, and no more.
     let range = shared.vm.ram.at(0)..shared.vm.ram.at(2 * RUN);
-    shared.vm.sharing.memory().before_discard(&range).unwrap();
+    shared
+        .vm
+        .sharing
+        .memory()
+        .before_discard(&range, false)
+        .unwrap();
     shared.vm.ram.discard(0..2 * RUN);
     assert!((0..2 * RUN).all(|frame| shared.vm.ram.word(frame, 0).load(Ordering::Relaxed) == 0));
     // That of frame 40.

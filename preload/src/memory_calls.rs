@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use crate::interpose::{Outcome, find_next, next, refuse};
-use crate::runtime;
+use crate::runtime::{self, Certainty};
 
 const PAGE: usize = 4096;
 
@@ -69,10 +69,7 @@ fn change(range: Range<usize>, call: impl FnOnce() -> c_int) -> c_int {
 enum Advice {
     /// Memory is given back: on an overlay it would turn into the canonical bytes instead of
     /// zeros.
-    Discards {
-        /// The kernel cannot refuse it for memory that is shared.
-        certainly: bool,
-    },
+    Discards(Certainty),
     /// An attribute changes, which overlays or what takes their place must have.
     Changes,
     /// None of ours.
@@ -84,11 +81,10 @@ impl From<c_int> for Advice {
         const DONTNEED_LOCKED: c_int = 24;
         const GUARD_INSTALL: c_int = 102;
         match advice {
-            libc::MADV_DONTNEED | libc::MADV_FREE | DONTNEED_LOCKED => {
-                Self::Discards { certainly: true }
-            }
+            libc::MADV_DONTNEED | libc::MADV_FREE => Self::Discards(Certainty::Unlocked),
+            DONTNEED_LOCKED => Self::Discards(Certainty::Always),
             // The one is for shared mappings, the other needs Linux 6.13.
-            libc::MADV_REMOVE | GUARD_INSTALL => Self::Discards { certainly: false },
+            libc::MADV_REMOVE | GUARD_INSTALL => Self::Discards(Certainty::Unknown),
             libc::MADV_DONTFORK
             | libc::MADV_DOFORK
             | libc::MADV_DONTDUMP
@@ -119,11 +115,17 @@ pub(crate) unsafe extern "C" fn madvise(
     // SAFETY: passed on as it came.
     let pass_on = || unsafe { next_madvise()(address, length, advice) };
     match Advice::from(advice) {
-        Advice::Discards { certainly } if runtime::is_active() => {
+        Advice::Discards(certainty) if runtime::is_active() => {
             let range = whole_pages(address, length);
-            // The kernel refuses any other address.
-            let certainly = certainly && address as usize % PAGE == 0;
-            runtime::discard(&range, certainly, pass_on).unwrap_or_else(|error| refuse(&error))
+            // The kernel refuses any other range.
+            let is_valid = address as usize % PAGE == 0 && range.end != usize::MAX;
+            let certainty = if is_valid {
+                certainty
+            } else {
+                Certainty::Unknown
+            };
+            runtime::discard(&range, certainty, pass_on, |result| *result == 0)
+                .unwrap_or_else(|error| refuse(&error))
         }
         Advice::Changes => change(whole_pages(address, length), pass_on),
         _ => pass_on(),
@@ -330,11 +332,18 @@ mod tests {
     #[test]
     fn what_brings_back_other_bytes_is_a_discard() {
         // MADV_DONTNEED, FREE, DONTNEED_LOCKED; REMOVE, GUARD_INSTALL.
-        for (certainly, advices) in [(true, vec![4, 8, 24]), (false, vec![9, 102])] {
-            for advice in advices {
-                let found = Advice::from(advice);
-                assert_eq!(found, Advice::Discards { certainly }, "{advice}");
-            }
+        for (advice, certainty) in [
+            (4, Certainty::Unlocked),
+            (8, Certainty::Unlocked),
+            (24, Certainty::Always),
+            (9, Certainty::Unknown),
+            (102, Certainty::Unknown),
+        ] {
+            assert_eq!(
+                Advice::from(advice),
+                Advice::Discards(certainty),
+                "{advice}"
+            );
         }
         // MADV_WILLNEED, COLD, PAGEOUT, POPULATE_READ, POPULATE_WRITE.
         for advice in [3, 20, 21, 22, 23] {

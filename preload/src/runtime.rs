@@ -261,23 +261,41 @@ pub(crate) fn change<T>(range: &Range<usize>, change: impl FnOnce() -> T) -> io:
     Ok(result)
 }
 
-/// Discards memory with `discard` after it was made ordinary. No overlay can come in between:
-/// discarding one would bring the canonical bytes back. Unless that is certain to be done, nothing
-/// is lost if it is not.
+/// Whether the kernel discards what it is asked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Certainty {
+    /// Perhaps.
+    Unknown,
+    /// Unless it is locked.
+    Unlocked,
+    /// Yes.
+    Always,
+}
+
+/// Discards memory with `discard` after it was made ordinary; `succeeded` says whether that was
+/// done. No overlay can come in between: discarding one would bring the canonical bytes back.
+/// What is not discarded is not lost.
 pub(crate) fn discard<T>(
     range: &Range<usize>,
-    certainly: bool,
-    discard: impl FnOnce() -> T,
+    certainty: Certainty,
+    mut discard: impl FnMut() -> T,
+    succeeded: impl FnOnce(&T) -> bool,
 ) -> io::Result<T> {
     let Some(sharing) = sharing() else {
         return Ok(discard());
     };
     let mut memory = sharing.memory();
-    if certainly {
-        memory.before_discard(range)?;
-    } else {
-        memory.restore(range)?;
+    if certainty != Certainty::Unknown {
+        memory.before_discard(range, certainty == Certainty::Always)?;
+        return Ok(discard());
     }
+    memory.restore(range)?;
+    let result = discard();
+    if !succeeded(&result) {
+        return Ok(result);
+    }
+    // What the guest has written stayed in a mapping of the store's file.
+    memory.before_discard(range, true)?;
     Ok(discard())
 }
 

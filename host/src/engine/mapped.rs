@@ -127,6 +127,13 @@ pub(super) unsafe fn set_mergeable(range: &Range<usize>, mergeable: bool) -> io:
     Ok(unsafe { madvise(range.start as *mut c_void, range.len(), advice) }?)
 }
 
+/// Whether memory of this process is locked, all or some of it: the kernel discards none then.
+pub(super) fn is_locked(range: &Range<usize>) -> bool {
+    let (at, bytes) = (range.start as *mut c_void, range.len());
+    // SAFETY: keeps content, and is refused for locked memory.
+    unsafe { madvise(at, bytes, Advice::LinuxCold) }.is_err()
+}
+
 /// Splits huge pages that reach into `range`, so that what an overlay hides is freed.
 ///
 /// # Safety

@@ -161,11 +161,9 @@ impl Memory {
         for range in self.ready_ranges() {
             let both =
                 range.start.max(region.addresses().start)..range.end.min(region.addresses().end);
-            if !both.is_empty() {
-                self.uffd.register(&both)?;
-                if self.undoing > 0 {
-                    self.uffd.register_missing(&both)?;
-                }
+            // Not if it is unmapped already; then nothing can be shared there.
+            if !both.is_empty() && self.uffd.register(&both).is_ok() && self.undoing > 0 {
+                let _ = self.uffd.register_missing(&both);
             }
         }
         Ok(())
@@ -356,9 +354,10 @@ impl Memory {
         self.prepare(address).map(drop)
     }
 
-    /// The VMM discards `range` next, and that cannot fail: what lies there is nobody's any more, no
-    /// device's either, and all of it becomes ordinary memory.
-    pub fn before_discard(&mut self, range: &Range<usize>) -> io::Result<()> {
+    /// The VMM discards `range` next, which cannot fail but for locked memory, unless that is discarded
+    /// as well: what lies there is nobody's any more, no device's either, and all of it becomes
+    /// ordinary memory.
+    pub fn before_discard(&mut self, range: &Range<usize>, locked_too: bool) -> io::Result<()> {
         let overlays = self.overlays.in_range(range);
         let mut parts: Vec<_> = overlays
             .map(|(at, overlay)| (at..at + overlay.pages as usize * PAGE, None))
@@ -378,6 +377,11 @@ impl Memory {
                     return Err(stray_overlay());
                 };
                 let piece = start..end.min(part.end);
+                start = piece.end;
+                // What may be shared is not locked.
+                if known.is_none() && !locked_too && mapped::is_locked(&piece) {
+                    continue;
+                }
                 // SAFETY: guest memory that the VMM gives up.
                 unsafe { mapped::map_empty(&piece, &attributes) }?;
                 self.overlays.remove(&piece);
@@ -388,7 +392,6 @@ impl Memory {
                         self.uffd.register_missing(&piece)?;
                     }
                 }
-                start = piece.end;
             }
         }
         Ok(())

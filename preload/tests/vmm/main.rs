@@ -195,6 +195,21 @@ fn a_discard_that_the_kernel_refuses_loses_nothing() {
         vmm.ram.word(3, 0).store(7, Ordering::Relaxed);
         // For shared mappings alone.
         advise(&vmm.ram, 0..8, libc::MADV_REMOVE).unwrap_err();
+        // Locked by now, which leaves what was written where it is.
+        // SAFETY: locks memory of this process, which changes nothing in it.
+        let locked = unsafe { libc::mlock(vmm.ram.at(0) as *const _, 8 * PAGE) };
+        assert_eq!(locked, 0);
+        for advice in [libc::MADV_DONTNEED, libc::MADV_FREE] {
+            advise(&vmm.ram, 0..8, advice).unwrap_err();
+        }
+        // SAFETY: as above.
+        let unlocked = unsafe { libc::munlock(vmm.ram.at(0) as *const _, 8 * PAGE) };
+        assert_eq!(unlocked, 0);
+        // More than there is.
+        // SAFETY: refused for its length.
+        let result =
+            unsafe { libc::madvise(vmm.ram.at(0) as *mut _, usize::MAX, libc::MADV_DONTNEED) };
+        assert_eq!(result, -1);
         // Not at the beginning of a page.
         let (at, bytes) = (vmm.ram.at(8) + 8, 4 * PAGE);
         // SAFETY: guest memory, which nothing refers to but atomics.
