@@ -76,7 +76,8 @@
 //! it to a device that holds on to pages, it must say so:
 //! [`engine::Memory::before_discard`], [`engine::Memory::remove_region`] and
 //! [`engine::Memory::disable`]. The lock of [`engine::Sharing::memory`] must be held until it
-//! has discarded or unmapped the memory.
+//! has discarded or unmapped the memory. Where that is much of the guest's memory,
+//! [`engine::Sharing::make_ordinary`] before keeps the guest from waiting for all of it.
 //!
 //! # Versions
 //!

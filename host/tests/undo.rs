@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Random, Vm, file, fill};
+use pagefusion_abi::wire::reason;
 use pagefusion_host::engine::{ReportedRun, Tidier, audit, file_uses, tidy};
 use pagefusion_host::protocol::{StoreSpan, Undo};
 use pagefusion_host::store::{Group, LocalStore, PAGE};
@@ -207,6 +208,67 @@ fn a_page_that_was_never_touched_is_there_before_an_undo_ends() {
     });
     sharing.memory().end_undo();
     drop(some);
+}
+
+/// A device comes that holds on to pages, say.
+#[test]
+fn what_needs_all_memory_ordinary_lets_others_in_between_and_nothing_be_shared() {
+    const TIMES: usize = 64;
+    let shared = Shared::new();
+    let vm = Vm::new(&shared.vm.store, 2, TIMES * PAGES, false);
+    let content = &shared.content[0];
+    for frame in 0..TIMES * PAGES {
+        vm.ram
+            .write_page(frame, &content[frame % PAGES * PAGE..][..PAGE]);
+    }
+    let run = |time: usize| ReportedRun {
+        file: file(1),
+        page: 0,
+        gfn: (time * PAGES) as u64,
+        pages: PAGES as u32,
+    };
+    let runs: Vec<_> = (0..TIMES).map(run).collect();
+    let sharing = &vm.sharing;
+    let all = (TIMES * PAGES) as u64;
+    let share = || {
+        let outcomes = sharing.share(&runs);
+        assert_eq!(
+            outcomes.iter().map(|it| u64::from(it.shared)).sum::<u64>(),
+            all
+        );
+    };
+    let pages = || sharing.memory().overlays().pages();
+    let check = || {
+        for frame in 0..TIMES * PAGES {
+            assert_eq!(
+                vm.ram.read_page(frame),
+                &content[frame % PAGES * PAGE..][..PAGE]
+            );
+        }
+    };
+    share();
+    let address = vm.ram.word(0, 0).as_ptr() as usize;
+    let mut between = 0;
+    std::thread::scope(|scope| {
+        let memory = sharing.memory();
+        let making = scope.spawn(|| sharing.make_ordinary(&(address..address + 1)));
+        drop(memory);
+        while !making.is_finished() {
+            let mut memory = sharing.memory();
+            if (1..all).contains(&memory.overlays().pages()) {
+                between += 1;
+                assert_eq!(memory.check(address), Err(reason::UNSUITABLE_MEMORY));
+            }
+        }
+    });
+    assert!(between > 0, "nobody came in between");
+    assert_eq!(pages(), 0);
+    check();
+    // Nothing is left of it.
+    share();
+    sharing.memory().disable("a device").unwrap();
+    assert_eq!(pages(), 0);
+    check();
 }
 
 fn store_span(page: u32, pages: u32) -> StoreSpan {

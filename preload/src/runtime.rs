@@ -153,13 +153,11 @@ pub(crate) fn before_slot(slot: &MemoryRegion) {
     };
     let mut slots = runtime.slots();
     let key = u64::from(slot.slot);
-    if slots
-        .regions
-        .get(&key)
-        .is_some_and(|old| region(slot) != Some(*old))
-    {
+    let old = slots.regions.get(&key).copied();
+    if let Some(old) = old.filter(|old| region(slot) != Some(*old)) {
         slots.regions.remove(&key);
         if let Some(sharing) = &slots.sharing {
+            sharing.make_ordinary(&old.addresses());
             report(sharing.memory().remove_region(key), "removing guest memory");
         }
     }
@@ -203,6 +201,7 @@ pub(crate) fn disable(why: &'static str) -> io::Result<()> {
         return Ok(());
     }
     if let Some(sharing) = &slots.sharing {
+        sharing.make_ordinary(&(0..usize::MAX));
         sharing.memory().disable(why)?;
     }
     log::warn!("sharing ends: {why}");
@@ -219,7 +218,10 @@ pub(crate) fn take_userfaultfd(range: &UffdRange) -> io::Result<()> {
     let range = range.addresses();
     let mut slots = runtime.slots();
     match &slots.sharing {
-        Some(sharing) => sharing.memory().take_userfaultfd(&range),
+        Some(sharing) => {
+            sharing.make_ordinary(&range);
+            sharing.memory().take_userfaultfd(&range)
+        }
         None => {
             slots.userfaultfd.push((range, true));
             Ok(())
@@ -246,6 +248,7 @@ pub(crate) fn change<T>(range: &Range<usize>, change: impl FnOnce() -> T) -> io:
     {
         let mut slots = runtime.slots();
         if let Some(sharing) = &slots.sharing {
+            sharing.make_ordinary(range);
             sharing.memory().begin_change(range)?;
         }
         slots.changing.push(range.clone());

@@ -192,6 +192,7 @@ impl Service {
                 let sharing = self.sharing.clone();
                 // Undoing waits for events, so it cannot be done here, and they are served on.
                 let disable = move || {
+                    sharing.make_ordinary(&(0..usize::MAX));
                     let _ = sharing
                         .memory()
                         .disable("userfaultfd events cannot be read");

@@ -25,6 +25,16 @@ impl Changes {
         self.under_way.iter().any(|it| intersect(it, range))
     }
 
+    pub(super) fn begin(&mut self, range: &Range<usize>) {
+        self.under_way.push(range.clone());
+    }
+
+    pub(super) fn end(&mut self, range: &Range<usize>) {
+        if let Some(index) = self.under_way.iter().position(|it| it == range) {
+            self.under_way.swap_remove(index);
+        }
+    }
+
     fn take(&mut self, range: &Range<usize>) {
         self.taken.push(range.clone());
     }
@@ -66,17 +76,14 @@ impl Memory {
     /// [`Memory::end_change`], which must follow unless this fails.
     pub fn begin_change(&mut self, range: &Range<usize>) -> io::Result<()> {
         self.make_ordinary(range)?;
-        self.changes.under_way.push(range.clone());
+        self.changes.begin(range);
         Ok(())
     }
 
     /// Ends what [`Memory::begin_change`] began: the memory is looked at anew when a guest
     /// reports something there.
     pub fn end_change(&mut self, range: &Range<usize>) {
-        let under_way = &mut self.changes.under_way;
-        if let Some(index) = under_way.iter().position(|it| it == range) {
-            under_way.swap_remove(index);
-        }
+        self.changes.end(range);
     }
 
     /// The VMM is about to register `range` with a `userfaultfd` of its own, of which a mapping
@@ -148,6 +155,12 @@ impl Memory {
             }
         }
         Ok(())
+    }
+
+    /// All of the regions that `range` reaches into.
+    pub(super) fn regions_in(&self, range: &Range<usize>) -> Vec<Range<usize>> {
+        let regions = self.keys_of(range).into_iter();
+        regions.map(|(_, region)| region.addresses()).collect()
     }
 
     fn keys_of(&self, range: &Range<usize>) -> Vec<(u64, Region)> {

@@ -104,13 +104,15 @@ impl Memory {
         })
     }
 
+    /// Whether these are the pages that are mapped.
+    pub(super) fn has_store(&self, store: &StoreView) -> bool {
+        let same = |own: &StoreView| own.identity() == store.identity();
+        self.store.as_ref().is_some_and(same)
+    }
+
     /// Sets the store whose pages are mapped. A different one than before ends every overlay.
     pub fn set_store(&mut self, store: StoreView) -> io::Result<()> {
-        if self
-            .store
-            .as_ref()
-            .is_some_and(|old| old.identity() == store.identity())
-        {
+        if self.has_store(&store) {
             return Ok(());
         }
         self.restore_all()?;
@@ -271,14 +273,14 @@ impl Memory {
         if self.overcommit.is_strict() {
             return Err(reason::UNSUITABLE_MEMORY);
         }
+        let range = region.addresses();
+        if self.changes.touch(&range) {
+            return Err(reason::UNSUITABLE_MEMORY);
+        }
         match self.suitability.get(&key) {
             Some(Suitability::Ready(_)) => return Ok(key),
             Some(Suitability::Refused(_)) => return Err(reason::UNSUITABLE_MEMORY),
             None => {}
-        }
-        let range = region.addresses();
-        if self.changes.touch(&range) {
-            return Err(reason::UNSUITABLE_MEMORY);
         }
         let is_ours = |at: usize| self.overlays.contains(at) || self.written.contains(at);
         let examined =

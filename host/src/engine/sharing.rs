@@ -121,6 +121,9 @@ impl Sharing {
         seed: u64,
     ) -> Result<(), StoreError> {
         let mut store = lock(&self.store);
+        if !self.memory().has_store(&view) {
+            self.make_ordinary(&(0..usize::MAX));
+        }
         let holdings = {
             let mut memory = self.memory();
             memory.set_store(view).map_err(StoreError::Unreachable)?;
@@ -195,6 +198,33 @@ impl Sharing {
         let result = self.restore(&range);
         self.end_undo();
         result
+    }
+
+    /// Turns the overlays of all regions that `range` reaches into back into ordinary memory, and
+    /// shares nothing there meanwhile, for what needs all of it ordinary under one lock next:
+    /// [`Memory::disable`], [`Memory::begin_change`], [`Memory::take_userfaultfd`],
+    /// [`Memory::remove_region`]. They do the same, but have the lock from beginning to end; with
+    /// this before, a guest that wants memory meanwhile waits for a window and not for all of it.
+    /// What goes wrong here goes wrong there once more.
+    pub fn make_ordinary(&self, range: &std::ops::Range<usize>) {
+        let regions = {
+            let mut memory = self.memory();
+            let mut regions = memory.regions_in(range);
+            regions.retain(|region| memory.overlays().intersects(region));
+            if regions.is_empty() || memory.begin_undo().is_err() {
+                return;
+            }
+            for region in &regions {
+                memory.changes.begin(region);
+            }
+            regions
+        };
+        let _ = regions.iter().try_for_each(|region| self.restore(region));
+        let mut memory = self.memory();
+        for region in &regions {
+            memory.changes.end(region);
+        }
+        memory.end_undo();
     }
 
     /// Prepares for [`Sharing::undo_some`]; [`Sharing::end_undo`] must follow.
