@@ -81,6 +81,10 @@ pub(crate) struct Findings {
     pub(crate) due_ms: Option<u64>,
     /// What the walk saw.
     pub(crate) seen: Seen,
+    /// Whether files were let go unseen because somebody wanted their file system.
+    left_out: bool,
+    /// Whether what the pass did not look at was taken for gone.
+    pub(crate) has_judged: bool,
 }
 
 /// What pages belong to.
@@ -132,8 +136,8 @@ impl Rules {
     }
 }
 
-/// Makes a pass. `scans` is its number since the module was loaded; `are_new` says that the last
-/// pass had other rules.
+/// Makes a pass. `scans` is its number since the module was loaded; `are_new` says that no pass
+/// with these rules has judged yet.
 pub(crate) fn run(
     session: &mut GuestSession,
     workshop: &mut Workshop,
@@ -168,8 +172,11 @@ pub(crate) fn run(
     };
     let kernel = kernel.get_or_insert_with(kernel_memory::parts);
     let mut result = pass.walk(kernel);
-    if are_new {
-        result = result.and_then(|()| pass.withdraw_strays());
+    if result.is_ok() {
+        pass.findings.has_judged = pass.session.judges(pass.is_whole());
+        if are_new && pass.findings.has_judged {
+            result = pass.withdraw_strays();
+        }
     }
     let result = result.and_then(|()| pass.finish(scans));
     let findings = pass.findings;
@@ -268,6 +275,7 @@ impl Pass<'_> {
         }
         self.gone = NOTHING;
         self.findings.again = true;
+        self.findings.left_out = true;
         Ok(())
     }
 
@@ -281,7 +289,7 @@ impl Pass<'_> {
     /// for the thread to freeze.
     pub(crate) fn breathe(&self) -> Result<(), Stop> {
         thread::give_way();
-        if thread::is_freezing() {
+        if thread::is_freezing() || thread::must_stop() {
             return Err(Stop::Asked);
         }
         if self.superblocks.are_wanted() {
@@ -329,6 +337,12 @@ impl Pass<'_> {
         Ok(())
     }
 
+    /// Whether all was looked at that is mapped.
+    const fn is_whole(&self) -> bool {
+        let Findings { seen, left_out, .. } = &self.findings;
+        seen.skipped == 0 && !seen.busy && !*left_out
+    }
+
     /// Withdraws what was reported and has not been looked at in this pass.
     fn withdraw_strays(&mut self) -> Result<(), Stop> {
         for id in 0..self.session.tracker.ids() {
@@ -345,11 +359,7 @@ impl Pass<'_> {
     /// Forgets files that are gone and ends the pass.
     fn finish(&mut self, scans: u64) -> Result<(), Stop> {
         let mut from = 0;
-        while let Some(id) =
-            self.session
-                .tracker
-                .next_unseen(from, self.number, policy::KEEP_PASSES)
-        {
+        while let Some(id) = self.next_unseen(from) {
             self.retire(id)?;
             from = id + 1;
         }
@@ -360,6 +370,14 @@ impl Pass<'_> {
         let eligible = self.findings.eligible;
         self.findings.news = self.insist(|session| session.end_pass(scans, eligible))?;
         Ok(())
+    }
+
+    fn next_unseen(&self, from: u32) -> Option<u32> {
+        if !self.findings.has_judged {
+            return None;
+        }
+        let tracker = &self.session.tracker;
+        tracker.next_unseen(from, self.number, policy::KEEP_PASSES)
     }
 
     /// Takes what the host has to say and looks whether to go on.

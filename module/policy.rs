@@ -102,6 +102,8 @@ pub(crate) struct Schedule {
     idle: u32,
     /// No pass before this, whatever happens.
     rest_until_ms: u64,
+    /// No pass has ended since that rest began.
+    rested: bool,
     /// When the last pass ended, and how long to sleep after it at least.
     ended_ms: u64,
     sleep_ms: u64,
@@ -114,6 +116,7 @@ impl Schedule {
             next_ms: 0,
             idle: 0,
             rest_until_ms: 0,
+            rested: false,
             ended_ms: 0,
             sleep_ms: 0,
         }
@@ -132,9 +135,13 @@ impl Schedule {
         self.idle = 0;
     }
 
-    /// Memory is short: what was forgotten is not to be remembered at once.
+    /// Memory is short: what was forgotten is not to be remembered at once. One rest for each pass:
+    /// a kernel whose page cache fills its memory asks for some all the time.
     pub(crate) fn rest(&mut self, now_ms: u64) {
-        self.rest_until_ms = now_ms + REST_MS;
+        if !self.rested {
+            self.rest_until_ms = now_ms + REST_MS;
+            self.rested = true;
+        }
     }
 
     /// A pass has ended; after one that found nothing new the time doubles.
@@ -144,6 +151,7 @@ impl Schedule {
         self.next_ms = now_ms + doubled.min(most_ms.max(sleep_ms));
         self.ended_ms = now_ms;
         self.sleep_ms = sleep_ms;
+        self.rested = false;
     }
 
     /// Something is due in so many milliseconds that cannot wait for the next pass.

@@ -101,7 +101,7 @@ unsafe extern "C" fn notified(
         // after hibernation, holds what the image holds, and cannot answer.
         while ENDED.load(ordering::Acquire) == 0 && !unsafe { helpers::pagefusion_freezing(thread) }
         {
-            if thread::now_ms() - began > policy::RESTART_WAIT_MS {
+            if thread::now_ms().saturating_sub(began) > policy::RESTART_WAIT_MS {
                 pr_warn!("the machine restarts before the host has answered\n");
                 break;
             }

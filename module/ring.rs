@@ -285,6 +285,11 @@ impl<M: Memory> Ring<M> {
         self.memory.full_barrier();
     }
 
+    /// Requests there can be at one time.
+    pub(crate) const fn most_requests(&self) -> u64 {
+        self.layout.request_slots
+    }
+
     /// The next request of the host; what cannot be understood is skipped.
     pub(crate) fn take_request(&mut self) -> Option<Request> {
         if self.state != State::Attached || self.features & feature::REQUESTS == 0 {

@@ -80,8 +80,12 @@ pub(crate) struct Session<M, P> {
     pass: u32,
     /// The last pass that came to its end.
     whole_pass: u32,
+    /// Passes in a row that had to leave something out.
+    partial_passes: u32,
     acknowledged: u64,
     progress_ms: u64,
+    /// Whether the host owed an answer when it was last looked for one.
+    was_waiting: bool,
     news: bool,
     said_goodbye: bool,
     /// Most pages that the operator lets be in flight.
@@ -99,8 +103,10 @@ impl<M: Memory, P> Session<M, P> {
             totals: Totals::default(),
             pass: 0,
             whole_pass: 0,
+            partial_passes: 0,
             acknowledged: 0,
             progress_ms: 0,
+            was_waiting: false,
             news: false,
             said_goodbye: false,
             most_inflight_pages: u64::MAX,
@@ -117,13 +123,13 @@ impl<M: Memory, P> Session<M, P> {
 
     /// Whether anything waits for the host's answer.
     pub(crate) const fn is_waiting(&self) -> bool {
-        !self.inflight.is_empty()
+        !self.inflight.is_empty() || self.said_goodbye
     }
 
     /// Whether a host that does not stand still has yet to answer a report. Takes its answers.
     pub(crate) fn is_owed(&mut self) -> bool {
         let is_settled = self.is_settled();
-        self.ring.state() == State::Attached && !is_settled && self.is_waiting()
+        self.ring.state() == State::Attached && !is_settled && !self.inflight.is_empty()
     }
 
     /// How long nothing of that has been answered.
@@ -171,7 +177,10 @@ impl<M: Memory, P> Session<M, P> {
         }
         let acknowledged = self.ring.acknowledged();
         self.drain(acknowledged);
-        if acknowledged != self.acknowledged || self.inflight.is_empty() {
+        let is_waiting = self.is_waiting();
+        // Its time begins when it is looked for first: nobody may have looked for long before.
+        let begins = !core::mem::replace(&mut self.was_waiting, is_waiting);
+        if acknowledged != self.acknowledged || !is_waiting || begins {
             self.acknowledged = acknowledged;
             self.progress_ms = now_ms;
         } else if now_ms.saturating_sub(self.progress_ms) > policy::STALL_MS
@@ -180,7 +189,11 @@ impl<M: Memory, P> Session<M, P> {
             self.revoke();
             serviced.restarted = true;
         }
-        while let Some(request) = self.ring.take_request() {
+        // A host that asks faster than we look has the rest looked at next time.
+        for _ in 0..self.ring.most_requests() {
+            let Some(request) = self.ring.take_request() else {
+                break;
+            };
             serviced.wants_pass = true;
             match request {
                 Request::Report { file, page, pages } => self.expect(file, page, pages),
@@ -393,6 +406,18 @@ impl<M: Memory, P> Session<M, P> {
         self.pass
     }
 
+    /// The pass has looked at all there is, or, unless `is_whole`, not at processes and file systems
+    /// that others have for themselves. Returns whether what it has not found is gone: not while
+    /// it may be there, but nobody can have it for himself for ever.
+    pub(crate) fn judges(&mut self, is_whole: bool) -> bool {
+        self.partial_passes = if is_whole {
+            0
+        } else {
+            self.partial_passes.saturating_add(1)
+        };
+        is_whole || self.partial_passes > policy::KEEP_PASSES
+    }
+
     fn push(&mut self, file: u32, record: &Record<'_>, what: What<P>) -> Result<(), Refusal> {
         if self.ring.state() != State::Attached {
             return Err(Refusal::Closed);
@@ -574,7 +599,9 @@ impl<M: Memory, P> Session<M, P> {
                 What::Other,
             )?;
         }
-        self.whole_pass = self.pass;
+        if self.partial_passes == 0 {
+            self.whole_pass = self.pass;
+        }
         self.tracker.end_of_pass();
         self.ring.publish();
         Ok(self.news)

@@ -19,7 +19,7 @@ static HELD: Atomic<u64> = Atomic::new(0);
 /// Objects the worker is to let go.
 static WANTED: Atomic<u64> = Atomic::new(0);
 
-/// Says how much memory the tracker has now.
+/// Says how much memory the tracker can let go of now.
 pub(crate) fn set_held(bytes: u64) {
     HELD.store(bytes / OBJECT_BYTES, Relaxed);
 }

@@ -110,15 +110,20 @@ impl Tracker {
         self.files.iter().map(|file| file.pages.pages()).sum()
     }
 
+    /// Bytes that [`Tracker::shrink`] can free.
+    pub(crate) fn page_bytes(&self) -> usize {
+        self.files.iter().map(|file| file.pages.bytes()).sum()
+    }
+
     /// Bytes of memory in use.
     pub(crate) fn bytes(&self) -> usize {
-        let pages = self.files.iter().map(|file| file.pages.bytes());
         let covered = self.covered.iter().map(Ranges::bytes);
         self.files.bytes()
             + self.free.bytes()
             + self.index.bytes()
             + self.covered.bytes()
-            + pages.chain(covered).sum::<usize>()
+            + covered.sum::<usize>()
+            + self.page_bytes()
     }
 
     /// Finds a file.

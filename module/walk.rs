@@ -93,6 +93,8 @@ pub(crate) struct Seen {
     pub(crate) vmas: u64,
     /// Processes that could not be looked at.
     pub(crate) skipped: u64,
+    /// Whether there was a file system that could not be held.
+    pub(crate) busy: bool,
     /// Longest hold of an mmap lock, in nanoseconds.
     pub(crate) longest_hold_ns: u64,
 }
@@ -126,6 +128,7 @@ impl Walk {
                 mms: 0,
                 vmas: 0,
                 skipped: 0,
+                busy: false,
                 longest_hold_ns: 0,
             },
         }
@@ -206,11 +209,15 @@ impl Walk {
         for looked in 0.. {
             let Some(area) = vmas.next() else { break };
             let full = batch.is_full() || looked == VMAS_PER_HOLD;
-            let candidate = if full {
+            let mut candidate = if full {
                 Ok(None)
             } else {
                 candidate(area, self.scope, &self.recent, superblocks)
             };
+            if matches!(candidate, Err(NotHeld::Busy)) {
+                self.seen.busy = true;
+                candidate = Ok(None);
+            }
             has_place = candidate.is_ok();
             if full || !has_place {
                 self.place = Some(Place {
@@ -227,7 +234,7 @@ impl Walk {
                 let _ = batch.list.push(candidate);
             }
         }
-        let held = thread::now_ns() - began;
+        let held = thread::now_ns().saturating_sub(began);
         self.seen.longest_hold_ns = self.seen.longest_hold_ns.max(held);
         has_place
     }
@@ -244,8 +251,8 @@ impl Walk {
     }
 }
 
-/// What a VMA maps, if its pages may be reported and no other VMA has led to them. Fails without
-/// a place for its file system.
+/// What a VMA maps, if its pages may be reported and no other VMA has led to them. Fails where its
+/// file system cannot be held.
 fn candidate<'a>(
     area: Vma<'_>,
     scope: Scope,
@@ -280,7 +287,6 @@ fn candidate<'a>(
     }
     match file.hold(superblocks) {
         Ok(file) => Ok(Some(Candidate { key, file, range })),
-        Err(NotHeld::Busy) => Ok(None),
-        Err(NotHeld::NoPlace) => Err(NotHeld::NoPlace),
+        Err(why) => Err(why),
     }
 }

@@ -23,8 +23,10 @@ pub(crate) struct Worker {
     session: GuestSession,
     workshop: Workshop,
     schedule: Schedule,
-    /// Of the last pass that came to its end.
+    /// Of the last pass.
     rules: Option<Rules>,
+    /// They are others than before, and what does not belong to them any more is still reported.
+    are_new: bool,
     has_interrupt: bool,
     /// Everything was taken back, and stays so.
     withdrawn: bool,
@@ -46,6 +48,7 @@ impl Worker {
             workshop: Workshop::new()?,
             schedule: Schedule::new(),
             rules: None,
+            are_new: false,
             has_interrupt,
             withdrawn: false,
             warned: false,
@@ -56,16 +59,18 @@ impl Worker {
         let began = thread::now_us();
         let scans = CONTROL.full_scans.get() + 1;
         let rules = Rules::now();
-        let are_new = self.rules.is_some_and(|last| last != rules);
-        let result = pass::run(&mut self.session, &mut self.workshop, scans, rules, are_new);
+        let last = self.rules.replace(rules);
+        self.are_new |= last.is_some_and(|last| last != rules);
+        let (session, workshop) = (&mut self.session, &mut self.workshop);
+        let result = pass::run(session, workshop, scans, rules, self.are_new);
         let now = thread::now_ms();
-        let took = thread::now_us() - began;
+        let took = thread::now_us().saturating_sub(began);
         CONTROL.last_pass_usecs.set(took);
         CONTROL.max_pass_usecs.raise(took);
         let mut due = None;
         let news = match result {
             Ok(findings) => {
-                self.rules = Some(rules);
+                self.are_new &= !findings.has_judged;
                 CONTROL.full_scans.set(scans);
                 CONTROL.pages_seen.set(findings.pages);
                 CONTROL.pages_eligible.set(findings.eligible);
@@ -118,9 +123,8 @@ impl Worker {
     fn publish_tracker(&self) {
         let tracker = &self.session.tracker;
         CONTROL.pages_tracked.set(tracker.pages());
-        let bytes = tracker.bytes() as u64;
-        CONTROL.tracker_bytes.set(bytes);
-        shrinker::set_held(bytes);
+        CONTROL.tracker_bytes.set(tracker.bytes() as u64);
+        shrinker::set_held(tracker.page_bytes() as u64);
         CONTROL.files_tracked.set(tracker.files() as u64);
         CONTROL.files_excluded.set(tracker.excluded() as u64);
     }
@@ -159,7 +163,8 @@ impl Worker {
             self.schedule.hurry();
             self.publish_tracker();
         } else if self.session.ask_to_be_woken(true) {
-            self.wait(policy::POLL_MS);
+            let waited = self.session.waited_ms(thread::now_ms());
+            self.wait(policy::poll_ms(true, waited));
         }
     }
 
@@ -178,7 +183,7 @@ impl Worker {
     fn freeze(&mut self) {
         let began = thread::now_ms();
         while thread::is_freezing() && self.session.is_owed() {
-            if thread::now_ms() - began > policy::STALL_MS {
+            if thread::now_ms().saturating_sub(began) > policy::STALL_MS {
                 self.session.revoke();
                 break;
             }
@@ -192,7 +197,7 @@ impl Worker {
     fn settle(&mut self, most_ms: u64) -> bool {
         let began = thread::now_ms();
         while !self.session.is_settled() {
-            if thread::now_ms() - began > most_ms {
+            if thread::now_ms().saturating_sub(began) > most_ms {
                 return false;
             }
             thread::sleep(2);

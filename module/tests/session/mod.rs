@@ -5,6 +5,7 @@
 
 mod any_order;
 mod host;
+mod patience;
 mod steps;
 
 use self::host::{Held, Hold, Shared};
