@@ -1,7 +1,7 @@
 //! What becomes of sharing, and what it costs, when guests change what they share: packages are installed again,
 //! something is compiled, caches are dropped.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -11,9 +11,9 @@ use super::{
     oracle::{self, Oracle},
     systems::System,
     trial::{self, Trial, at, pause},
-    workloads::{Disks, Workload, everybody},
+    workloads::everybody,
 };
-use crate::{artifacts::Artifacts, guest::Guest, world::World};
+use crate::{guest::Guest, world::World};
 
 const SCRIPT: &str = include_str!("churn.py");
 /// From the end of what guests do to the look at what is shared then, and for as long at first.
@@ -70,32 +70,19 @@ pub struct Churned {
 }
 
 /// Runs it.
-pub(super) fn run(
-    system: System,
-    artifacts: &Artifacts,
-    ksm: &Ksm,
-    disks: &Disks,
-    logs: Option<&Path>,
-) -> Result<Churned> {
-    let trial = Trial {
-        workload: Workload::Boot { guests: 2 },
-        system,
-        counted: false,
-        rest: Duration::ZERO,
-    };
-    let (mut world, _) = trial::prepare(trial, artifacts, ksm, disks, logs)?;
+pub(super) fn run(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Churned> {
     everybody(&mut world.guests, SCRIPT, |_| vec!["prepare".to_owned()])?;
-    if system.scope().is_some() {
-        trial::wait_withdrawn(&mut world)?;
+    if trial.system.scope().is_some() {
+        trial::wait_withdrawn(world)?;
     }
     let mut changes = Vec::new();
     for step in Step::ALL {
-        changes.push(change(trial, step, &mut world, ksm)?);
+        changes.push(change(trial, step, world, ksm)?);
     }
-    world.healthy()?;
-    ksm.off()?;
-    world.close()?;
-    Ok(Churned { system, changes })
+    Ok(Churned {
+        system: trial.system,
+        changes,
+    })
 }
 
 fn change(trial: Trial, step: Step, world: &mut World, ksm: &Ksm) -> Result<Change> {

@@ -61,7 +61,8 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
     for system in plan::served(&wanted) {
         let title = format!("requests: {}", system.name());
         progress.step(title.clone());
-        let served = requests::run(system, artifacts, &ksm, &disks, logs).context(title)?;
+        let served = trial::with_two_guests(system, artifacts, &ksm, &disks, logs, requests::run)
+            .context(title)?;
         progress.found(&text::served_line(&served));
         results.served.push(served);
         keep(&results)?;
@@ -69,7 +70,8 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
     for system in plan::churned(&wanted) {
         let title = format!("churn: {}", system.name());
         progress.step(title.clone());
-        let churned = churn::run(system, artifacts, &ksm, &disks, logs).context(title)?;
+        let churned = trial::with_two_guests(system, artifacts, &ksm, &disks, logs, churn::run)
+            .context(title)?;
         progress.found(&text::churned_line(&churned));
         results.churned.push(churned);
         keep(&results)?;

@@ -3,7 +3,7 @@
 //! The first guest asks its own nginx, the second its own PostgreSQL, at a pace that leaves half of their time. Sharing
 //! begins and is undone several times meanwhile, so that there are enough requests in what takes seconds.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -13,10 +13,8 @@ use super::{
     results::time_to,
     systems::System,
     trial::{self, Course, Trial, pause},
-    workloads::{Disks, Workload},
 };
 use crate::{
-    artifacts::Artifacts,
     guest::Guest,
     protocol::{Op, RunOutcome},
     world::World,
@@ -82,39 +80,23 @@ pub struct Served {
 }
 
 /// Runs it.
-pub(super) fn run(
-    system: System,
-    artifacts: &Artifacts,
-    ksm: &Ksm,
-    disks: &Disks,
-    logs: Option<&Path>,
-) -> Result<Served> {
-    let trial = Trial {
-        workload: Workload::Boot { guests: 2 },
-        system,
-        counted: false,
-        rest: Duration::ZERO,
-    };
-    let (mut world, _) = trial::prepare(trial, artifacts, ksm, disks, logs)?;
+pub(super) fn run(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Served> {
     let mut played = Windows::default();
-    start(&mut world)?;
+    start(world)?;
     pause(WARM)?;
-    let before = uptimes(&mut world)?;
+    let before = uptimes(world)?;
     pause(BEFORE)?;
-    let after = uptimes(&mut world)?;
+    let after = uptimes(world)?;
     played.add(Phase::Before, before, after);
-    if system.scope().is_some() {
-        trial::wait_withdrawn(&mut world)?;
+    if trial.system.scope().is_some() {
+        trial::wait_withdrawn(world)?;
     }
     for _ in 0..ROUNDS {
-        round(trial, &mut world, ksm, &mut played)?;
+        round(trial, world, ksm, &mut played)?;
     }
-    let [web, database] = end(&mut world, &played)?;
-    world.healthy()?;
-    ksm.off()?;
-    world.close()?;
+    let [web, database] = end(world, &played)?;
     Ok(Served {
-        system,
+        system: trial.system,
         web,
         database,
     })
@@ -126,12 +108,7 @@ fn round(trial: Trial, world: &mut World, ksm: &Ksm, played: &mut Windows) -> Re
     pause(trial::BEFORE)?;
     let from = uptimes(world)?;
     let start = sampler.now();
-    if trial.system.pace().is_some() {
-        ksm.start()?;
-    }
-    if trial.system.scope().is_some() {
-        set_run(world, "1")?;
-    }
+    trial::begin(trial, world, ksm)?;
     pause(ROUND)?;
     let to = uptimes(world)?;
     let length = sampler.now() - start;
@@ -149,17 +126,13 @@ fn round(trial: Trial, world: &mut World, ksm: &Ksm, played: &mut Windows) -> Re
     let from = uptimes(world)?;
     ksm.off()?;
     if trial.system.scope().is_some() {
-        set_run(world, "2")?;
+        let mut guests = world.guests.iter_mut();
+        guests.try_for_each(|guest| guest.set("run", "2"))?;
         trial::wait_withdrawn(world)?;
     }
     let to = uptimes(world)?;
     played.add(Phase::Undoing, from, to);
     Ok(())
-}
-
-fn set_run(world: &mut World, value: &str) -> Result<()> {
-    let mut guests = world.guests.iter_mut();
-    guests.try_for_each(|guest| guest.set("run", value))
 }
 
 /// What happened when, in seconds since the boot of each of both guests.

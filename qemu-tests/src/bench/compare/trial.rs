@@ -72,8 +72,31 @@ pub(super) fn run(
     Ok(run)
 }
 
+/// Does `play` with two Debian guests, in which nothing is shared at first.
+pub(super) fn with_two_guests<T>(
+    system: System,
+    artifacts: &Artifacts,
+    ksm: &Ksm,
+    disks: &Disks,
+    logs: Option<&Path>,
+    play: impl FnOnce(Trial, &mut World, &Ksm) -> Result<T>,
+) -> Result<T> {
+    let trial = Trial {
+        workload: Workload::Boot { guests: 2 },
+        system,
+        counted: false,
+        rest: Duration::ZERO,
+    };
+    let (mut world, _) = prepare(trial, artifacts, ksm, disks, logs)?;
+    let played = play(trial, &mut world, ksm)?;
+    world.healthy()?;
+    ksm.off()?;
+    world.close()?;
+    Ok(played)
+}
+
 /// Guests that have in memory what is to be shared, and nothing is; and how it lies there, which is [`Run::run_lengths`].
-pub(super) fn prepare(
+fn prepare(
     trial: Trial,
     artifacts: &Artifacts,
     ksm: &Ksm,
@@ -143,14 +166,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
     pause(BEFORE)?;
 
     let start = sampler.now();
-    if trial.system.pace().is_some() {
-        ksm.start()?;
-    }
-    if ours {
-        for guest in &mut world.guests {
-            guest.set("run", "1")?;
-        }
-    }
+    begin(trial, world, ksm)?;
     let settled = settle(trial, &sampler, start, || {
         Ok(ksm.progress()?.full_scans - scans_before)
     })?;
@@ -205,6 +221,19 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
     }
     world.healthy()?;
     Ok(run)
+}
+
+/// Has sharing begin.
+pub(super) fn begin(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<()> {
+    if trial.system.pace().is_some() {
+        ksm.start()?;
+    }
+    if trial.system.scope().is_some() {
+        for guest in &mut world.guests {
+            guest.set("run", "1")?;
+        }
+    }
+    Ok(())
 }
 
 /// What can be seen only when all stand still.
