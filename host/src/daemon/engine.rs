@@ -192,3 +192,80 @@ fn open_uffd() -> Option<OwnedFd> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::pace::SLOWEST;
+    use super::super::registry::Caller;
+    use super::super::runtime::Runtime;
+    use super::super::{metrics, status};
+    use super::*;
+    use crate::protocol::{FileKey, FileSpan};
+    use std::time::Instant;
+
+    #[test]
+    fn pages_that_come_too_fast_are_refused_and_counted_for_whom_sent_them() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let of = |name| directory.path().join(name);
+        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
+        let registry = Registry::adopt(runtime, None).unwrap();
+        let caller = Caller {
+            pid: std::process::id() as i32,
+            uid: rustix::process::geteuid().as_raw(),
+        };
+        let create = registry.create(caller, Some("fast".into()), Some("g".into()));
+        let vm = create.unwrap();
+        let (stream, _engine) = UnixStream::pair().unwrap();
+        let asker = vm.new_asker(&stream).unwrap();
+        let file = FileKey {
+            fs_uuid: [0; 16],
+            inode: 1,
+            size: 1 << 20,
+            mtime_ns: 0,
+            generation: 0,
+            kind: 1,
+        };
+        let span = FileSpan {
+            file,
+            page: 0,
+            pages: MAX_PUBLISH_PAGES as u32,
+        };
+        let publish = EngineRequest::Publish { spans: vec![span] };
+        let payload = vec![7; MAX_PUBLISH_PAGES * PAGE];
+        let ask = || answer(&registry, (&vm, &asker), &publish, &payload, false).unwrap();
+        let nothing = EngineReply::Published(vec![None; MAX_PUBLISH_PAGES]);
+        let counted = || {
+            let status = status::collect(&registry);
+            let text = metrics::text(&status).unwrap();
+            let [of_vm, of_group] = [
+                "pagefusion_vm_limited_pages_total{vm=\"fast\",group=\"g\"} ",
+                "pagefusion_group_store_full_pages_total{group=\"g\"} ",
+            ]
+            .map(|name| text.lines().find_map(|line| line.strip_prefix(name)));
+            assert_eq!(of_vm, of_group, "{text}");
+            assert_eq!(of_vm, Some(&*format!("{}.0", status.vms[0].pages_limited)));
+            assert_eq!(
+                status.groups[0].pages_store_full,
+                status.vms[0].pages_limited
+            );
+            status.vms[0].pages_limited
+        };
+
+        assert_ne!(ask(), nothing, "it may be as fast as it likes");
+        assert_eq!(counted(), 0);
+
+        vm.pace.set_rate(Some(SLOWEST));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // Where a second passes in between, there is room for it again.
+        let refused = loop {
+            assert!(Instant::now() < deadline, "it is never too fast");
+            while vm.pace.take(PAGE).is_some() {}
+            let reply = ask();
+            if counted() > 0 {
+                break reply;
+            }
+        };
+        assert_eq!(refused, nothing);
+        assert_eq!(counted(), MAX_PUBLISH_PAGES as u64);
+    }
+}
