@@ -351,6 +351,35 @@ mod tests {
     }
 
     #[test]
+    fn a_daemon_that_does_not_answer_is_mended_by_why() {
+        let broken_off = std::io::ErrorKind::BrokenPipe.into();
+        let cures = [
+            AdminError::NotRunning("/run".into()),
+            AdminError::NotAllowed("/run".into()),
+            AdminError::Connection(broken_off),
+            AdminError::Refused("no".into()),
+            AdminError::Unexpected,
+        ]
+        .map(|error| {
+            let reason = error.to_string();
+            let found = daemon(&Err(error.into()));
+            assert_eq!((found.verdict, found.text), (Verdict::Bad, reason));
+            found.cure.unwrap()
+        });
+        let restart = "systemctl restart pagefusiond";
+        let expected = [
+            "systemctl start pagefusiond",
+            "sudo pagefusionctl doctor",
+            restart,
+            restart,
+            restart,
+        ];
+        assert_eq!(cures, expected);
+        let other = daemon(&Ok("0.0.1".into()));
+        assert_eq!(other.cure.as_deref(), Some(restart));
+    }
+
+    #[test]
     fn kernels_are_compared_by_number() {
         assert_eq!(kernel("6.18.44-fc").verdict, Verdict::Fine);
         assert_eq!(kernel("7.0.0").verdict, Verdict::Fine);
