@@ -158,3 +158,30 @@ extern "C" fn start(_argc: c_int, _argv: *const *const i8, _env: *const *const i
 static START: extern "C" fn(c_int, *const *const i8, *const *const i8) = start;
 
 const _: () = assert!(size_of::<c_long>() == 8, "64-bit hosts only");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_failed_has_its_own_errno_whatever_was_done_since() {
+        let outcome = Outcome::of(|| {
+            set_errno(libc::EAGAIN);
+            -1
+        });
+        set_errno(libc::EBADF);
+        let result = outcome.give();
+        let errno = std::io::Error::last_os_error().raw_os_error();
+        assert_eq!((result, errno), (-1, Some(libc::EAGAIN)));
+    }
+
+    #[test]
+    fn a_call_that_succeeded_sets_no_errno() {
+        set_errno(libc::EAGAIN);
+        let outcome = Outcome::of(|| 0);
+        set_errno(libc::EBADF);
+        let result = outcome.give();
+        let errno = std::io::Error::last_os_error().raw_os_error();
+        assert_eq!((result, errno), (0, Some(libc::EBADF)));
+    }
+}
