@@ -223,6 +223,43 @@ fn a_discard_that_the_kernel_refuses_loses_nothing() {
 }
 
 #[test]
+fn pages_that_become_a_guard_are_empty_when_they_are_none_any_more() {
+    const GUARD_INSTALL: i32 = 102;
+    const GUARD_REMOVE: i32 = 103;
+    let name = "pages_that_become_a_guard_are_empty_when_they_are_none_any_more";
+    in_vmm(name, |vmm| {
+        vmm.load();
+        vmm.boot();
+        vmm.share_all();
+        // One that the guest has written lies on the store as well, beneath what was written.
+        vmm.ram.word(3, 0).store(7, Ordering::Relaxed);
+        if let Err(error) = advise(&vmm.ram, 0..8, GUARD_INSTALL) {
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+            eprintln!("skipped: this kernel has no guard pages");
+            return;
+        }
+        assert_eq!(vmm.overlaid(0..PAGES), PAGES - 8);
+        let (_read, write) = rustix::pipe::pipe().unwrap();
+        for page in 0..8 {
+            // SAFETY: the kernel looks at guest memory, as far as it may.
+            let told = unsafe {
+                let at = vmm.ram.at(page) as *const _;
+                libc::write(write.as_raw_fd(), at, 8)
+            };
+            let error = io::Error::last_os_error().raw_os_error();
+            assert_eq!((told, error), (-1, Some(libc::EFAULT)), "page {page}");
+        }
+        advise(&vmm.ram, 0..8, GUARD_REMOVE).unwrap();
+        for page in 0..8 {
+            assert_eq!(vmm.ram.read_page(page), ZEROS, "page {page}");
+        }
+        vmm.check(8..PAGES);
+        vmm.load();
+        vmm.share_all();
+    });
+}
+
+#[test]
 fn locked_memory_is_left_alone_until_it_is_unlocked() {
     in_vmm("locked_memory_is_left_alone_until_it_is_unlocked", |vmm| {
         vmm.load();
