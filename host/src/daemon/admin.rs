@@ -5,8 +5,10 @@
 use super::registry::{Caller, Registry};
 use super::{EventLoop, files, orders, status};
 use crate::protocol::{
-    AdminReply, AdminRequest, Connection, Encoding, Selection, Undo, VERSION, peer,
+    AdminReply, AdminRequest, Connection, Encoding, Order, Outcome, Scope, Selection, Undo,
+    VERSION, peer,
 };
+use serde_json::Value;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -39,10 +41,29 @@ fn serve_requests(registry: &Registry, events: &EventLoop, stream: UnixStream) -
         uid: peer.uid.as_raw(),
     };
     loop {
-        let request = connection.receive_when_it_comes()?;
-        let reply = answer(registry, events, caller, request);
+        let said = connection.receive_when_it_comes()?;
+        let reply = understood(said).and_then(|it| answer(registry, events, caller, it));
         connection.send(&reply.unwrap_or_else(AdminReply::Error))?;
     }
+}
+
+/// A request of this version. Another's may look like one of ours and mean something else.
+fn understood(said: Value) -> Result<AdminRequest, String> {
+    let request = said.as_object().and_then(|it| it.values().next());
+    let version = request.and_then(|it| it.get("version")?.as_u64());
+    if version == Some(VERSION.into()) {
+        return serde_json::from_value(said)
+            .map_err(|error| format!("the request makes no sense: {error}"));
+    }
+    let version = version.map_or_else(
+        // What came without was undo, pause, resume or set of those.
+        || "6 or earlier".to_owned(),
+        |version| version.to_string(),
+    );
+    Err(format!(
+        "pagefusionctl speaks version {version} of the protocol and the daemon version {VERSION}; \
+         use the two that belong together, or restart the daemon"
+    ))
 }
 
 fn answer(
@@ -52,16 +73,6 @@ fn answer(
     request: AdminRequest,
 ) -> Result<AdminReply, String> {
     match request {
-        AdminRequest::CreateVm { version, .. }
-        | AdminRequest::Status { version }
-        | AdminRequest::Files { version, .. }
-            if version != VERSION =>
-        {
-            Err(format!(
-                "pagefusionctl speaks version {version} of the protocol and the daemon \
-                 version {VERSION}; use the two that belong together, or restart the daemon"
-            ))
-        }
         AdminRequest::CreateVm {
             name, group, user, ..
         } => {
@@ -75,28 +86,27 @@ fn answer(
         AdminRequest::Files { scope, limit, .. } => {
             Ok(AdminReply::Files(files::collect(registry, &scope, limit)?))
         }
-        AdminRequest::Undo { scope, selection } => match selection {
-            Selection::All => orders::undo_all(registry, &scope),
-            Selection::File(name) => orders::undo_files(registry, &scope, &name),
-            Selection::Pages { gfn, pages } => {
-                orders::undo_pages(registry, &scope, Undo::Pages { gfn, pages })
-            }
+        AdminRequest::Order { scope, order, .. } => {
+            obey(registry, &scope, order).map(AdminReply::Done)
         }
-        .map(AdminReply::Done),
-        AdminRequest::Set {
-            scope,
+    }
+}
+
+fn obey(registry: &Registry, scope: &Scope, order: Order) -> Result<Outcome, String> {
+    match order {
+        Order::Undo(Selection::All) => orders::undo_all(registry, scope),
+        Order::Undo(Selection::File(name)) => orders::undo_files(registry, scope, &name),
+        Order::Undo(Selection::Pages { gfn, pages }) => {
+            orders::undo_pages(registry, scope, Undo::Pages { gfn, pages })
+        }
+        Order::Pause => orders::pause(registry, scope),
+        Order::Resume { file: None } => orders::resume(registry, scope),
+        Order::Resume { file: Some(name) } => orders::resume_files(registry, scope, &name),
+        Order::Set {
             each_vm,
             changes,
             policy,
-        } => orders::set(registry, &scope, each_vm, changes, policy).map(AdminReply::Done),
-        AdminRequest::Pause { scope } => orders::pause(registry, &scope).map(AdminReply::Done),
-        AdminRequest::Resume { scope, file: None } => {
-            orders::resume(registry, &scope).map(AdminReply::Done)
-        }
-        AdminRequest::Resume {
-            scope,
-            file: Some(name),
-        } => orders::resume_files(registry, &scope, &name).map(AdminReply::Done),
+        } => orders::set(registry, scope, each_vm, changes, policy),
     }
 }
 

@@ -4,8 +4,8 @@
 
 use super::transport::{Connection, Encoding};
 use super::{
-    AdminReply, AdminRequest, FileStatus, LimitChanges, Outcome, PolicyChanges, Scope, Selection,
-    Status, VERSION,
+    AdminReply, AdminRequest, FileStatus, LimitChanges, Order, Outcome, PolicyChanges, Scope,
+    Selection, Status, VERSION,
 };
 use std::io;
 use std::path::{Path, PathBuf};
@@ -59,6 +59,7 @@ pub struct CreatedVm {
 #[derive(Debug)]
 pub struct AdminClient {
     connection: Connection,
+    runtime_dir: PathBuf,
 }
 
 impl AdminClient {
@@ -77,7 +78,10 @@ impl AdminClient {
                 });
             }
         };
-        Ok(Self { connection })
+        Ok(Self {
+            connection,
+            runtime_dir: runtime_dir.into(),
+        })
     }
 
     /// Makes this process a VM. It stays one through `exec`, until it ends.
@@ -137,17 +141,17 @@ impl AdminClient {
 
     /// Turns what is shared back into ordinary memory.
     pub fn undo(&mut self, scope: Scope, selection: Selection) -> Result<Outcome, AdminError> {
-        self.ask_for_done(&AdminRequest::Undo { scope, selection })
+        self.order(scope, Order::Undo(selection))
     }
 
     /// Shares nothing more; what is shared stays.
     pub fn pause(&mut self, scope: Scope) -> Result<Outcome, AdminError> {
-        self.ask_for_done(&AdminRequest::Pause { scope })
+        self.order(scope, Order::Pause)
     }
 
     /// Shares (again), everything or one file.
     pub fn resume(&mut self, scope: Scope, file: Option<String>) -> Result<Outcome, AdminError> {
-        self.ask_for_done(&AdminRequest::Resume { scope, file })
+        self.order(scope, Order::Resume { file })
     }
 
     /// Changes limits, of each VM or of each group as a whole, and when groups share.
@@ -158,16 +162,20 @@ impl AdminClient {
         changes: LimitChanges,
         policy: PolicyChanges,
     ) -> Result<Outcome, AdminError> {
-        self.ask_for_done(&AdminRequest::Set {
-            scope,
+        let order = Order::Set {
             each_vm,
             changes,
             policy,
-        })
+        };
+        self.order(scope, order)
     }
 
-    fn ask_for_done(&mut self, request: &AdminRequest) -> Result<Outcome, AdminError> {
-        match self.ask(request)? {
+    fn order(&mut self, scope: Scope, order: Order) -> Result<Outcome, AdminError> {
+        match self.ask(&AdminRequest::Order {
+            version: VERSION,
+            scope,
+            order,
+        })? {
             AdminReply::Done(outcome) => Ok(outcome),
             _ => Err(AdminError::Unexpected),
         }
@@ -175,9 +183,25 @@ impl AdminClient {
 
     fn ask(&mut self, request: &AdminRequest) -> Result<AdminReply, AdminError> {
         self.connection.send(request)?;
-        match self.connection.receive()? {
-            AdminReply::Error(reason) => Err(AdminError::Refused(reason)),
-            reply => Ok(reply),
+        match self.connection.receive() {
+            Ok(AdminReply::Error(reason)) => Err(AdminError::Refused(reason)),
+            Ok(reply) => Ok(reply),
+            // So ends a daemon of version 6 or earlier a request that it does not know.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(self.refusal().unwrap_or(AdminError::Connection(error)))
+            }
+            Err(error) => Err(AdminError::Connection(error)),
+        }
+    }
+
+    /// Why the daemon refuses even what every version knows: it names both versions.
+    fn refusal(&self) -> Option<AdminError> {
+        let mut again = Self::connect(&self.runtime_dir).ok()?;
+        let status = AdminRequest::Status { version: VERSION };
+        again.connection.send(&status).ok()?;
+        match again.connection.receive() {
+            Ok(AdminReply::Error(reason)) => Some(AdminError::Refused(reason)),
+            _ => None,
         }
     }
 }

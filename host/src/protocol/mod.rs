@@ -19,7 +19,7 @@ mod transport;
 pub use admin::{AdminClient, AdminError, CreatedVm};
 pub use client::{ControlConnection, DeviceDescriptors, StoreClient, WelcomeWithFds};
 pub use limits::{Limit, LimitChanges, Limits};
-pub use operator::{AdminReply, AdminRequest, Outcome, Scope, Selection};
+pub use operator::{AdminReply, AdminRequest, Order, Outcome, Scope, Selection};
 pub use policy::{Mode, Policy, PolicyChanges, SplitHugePages};
 pub use status::{FileStatus, GroupStatus, Status, VmStatus};
 #[cfg(feature = "cli")]
@@ -30,7 +30,7 @@ use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
 
 /// Both sides must speak the same version.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// Largest encoded message, bytes, payload excluded.
 pub const MAX_MESSAGE: usize = 1 << 20;
 /// Most pages in one [`EngineRequest::Publish`].

@@ -43,7 +43,8 @@ pub struct Outcome {
     pub failed: Vec<(String, String)>,
 }
 
-/// Operator to daemon, on `admin.sock`.
+/// Operator to daemon, on `admin.sock`. Every request has its version, and has it in the same place
+/// in every version: the daemon looks at it before it makes sense of the rest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AdminRequest {
     /// Registers the calling process (by the socket's peer credentials) as a VM.
@@ -72,30 +73,32 @@ pub enum AdminRequest {
         /// How many; 0 is all.
         limit: usize,
     },
-    /// Ordinary memory again. Answered by [`AdminReply::Done`].
-    Undo {
+    /// Changes how VMs share. Answered by [`AdminReply::Done`].
+    Order {
+        /// [`VERSION`].
+        version: u32,
         /// Whose.
         scope: Scope,
-        /// What of it.
-        selection: Selection,
+        /// What is to be done.
+        order: Order,
     },
-    /// Nothing more is shared until resumed; what is shared stays. Answered by
-    /// [`AdminReply::Done`].
-    Pause {
-        /// Whose.
-        scope: Scope,
-    },
-    /// Shares again. Answered by [`AdminReply::Done`].
+}
+
+/// What VMs are to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// Ordinary memory again: this of it.
+    Undo(Selection),
+    /// Nothing more is shared until resumed; what is shared stays.
+    Pause,
+    /// Shares again.
     Resume {
-        /// Whose.
-        scope: Scope,
         /// Only this file, by name or id.
         file: Option<String>,
     },
-    /// Changes limits, and when groups share. Answered by [`AdminReply::Done`].
+    /// Changes limits, and when groups share. Those of all VMs or of a group may be set before there
+    /// is one.
     Set {
-        /// Whose. Limits of all VMs or of a group may be set before there is one.
-        scope: Scope,
         /// For each VM of the scope instead of for each group as a whole.
         each_vm: bool,
         /// Limits that change.

@@ -3,7 +3,13 @@
 //! What an operator sees and does, through `pagefusionctl`.
 
 use crate::support::{Daemon, Host, Vmm};
-use pagefusion_host::protocol::{FileStatus, GroupStatus, Outcome};
+use pagefusion_host::protocol::{
+    AdminReply, Connection, Encoding, FileStatus, GroupStatus, Outcome, Scope, Selection, VERSION,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
 fn connected(host: &Host, name: &str, group: &str) -> Vmm {
     let mut vmm = Vmm::start(host, name, group);
@@ -360,6 +366,102 @@ fn a_group_is_resumed_when_its_vms_have_ended() {
         assert!(
             status == 1 && errors.contains("no VM of the group"),
             "{errors}"
+        );
+    }
+}
+
+/// What an operator's program of version 6 says and its daemon understands.
+#[derive(Debug, Deserialize)]
+#[expect(dead_code, reason = "only read from messages")]
+enum Version6 {
+    Status { version: u32 },
+    Undo { scope: Scope, selection: Selection },
+    Pause { scope: Scope },
+    Resume { scope: Scope, file: Option<String> },
+    Set { scope: Scope, policy: Value },
+}
+
+fn spoken(stream: UnixStream) -> Connection {
+    Connection::new(stream, Encoding::Json, Duration::from_secs(10)).unwrap()
+}
+
+#[test]
+fn a_program_of_another_version_is_told_both_and_not_obeyed() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let mut one = connected(&host, "one", "g");
+    let none = json!({"max_store": null, "max_overlays": null, "publish_rate": null});
+    let set = json!({"scope": "All", "each_vm": false, "changes": none, "policy": {"mode": "would-save"}});
+    let of_6 = [
+        json!({"Undo": {"scope": "All", "selection": "All"}}),
+        json!({"Pause": {"scope": "All"}}),
+        json!({"Resume": {"scope": "All", "file": null}}),
+        json!({"Set": set}),
+    ];
+    let of_6 = of_6.map(|request| {
+        // As it was understood then.
+        serde_json::from_value::<Version6>(request.clone()).unwrap();
+        (request, "6 or earlier".to_owned())
+    });
+    let next = VERSION + 1;
+    let of_next = [
+        json!({"Order": {"version": next, "scope": "All", "order": "Pause"}}),
+        json!({"Order": {"version": next, "scope": "All", "order": {"Burn": 1}}}),
+        json!({"Dance": {"version": next}}),
+    ]
+    .map(|request| (request, next.to_string()));
+    // One refusal is not the connection's end.
+    let mut connection = spoken(UnixStream::connect(host.runtime().join("admin.sock")).unwrap());
+    for (request, version) in of_6.into_iter().chain(of_next) {
+        connection.send(&request).unwrap();
+        let AdminReply::Error(reason) = connection.receive().unwrap() else {
+            panic!("{request} was done");
+        };
+        let both = format!(
+            "version {version} of the protocol and the daemon version {VERSION}; use the two"
+        );
+        assert!(reason.contains(&both), "{request}: {reason}");
+    }
+    assert_eq!(one.tell("told"), "");
+    let status = host.status();
+    assert!(!status.vms[0].paused && status.groups[0].pages_would_share.is_none());
+}
+
+#[test]
+fn a_daemon_of_another_version_is_named_with_ours_and_does_nothing() {
+    let host = Host::new();
+    std::fs::create_dir(host.runtime()).unwrap();
+    let listener = UnixListener::bind(host.runtime().join("admin.sock")).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut connection = spoken(stream.unwrap());
+            // It ends the connection when it does not understand.
+            while let Ok(request) = connection.receive::<Version6>() {
+                let reply = match request {
+                    Version6::Status { version } if version != 6 => AdminReply::Error(format!(
+                        "pagefusionctl speaks version {version} and the daemon version 6"
+                    )),
+                    _ => AdminReply::Done(Outcome::default()),
+                };
+                connection.send(&reply).unwrap();
+            }
+        }
+    });
+    for words in [
+        "undo --all",
+        "undo --vm a --gfn 1",
+        "pause --all",
+        "resume --group g",
+        "resume --all --file f",
+        "set --all --mode share",
+        "set --vm a --max-store 1G",
+        "status",
+    ] {
+        let (status, _, errors) = host.ctl(words);
+        let both = format!("version {VERSION} and the daemon version 6");
+        assert!(
+            status == 1 && errors.contains(&both),
+            "{words}: {status} {errors}"
         );
     }
 }
