@@ -39,14 +39,15 @@ pub(super) fn collect(
         return Err("a page is saved by the group that shares it: name a group, or none".into());
     }
     let vms = registry.in_scope(scope)?;
-    let mut groups = BTreeMap::<String, GroupFiles>::new();
+    let mut groups = BTreeMap::<(String, Option<u32>), GroupFiles>::new();
     for (vm, uses) in vms.iter().zip(uses(&vms)) {
-        let name = status::group_name(vm);
-        let group = groups.entry(name.clone()).or_default();
+        let of = status::group_of(vm);
+        let group = groups.entry(of.clone()).or_default();
         for used in uses {
             let file = group.files.entry(used.file).or_insert_with(|| FileStatus {
                 id: used.file.id(),
-                group: name.clone(),
+                group: of.0.clone(),
+                vm: of.1,
                 ..FileStatus::default()
             });
             if file.name.is_empty() {
@@ -60,14 +61,14 @@ pub(super) fn collect(
     }
     let mut costed = BTreeSet::new();
     for vm in &vms {
-        let name = status::group_name(vm);
-        if let (Some(group), true) = (groups.get_mut(&name), costed.insert(name)) {
+        let of = status::group_of(vm);
+        if let (Some(group), true) = (groups.get_mut(&of), costed.insert(of)) {
             add_costs(vm, group);
         }
     }
     // By the same rule as in the status of the host, spread over what it was spent for.
     for group in status::collect(registry).groups {
-        if let Some(files) = groups.get_mut(&group.name) {
+        if let Some(files) = groups.get_mut(&(group.name, group.vm)) {
             files.bytes_metadata = group.bytes_metadata;
         }
     }

@@ -75,8 +75,9 @@ impl Figures {
 
     fn of_groups(&mut self, groups: &[GroupStatus]) {
         let mut of_groups = |name: &str, help: &str, value: fn(&GroupStatus) -> f64| {
-            let labels = |group: &GroupStatus| vec![("group", group.name.clone())];
-            let samples = groups.iter().map(|group| (labels(group), value(group)));
+            let samples = groups
+                .iter()
+                .map(|group| (labels_of_group(group), value(group)));
             self.gauge(name, help, samples);
         };
         of_groups("group_vms", "Living VMs", |it| it.vms as f64);
@@ -111,10 +112,9 @@ impl Figures {
             "1 while VMs of an earlier daemon are still to say what they map",
             |it| f64::from(u8::from(it.adopting)),
         );
-        let full = groups.iter().map(|group| {
-            let labels = vec![("group", group.name.clone())];
-            (labels, group.pages_store_full as f64)
-        });
+        let full = groups
+            .iter()
+            .map(|group| (labels_of_group(group), group.pages_store_full as f64));
         self.counter(
             "group_store_full_pages",
             "Pages that did not get into the store for want of room",
@@ -231,6 +231,15 @@ fn bytes(pages: u64) -> f64 {
     pages as f64 * PAGE as f64
 }
 
+/// A VM without a group has one label more, so that it is told from a group of its name.
+fn labels_of_group(group: &GroupStatus) -> Labels {
+    let mut labels = vec![("group", group.name.clone())];
+    if group.vm.is_some() {
+        labels.push(("vm", group.name.clone()));
+    }
+    labels
+}
+
 fn labels_of(vm: &VmStatus) -> Labels {
     vec![
         ("vm", vm.name.clone()),
@@ -295,6 +304,28 @@ mod tests {
             })
             .collect();
         assert_eq!(documented, given());
+    }
+
+    #[test]
+    fn a_vm_without_a_group_is_not_the_group_of_its_name() {
+        let mut status = status();
+        status.groups[0].pages_store_full = 3;
+        status.groups.push(GroupStatus {
+            name: "g".into(),
+            vm: Some(7),
+            bytes_saved: 9,
+            pages_store_full: 4,
+            ..GroupStatus::default()
+        });
+        let text = text(&status).unwrap();
+        for line in [
+            "pagefusion_group_saved_bytes{group=\"g\"} -5.0",
+            "pagefusion_group_saved_bytes{group=\"g\",vm=\"g\"} 9.0",
+            "pagefusion_group_store_full_pages_total{group=\"g\"} 3.0",
+            "pagefusion_group_store_full_pages_total{group=\"g\",vm=\"g\"} 4.0",
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line} in\n{text}");
+        }
     }
 
     #[test]

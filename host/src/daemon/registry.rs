@@ -275,25 +275,33 @@ impl Registry {
     /// VMs in a scope; an error when it names something that does not exist.
     pub(super) fn in_scope(&self, scope: &Scope) -> Result<Vec<Arc<Vm>>, String> {
         let vms = self.vms();
+        let in_group = |vm: &&Arc<Vm>, group| vm.group.as_ref() == Some(group);
         let found: Vec<_> = match scope {
             Scope::All => return Ok(vms),
             Scope::Group(group) => vms
-                .into_iter()
-                .filter(|vm| vm.group.as_ref() == Some(group))
+                .iter()
+                .filter(|vm| in_group(vm, group))
+                .cloned()
                 .collect(),
             Scope::Vm(vm) => {
                 // Somebody may have another's number for a name.
                 let is_name = vms.iter().any(|it| it.name == *vm);
-                let is_meant = |it: &Arc<Vm>| match is_name {
+                let is_meant = |it: &&Arc<Vm>| match is_name {
                     true => it.name == *vm,
                     false => vm.parse() == Ok(it.number),
                 };
-                vms.into_iter().filter(is_meant).collect()
+                vms.iter().filter(is_meant).cloned().collect()
             }
         };
         match (scope, found.is_empty()) {
-            (Scope::Group(group), true) => Err(format!("no VM of the group {group} is running")),
-            (Scope::Vm(vm), true) => Err(format!("no VM {vm} is running")),
+            (Scope::Group(name), true) => Err(match vms.iter().any(|vm| vm.name == *name) {
+                true => format!("no VM of a group {name} is running; {name} is a VM"),
+                false => format!("no VM of the group {name} is running"),
+            }),
+            (Scope::Vm(name), true) => Err(match vms.iter().any(|vm| in_group(&vm, name)) {
+                true => format!("no VM {name} is running; {name} is a group: --group {name}"),
+                false => format!("no VM {name} is running"),
+            }),
             _ => Ok(found),
         }
     }

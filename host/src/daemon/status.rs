@@ -136,9 +136,13 @@ pub(super) fn tame_text(text: &mut String) {
     }
 }
 
-/// What an operator calls the group of a VM: a VM without one is its own.
-pub(super) fn group_name(vm: &Vm) -> String {
-    vm.group.clone().unwrap_or_else(|| vm.name.clone())
+/// What an operator calls the group of a VM, and the VM's number if it has none: a VM without one is
+/// its own, and its name may be a group's.
+pub(super) fn group_of(vm: &Vm) -> (String, Option<u32>) {
+    match &vm.group {
+        Some(group) => (group.clone(), None),
+        None => (vm.name.clone(), Some(vm.number)),
+    }
 }
 
 /// Kernel memory of one mapping.
@@ -167,8 +171,10 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
             let policy = registry.policy_of(vm.group.as_deref());
             let saving =
                 |(shared, contents): (u64, u64)| (shared as i64 - contents as i64) * PAGE as i64;
+            let (name, number) = group_of(vm);
             let group = GroupStatus {
-                name: group_name(vm),
+                name,
+                vm: number,
                 mode: policy.mode.unwrap_or_default(),
                 policy: policy.policy.unwrap_or_default(),
                 split_huge_pages: policy.split_huge_pages.unwrap_or_default(),
@@ -206,7 +212,7 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
     }
     status
         .groups
-        .sort_by(|one, other| one.name.cmp(&other.name));
+        .sort_by(|one, other| (&one.name, one.vm).cmp(&(&other.name, other.vm)));
 }
 
 /// Bytes that pages save, less what that costs.

@@ -201,9 +201,7 @@ fn limits(status: &Status, vm: &VmStatus, causes: &mut Vec<Cause>) {
             "start others with the same --group",
         ));
     }
-    // A VM without a group is one by itself.
-    let group_name = vm.group.as_ref().unwrap_or(&vm.name);
-    let group = status.groups.iter().find(|it| it.name == *group_name);
+    let group = status.groups.iter().find(|it| it.is_of(vm));
     if let Some(learning) = group.filter(|it| it.pages_would_share.is_some()) {
         let scope = match &vm.group {
             Some(group) => format!("--group {group}"),
@@ -381,6 +379,7 @@ fn refusal(reason: &str) -> (&'static str, &'static str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::GroupStatus;
     use pagefusion_abi::wire::reason;
 
     fn sharing() -> VmStatus {
@@ -429,6 +428,42 @@ mod tests {
         assert_eq!(causes(vm.clone()), ["no-engine"]);
         vm.device = Some(false);
         assert_eq!(causes(vm), ["no-device"]);
+    }
+
+    #[test]
+    fn a_vm_is_not_taken_for_the_group_of_its_name() {
+        let group = |vm, learns: bool| GroupStatus {
+            name: "web".into(),
+            vm,
+            mode: if learns { Mode::WouldSave } else { Mode::Share },
+            pages_would_share: learns.then_some(0),
+            ..GroupStatus::default()
+        };
+        let alone = VmStatus {
+            group: None,
+            ..sharing()
+        };
+        let member = VmStatus {
+            id: 8,
+            name: "other".into(),
+            group: Some("web".into()),
+            ..sharing()
+        };
+        for (groups, learns) in [
+            ([group(None, true), group(Some(7), false)], [false, true]),
+            ([group(Some(7), true), group(None, false)], [true, false]),
+        ] {
+            let status = Status {
+                vms: vec![alone.clone(), member.clone()],
+                groups: groups.into(),
+                ..Status::default()
+            };
+            for (vm, learns) in status.vms.iter().zip(learns) {
+                let explained = explain(&status, vm);
+                let found = explained.causes.iter().any(|it| it.cause == "would-save");
+                assert_eq!(found, learns, "{explained:?}");
+            }
+        }
     }
 
     #[test]

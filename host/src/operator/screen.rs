@@ -2,7 +2,7 @@
 
 //! What the live screen shows; draws, and does nothing else.
 
-use super::table::state;
+use super::table::{group_title, state};
 use super::{human_bytes, human_pages};
 use crate::protocol::Status;
 use ratatui::Frame;
@@ -117,7 +117,7 @@ impl Screen {
     fn groups(&self) -> Table<'_> {
         let rows = self.status.groups.iter().map(|group| {
             row(
-                &[&group.name],
+                &[&group_title(&group.name, group.vm)],
                 [
                     group.vms.to_string(),
                     human_pages(group.pages_shared),

@@ -40,7 +40,7 @@ pub fn groups_text(status: &Status) -> String {
     let mut groups = table(&["Group", "VMs", "Shared", "Store", "Only one has", "Saved"]);
     for group in &status.groups {
         groups.add_row(row(
-            &[&group.name],
+            &[&group_title(&group.name, group.vm)],
             &[
                 group.vms.to_string(),
                 human_pages(group.pages_shared),
@@ -55,7 +55,7 @@ pub fn groups_text(status: &Status) -> String {
         if let (Some(pages), Some(bytes)) = (group.pages_would_share, group.bytes_would_save) {
             text += &format!(
                 "{}: only learns ({}); would share {} and save {} more, before mappings\n",
-                group.name,
+                group_title(&group.name, group.vm),
                 learning(status, group),
                 human_pages(pages),
                 human_bytes(bytes),
@@ -63,6 +63,15 @@ pub fn groups_text(status: &Status) -> String {
         }
     }
     text
+}
+
+/// What a group is called. A VM that has none is not taken for a group of its name: there is no
+/// space in names.
+pub(super) fn group_title(name: &str, vm: Option<u32>) -> String {
+    match vm {
+        None => name.into(),
+        Some(_) => format!("VM {name}"),
+    }
 }
 
 /// Why a group only learns.
@@ -85,7 +94,7 @@ pub fn files_text(files: &[FileStatus]) -> String {
             printable(&file.name)
         };
         table.add_row(row(
-            &[&name, &file.group],
+            &[&name, &group_title(&file.group, file.vm)],
             &[
                 file.vms.to_string(),
                 human_pages(file.pages_shared),
@@ -224,6 +233,32 @@ mod tests {
         };
         let text = files_text(&[file]);
         assert!(text.contains("lib\\u{1b}[2J\\u{202e}c.so"), "{text}");
+    }
+
+    #[test]
+    fn a_vm_without_a_group_is_not_the_group_of_its_name() {
+        let group = |vm| GroupStatus {
+            name: "g".into(),
+            vm,
+            pages_would_share: Some(1),
+            bytes_would_save: Some(0),
+            ..GroupStatus::default()
+        };
+        let text = groups_text(&Status {
+            groups: vec![group(None), group(Some(3))],
+            ..Status::default()
+        });
+        for begin in [" g ", " VM g ", "g: only learns", "VM g: only learns"] {
+            let lines = text.lines().filter(|it| it.starts_with(begin));
+            assert_eq!(lines.count(), 1, "{begin:?} in\n{text}");
+        }
+        let file = FileStatus {
+            group: "g".into(),
+            vm: Some(3),
+            ..FileStatus::default()
+        };
+        let text = files_text(&[file]);
+        assert!(text.contains(" VM g "), "{text}");
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Status {
 pub struct GroupStatus {
     /// Its name; VMs without a group have one each, named after the VM.
     pub name: String,
+    /// Number of the VM whose own it is; `None` for a trust group, which may have the same name.
+    pub vm: Option<u32>,
     /// Living VMs.
     pub vms: usize,
     /// Canonical pages.
@@ -61,6 +63,16 @@ pub struct GroupStatus {
     pub bytes_saved: i64,
     /// As in [`Status`].
     pub bytes_metadata: u64,
+}
+
+impl GroupStatus {
+    /// Whether it is this VM's, which may have no trust group.
+    pub fn is_of(&self, vm: &VmStatus) -> bool {
+        match &vm.group {
+            Some(group) => self.vm.is_none() && self.name == *group,
+            None => self.vm == Some(vm.id),
+        }
+    }
 }
 
 /// One VM.
@@ -104,6 +116,8 @@ pub struct FileStatus {
     pub id: String,
     /// Trust group, named as in [`GroupStatus`].
     pub group: String,
+    /// As in [`GroupStatus`].
+    pub vm: Option<u32>,
     /// VMs that share pages of it.
     pub vms: usize,
     /// Pages of VMs on canonical ones.

@@ -333,6 +333,67 @@ fn a_name_that_is_anothers_number_is_a_name() {
 }
 
 #[test]
+fn a_vm_without_a_group_and_the_group_of_its_name_are_two() {
+    let host = Host::new();
+    let _daemon = Daemon::start(&host);
+    let mut alone = connected(&host, "g", "");
+    let [_one, mut two] = sharing(&host);
+    alone.tell("share 8 0 7");
+    assert_eq!(alone.tell("copy 9 8 7"), "7");
+
+    let groups: Vec<GroupStatus> = json(&host, "groups");
+    let shown: Vec<_> = groups
+        .iter()
+        .map(|it| {
+            (
+                it.name.as_str(),
+                it.vm,
+                it.vms,
+                it.pages_shared,
+                it.store_pages,
+            )
+        })
+        .collect();
+    assert_eq!(shown, [("g", None, 2, 50, 25), ("g", Some(1), 1, 7, 7)]);
+    let files: Vec<FileStatus> = json(&host, "files");
+    for group in &groups {
+        let of_group = files
+            .iter()
+            .filter(|it| (&it.group, it.vm) == (&group.name, group.vm));
+        let saved: i64 = of_group.clone().map(|it| it.bytes_saved).sum();
+        let stored: u64 = of_group.map(|it| it.store_pages).sum();
+        assert!((saved - group.bytes_saved).abs() <= 2, "{saved} {group:?}");
+        assert_eq!(stored, group.store_pages, "{files:?}");
+    }
+    assert_eq!(json::<Vec<FileStatus>>(&host, "files --group g").len(), 2);
+
+    // Each is called by what it is.
+    let paused = |host: &Host| -> Vec<_> { host.status().vms.iter().map(|vm| vm.paused).collect() };
+    let _: Outcome = json(&host, "pause --vm g");
+    assert_eq!(paused(&host), [true, false, false]);
+    let _: Outcome = json(&host, "resume --vm g");
+    let _: Outcome = json(&host, "pause --group g");
+    assert_eq!(paused(&host), [false, true, true]);
+    assert_eq!(two.tell("told"), "pause");
+    for (words, hint) in [
+        ("pause --group one", "; one is a VM"),
+        ("files --group one", "; one is a VM"),
+    ] {
+        let (status, _, errors) = host.ctl(words);
+        assert!(status == 1 && errors.contains(hint), "{words}: {errors}");
+    }
+    drop(alone);
+    let _third = Vmm::start(&host, "three", "other");
+    for (words, hint) in [
+        ("undo --vm other", "other is a group: --group other"),
+        ("explain other", "; other is a group; pagefusionctl vms"),
+    ] {
+        let (status, _, errors) = host.ctl(words);
+        assert!(status == 1 && errors.contains(hint), "{words}: {errors}");
+    }
+}
+
+#[test]
 fn a_group_is_resumed_when_its_vms_have_ended() {
     let host = Host::new();
     let daemon = Daemon::start(&host);

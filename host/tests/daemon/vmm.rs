@@ -79,7 +79,9 @@ impl Vmm {
                 format!("{:?}", welcome.welcome.split_huge_pages)
             }
             ("announce", []) => self.announce(),
-            ("share", &[file, page, pages]) => self.share(file, page, pages),
+            ("share", &[file, page, pages]) => self.share(file, file, page, pages),
+            // What another of its files holds, so that it shares with itself.
+            ("copy", &[file, of, pages]) => self.share(file, of, 0, pages),
             ("release", &[file, page]) => self.release(file, page),
             ("check", []) => self.check(),
             ("report", []) => {
@@ -146,9 +148,10 @@ impl Vmm {
             .map_or_else(|error| error.to_string(), |()| "done".into())
     }
 
-    /// Shares pages, in the order of a real engine. Answers with how many it holds then.
-    fn share(&mut self, file: u64, first: u64, pages: u64) -> String {
-        match self.try_share(file, first, pages) {
+    /// Shares pages that hold what those of the file `of` do, in the order of a real engine. Answers
+    /// with how many it holds then.
+    fn share(&mut self, file: u64, of: u64, first: u64, pages: u64) -> String {
+        match self.try_share(file, of, first, pages) {
             Ok(()) => {
                 self.count();
                 self.held.len().to_string()
@@ -160,6 +163,7 @@ impl Vmm {
     fn try_share(
         &mut self,
         file: u64,
+        of: u64,
         first: u64,
         pages: u64,
     ) -> Result<(), pagefusion_host::store::StoreError> {
@@ -180,7 +184,7 @@ impl Vmm {
                 let found = match segment.store {
                     Some(store) => Some(store + index),
                     None => {
-                        let hashes = vec![hash_page(seed, &content(file, page))];
+                        let hashes = vec![hash_page(seed, &content(of, page))];
                         let mut verdicts = Vec::new();
                         client.sight(
                             vec![Sighting {
@@ -200,7 +204,7 @@ impl Vmm {
                                     pages: 1,
                                 };
                                 let mut published = Vec::new();
-                                client.publish(&[span], &content(file, page), &mut published)?;
+                                client.publish(&[span], &content(of, page), &mut published)?;
                                 published[0]
                             }
                         }

@@ -80,8 +80,15 @@ fn run(
         }
         Command::Explain { vm, format } => {
             let status = connect()?.status()?;
-            let found = operator::find(&status, &vm)
-                .with_context(|| format!("no VM {vm} is running; pagefusionctl vms shows them"))?;
+            let found = operator::find(&status, &vm).with_context(|| {
+                let is_group = status.vms.iter().any(|it| it.group.as_ref() == Some(&vm));
+                let group = if is_group {
+                    format!("{vm} is a group; ")
+                } else {
+                    String::new()
+                };
+                format!("no VM {vm} is running; {group}pagefusionctl vms shows them")
+            })?;
             let explanation = explain(&status, found);
             show(format, &explanation, || explanation_text(&explanation))?;
         }
