@@ -2,7 +2,7 @@
 
 //! The command line.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use pagefusion_host::operator::{parse_memory, parse_size};
 use pagefusion_host::protocol::{
@@ -168,6 +168,7 @@ pub(crate) struct ScopeArguments {
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
+#[command(group(ArgGroup::new("limits").multiple(true)))]
 pub(crate) struct LimitArguments {
     /// Memory for shared pages; of a VM: those it was the second to have. SIZE is bytes, or with
     /// K, M, G or T.
@@ -287,6 +288,8 @@ mod tests {
         let parse = |words: &str| Arguments::try_parse_from(words.split(' '));
         assert!(parse("pagefusionctl set --all --each-vm --max-store 1G").is_ok());
         assert!(parse("pagefusionctl set --all --each-vm --mode share").is_err());
+        // As `explain` proposes it.
+        assert!(parse("pagefusionctl set --vm a --max-store 1G --max-overlays 1G").is_ok());
         assert!(parse("pagefusionctl set --all --mode share").is_ok());
         assert!(parse("pagefusionctl set --all").is_err());
         // The unit was forgotten.
