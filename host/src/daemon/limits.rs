@@ -3,7 +3,7 @@
 //! Which limits hold for whom, and who shares when. A VM's own go before those of its group for each VM, and those
 //! before those of the host; in the same way a group's own before those for every group.
 
-use crate::protocol::{LimitChanges, Limits, PolicyChanges, Scope};
+use crate::protocol::{LimitChanges, Limits, Policies, PolicyChanges, Scope};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 pub(super) struct ScopeLimits {
     pub(super) group: Limits,
     pub(super) each_vm: Limits,
-    pub(super) policy: PolicyChanges,
+    pub(super) policy: Policies,
 }
 
 /// All limits but those of single VMs.
@@ -55,7 +55,7 @@ impl HostLimits {
     }
 
     /// When a group shares.
-    pub(super) fn policy_of(&self, group: Option<&str>) -> PolicyChanges {
+    pub(super) fn policy_of(&self, group: Option<&str>) -> Policies {
         self.own(group).policy.or(self.all.policy)
     }
 
@@ -69,7 +69,8 @@ impl HostLimits {
         own.or(self.own(group).each_vm).or(self.all.each_vm)
     }
 
-    fn own(&self, group: Option<&str>) -> ScopeLimits {
+    /// What is a group's own.
+    pub(super) fn own(&self, group: Option<&str>) -> ScopeLimits {
         group
             .and_then(|group| self.groups.get(group).copied())
             .unwrap_or_default()

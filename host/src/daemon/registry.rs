@@ -5,12 +5,14 @@
 //! Lock order: registry, then one group. Neither is held while anybody is waited for.
 
 use super::error::DaemonError;
+use super::limits::ScopeLimits;
 use super::pace::Pace;
 use super::process::Process;
 use super::runtime::{Runtime, State, UndoneFile, VmRecord};
 use super::vm::{self, Vm};
 use crate::protocol::{
-    ControlRequest, FileKey, LimitChanges, Limits, Mode, Policy, PolicyChanges, Scope, Undo,
+    ControlRequest, FileKey, LimitChanges, Limits, Mode, Policies, Policy, PolicyChanges, Scope,
+    Undo,
 };
 use crate::store::{self, Group, StoreFile};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -490,8 +492,13 @@ impl Registry {
     }
 
     /// When a group shares.
-    pub(super) fn policy_of(&self, group: Option<&str>) -> PolicyChanges {
+    pub(super) fn policy_of(&self, group: Option<&str>) -> Policies {
         self.inner().state.limits.policy_of(group)
+    }
+
+    /// What is a group's own, and not set for all.
+    pub(super) fn own_settings(&self, group: Option<&str>) -> ScopeLimits {
+        self.inner().state.limits.own(group)
     }
 
     /// VMs whose groups have begun or ended to learn since this was last asked.

@@ -88,6 +88,7 @@ fn vm_status(vm: &Vm, answer: Option<Result<ControlReply, String>>) -> VmStatus 
         pages_published: store.published,
         pages_limited: store.limited,
         limits: vm.limits(),
+        own_limits: vm.own_limits(),
         engine,
     }
 }
@@ -169,6 +170,7 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
         let (group, metadata) = groups.entry(vm.group_store.key()).or_insert_with(|| {
             let store = vm.store().statistics();
             let policy = registry.policy_of(vm.group.as_deref());
+            let own = registry.own_settings(vm.group.as_deref());
             let saving =
                 |(shared, contents): (u64, u64)| (shared as i64 - contents as i64) * PAGE as i64;
             let (name, number) = group_of(vm);
@@ -178,6 +180,7 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
                 mode: policy.mode.unwrap_or_default(),
                 policy: policy.policy.unwrap_or_default(),
                 split_huge_pages: policy.split_huge_pages.unwrap_or_default(),
+                own_policies: own.policy,
                 pages_would_share: store.would_share.map(|(shared, _)| shared),
                 bytes_would_save: store.would_share.map(saving),
                 store_pages: store.store_pages,
@@ -185,6 +188,7 @@ fn add_groups(registry: &Registry, status: &mut Status, vms: &[Arc<Vm>]) {
                 pages_store_full: store.store_full,
                 adopting: store.adopting,
                 limits: vm.group_store.limits(),
+                own_limits: own.group,
                 ..GroupStatus::default()
             };
             (

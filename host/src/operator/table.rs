@@ -2,8 +2,9 @@
 
 //! Figures as a person reads them.
 
-use crate::protocol::{FileStatus, GroupStatus, Mode, Status, VmStatus};
+use crate::protocol::{FileStatus, GroupStatus, Limits, Mode, Status, VmStatus};
 use crate::store::PAGE;
+use clap::ValueEnum;
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 
 /// Bytes with a unit, three digits or so: `1.4 GiB`, `-12 MiB`, `0 B`.
@@ -62,7 +63,68 @@ pub fn groups_text(status: &Status) -> String {
             );
         }
     }
+    for group in &status.groups {
+        // What is set for all is not told again for each VM without a group.
+        if group.vm.is_none() {
+            text += &settings_text(&group.name, &group_settings(group));
+        }
+    }
     text
+}
+
+/// What something is set to, by the name that `set` has for it, and whether that is its own. The
+/// default goes without saying.
+type Setting = (&'static str, String, bool);
+
+fn group_settings(group: &GroupStatus) -> Vec<Setting> {
+    fn setting<T: ValueEnum + Default + PartialEq>(
+        name: &'static str,
+        value: T,
+        own: Option<T>,
+    ) -> Option<Setting> {
+        let is_told = own.is_some() || value != T::default();
+        let word = value.to_possible_value().filter(|_| is_told)?;
+        Some((name, word.get_name().into(), own.is_some()))
+    }
+    let own = &group.own_policies;
+    let policies = [
+        setting("mode", group.mode, own.mode),
+        setting("policy", group.policy, own.policy),
+        setting(
+            "split-huge-pages",
+            group.split_huge_pages,
+            own.split_huge_pages,
+        ),
+    ];
+    let limits = limit_settings(&group.limits, &group.own_limits);
+    policies.into_iter().flatten().chain(limits).collect()
+}
+
+fn limit_settings(limits: &Limits, own: &Limits) -> impl Iterator<Item = Setting> {
+    let all = [
+        ("max-store", limits.max_store, own.max_store),
+        ("max-overlays", limits.max_overlays, own.max_overlays),
+        ("publish-rate", limits.publish_rate, own.publish_rate),
+    ];
+    all.into_iter().filter_map(|(name, bytes, own)| {
+        let bytes = human_bytes(i64::try_from(bytes?).unwrap_or(i64::MAX));
+        Some((name, bytes, own.is_some()))
+    })
+}
+
+/// A line, or nothing if nothing is set.
+fn settings_text(title: &str, settings: &[Setting]) -> String {
+    if settings.is_empty() {
+        return String::new();
+    }
+    let words: Vec<_> = settings
+        .iter()
+        .map(|(name, value, is_own)| {
+            let inherited = if *is_own { "" } else { " (inherited)" };
+            format!("{name} {value}{inherited}")
+        })
+        .collect();
+    format!("{title}: set: {}\n", words.join(", "))
 }
 
 /// What a group is called. A VM that has none is not taken for a group of its name: there is no
@@ -159,6 +221,10 @@ pub fn vms_text(status: &Status) -> String {
         if !refusals.is_empty() {
             notes += &format!("{}: refused: {}\n", vm.name, refusals.join(", "));
         }
+        // What is inherited is the same for all, or for all of a group.
+        let mut settings: Vec<_> = limit_settings(&vm.limits, &vm.own_limits).collect();
+        settings.retain(|(_, _, is_own)| *is_own);
+        notes += &settings_text(&vm.name, &settings);
     }
     format!("{vms}\n{notes}")
 }

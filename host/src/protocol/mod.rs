@@ -20,7 +20,7 @@ pub use admin::{AdminClient, AdminError, CreatedVm};
 pub use client::{ControlConnection, DeviceDescriptors, StoreClient, WelcomeWithFds};
 pub use limits::{Limit, LimitChanges, Limits};
 pub use operator::{AdminReply, AdminRequest, Order, Outcome, Scope, Selection};
-pub use policy::{Mode, Policy, PolicyChanges, SplitHugePages};
+pub use policy::{Choice, Mode, Policies, Policy, PolicyChanges, SplitHugePages};
 pub use status::{FileStatus, GroupStatus, Status, VmStatus};
 #[cfg(feature = "cli")]
 pub(crate) use transport::peer;

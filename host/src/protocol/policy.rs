@@ -43,10 +43,11 @@ pub enum SplitHugePages {
     Always,
 }
 
-/// New values; `None` leaves one as it is.
+/// What a scope is set to; `None` is nothing of its own: what the wider scope is set to holds, and in
+/// the end the default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct PolicyChanges {
+pub struct Policies {
     /// The mode.
     pub mode: Option<Mode>,
     /// The policy.
@@ -55,15 +56,47 @@ pub struct PolicyChanges {
     pub split_huge_pages: Option<SplitHugePages>,
 }
 
+/// One's new value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Choice<T> {
+    /// None of its own.
+    Inherit,
+    /// This one.
+    Own(T),
+}
+
+/// New values; `None` leaves one as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PolicyChanges {
+    /// [`Policies::mode`]
+    pub mode: Option<Choice<Mode>>,
+    /// [`Policies::policy`]
+    pub policy: Option<Choice<Policy>>,
+    /// [`Policies::split_huge_pages`]
+    pub split_huge_pages: Option<Choice<SplitHugePages>>,
+}
+
 impl PolicyChanges {
     /// Whether nothing changes.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+}
 
-    /// Takes over what `changes` names.
-    pub fn change(&mut self, changes: Self) {
-        *self = changes.or(*self);
+impl Policies {
+    /// Changes what `changes` names.
+    pub fn change(&mut self, changes: PolicyChanges) {
+        fn set<T>(value: &mut Option<T>, change: Option<Choice<T>>) {
+            match change {
+                Some(Choice::Own(own)) => *value = Some(own),
+                Some(Choice::Inherit) => *value = None,
+                None => {}
+            }
+        }
+        set(&mut self.mode, changes.mode);
+        set(&mut self.policy, changes.policy);
+        set(&mut self.split_huge_pages, changes.split_huge_pages);
     }
 
     /// These values, and where there is none, that of `wider`.

@@ -2,7 +2,7 @@
 
 //! Figures for the operator.
 
-use super::{EngineStatus, FileKey, Limits, Mode, Policy, SplitHugePages};
+use super::{EngineStatus, FileKey, Limits, Mode, Policies, Policy, SplitHugePages};
 use serde::{Deserialize, Serialize};
 
 /// The whole host.
@@ -49,12 +49,16 @@ pub struct GroupStatus {
     pub policy: Policy,
     /// Whether it splits huge pages.
     pub split_huge_pages: SplitHugePages,
+    /// What of these three is its own; the rest is inherited.
+    pub own_policies: Policies,
     /// While it only learns: pages that would be shared, those of first reporters included.
     pub pages_would_share: Option<u64>,
     /// While it only learns: memory that this would save, bytes, less canonical pages.
     pub bytes_would_save: Option<i64>,
     /// What the group as a whole may take.
     pub limits: Limits,
+    /// What of that is its own; the rest is inherited.
+    pub own_limits: Limits,
     /// Canonical pages granted to its VMs, each VM's counted by itself.
     pub pages_granted: u64,
     /// Whether VMs of an earlier daemon are still to say what they map.
@@ -102,6 +106,8 @@ pub struct VmStatus {
     pub pages_limited: u64,
     /// What it may take.
     pub limits: Limits,
+    /// What of that is its own; the rest is inherited.
+    pub own_limits: Limits,
     /// The engine's counters, all zero while it is not connected.
     #[serde(flatten)]
     pub engine: EngineStatus,

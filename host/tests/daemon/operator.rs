@@ -287,6 +287,10 @@ fn shells_complete_the_commands() {
             text.contains("doctor") && text.contains("explain"),
             "{shell}"
         );
+        assert!(
+            text.contains("would-save") && text.contains("inherit"),
+            "{shell}"
+        );
     }
 }
 

@@ -4,7 +4,7 @@
 //! and whether they split huge pages.
 
 use crate::support::{Daemon, Host, Vmm};
-use pagefusion_host::protocol::SplitHugePages;
+use pagefusion_host::protocol::{Limits, Mode, Policies, Policy, SplitHugePages};
 
 fn connected(host: &Host, name: &str) -> Vmm {
     let mut vmm = Vmm::start(host, name, "g");
@@ -105,6 +105,99 @@ fn the_policy_pressure_waits_until_the_host_is_short_of_memory() {
     }
     assert_eq!(host.stored_pages(), 20);
     assert_eq!(one.tell("share 1 0 20"), "20");
+}
+
+#[test]
+fn what_is_taken_back_follows_what_is_set_for_all() {
+    let host = Host::new();
+    let never = ["--pressure-waiting", "101", "--pressure-available", "0"];
+    let daemon = Daemon::start_with(&host, &never);
+    set(
+        &host,
+        "--all --mode would-save --policy pressure --split-huge-pages never",
+    );
+    set(
+        &host,
+        "--group g --mode share --policy always --split-huge-pages worthwhile",
+    );
+    set(&host, "--all --max-store 1G");
+    set(&host, "--group g --max-store 2G");
+    let mut one = connected(&host, "one");
+    let own = Policies {
+        mode: Some(Mode::Share),
+        policy: Some(Policy::Always),
+        split_huge_pages: Some(SplitHugePages::Worthwhile),
+    };
+    assert_eq!(
+        (would(&host), host.status().groups[0].own_policies),
+        (None, own)
+    );
+    let text = |command: &str| host.ctl(command).1;
+    let line =
+        "g: set: mode share, policy always, split-huge-pages worthwhile, max-store 2.0 GiB\n";
+    assert!(text("groups").contains(line), "{}", text("groups"));
+
+    set(&host, "--group g --policy inherit");
+    assert!(would(&host).is_some());
+    assert_eq!(one.tell("await"), "resume");
+    set(&host, "--group g --policy always");
+    assert_eq!((one.tell("await").as_str(), would(&host)), ("resume", None));
+    set(
+        &host,
+        "--group g --mode inherit --policy inherit --max-store inherit",
+    );
+    assert_eq!(one.tell("await"), "resume");
+    set(&host, "--group g --split-huge-pages inherit");
+    assert_eq!(one.tell("await"), "split Never");
+    drop(daemon);
+
+    let _daemon = Daemon::start_with(&host, &never);
+    let group = host.status().groups.remove(0);
+    assert_eq!((group.own_policies, group.own_limits), Default::default());
+    assert_eq!(
+        (
+            group.mode,
+            group.policy,
+            group.split_huge_pages,
+            group.limits.max_store
+        ),
+        (
+            Mode::WouldSave,
+            Policy::Pressure,
+            SplitHugePages::Never,
+            Some(1 << 30)
+        )
+    );
+    let line = "g: set: mode would-save (inherited), policy pressure (inherited), \
+                split-huge-pages never (inherited), max-store 1.0 GiB (inherited)\n";
+    assert!(text("groups").contains(line), "{}", text("groups"));
+    // Of all, it is the default.
+    set(
+        &host,
+        "--all --mode inherit --policy inherit --split-huge-pages inherit --max-store none",
+    );
+    assert_eq!(would(&host), None);
+    assert!(!text("groups").contains("set:"), "{}", text("groups"));
+
+    set(&host, "--group g --each-vm --max-overlays 1M");
+    set(&host, "--vm one --max-overlays 40K");
+    let own = Limits {
+        max_overlays: Some(40 << 10),
+        ..Limits::default()
+    };
+    assert_eq!(host.status().vms[0].own_limits, own);
+    assert!(
+        text("vms").contains("one: set: max-overlays 40.0 KiB\n"),
+        "{}",
+        text("vms")
+    );
+    set(&host, "--vm one --max-overlays inherit");
+    let vm = host.status().vms.remove(0);
+    assert_eq!(
+        (vm.own_limits, vm.limits.max_overlays),
+        (Limits::default(), Some(1 << 20))
+    );
+    assert!(!text("vms").contains("set:"), "{}", text("vms"));
 }
 
 #[test]

@@ -2,11 +2,12 @@
 
 //! The command line.
 
-use clap::{ArgGroup, Args, Parser, Subcommand};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use pagefusion_host::operator::{parse_memory, parse_size};
 use pagefusion_host::protocol::{
-    Limit, LimitChanges, Mode, Policy, PolicyChanges, Scope, Selection, SplitHugePages,
+    Choice, Limit, LimitChanges, Mode, Policy, PolicyChanges, Scope, Selection, SplitHugePages,
 };
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -166,12 +167,15 @@ pub(crate) struct ScopeArguments {
     vm: Option<String>,
 }
 
+/// Takes back what a group or VM was set to.
+const INHERIT: &str = "inherit";
+
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 #[command(group(ArgGroup::new("limits").multiple(true)))]
 pub(crate) struct LimitArguments {
     /// Memory for shared pages; of a VM: those it was the second to have. SIZE is bytes, or with
-    /// K, M, G or T.
+    /// K, M, G or T; none (or inherit) is no limit of its own, so that the next wider one holds.
     #[arg(long, value_name = "SIZE|none", value_parser = parse_limit, group = "limits")]
     max_store: Option<Limit>,
     /// Memory that may be mapped from there.
@@ -181,15 +185,15 @@ pub(crate) struct LimitArguments {
     #[arg(long, value_name = "SIZE|none", value_parser = parse_rate, group = "limits")]
     publish_rate: Option<Limit>,
     /// Shares, or only counts what that would bring.
-    #[arg(long, value_enum, conflicts_with = "vm")]
-    mode: Option<Mode>,
+    #[arg(long, value_parser = or_inherit::<Mode>(), conflicts_with = "vm")]
+    mode: Option<Choice<Mode>>,
     /// Shares always, or only from when on the host is short of memory.
-    #[arg(long, value_enum, conflicts_with = "vm")]
-    policy: Option<Policy>,
+    #[arg(long, value_parser = or_inherit::<Policy>(), conflicts_with = "vm")]
+    policy: Option<Choice<Policy>>,
     /// Splits huge pages of guests to share what is in them: never, when an eighth of one could be
     /// shared, or always.
-    #[arg(long, value_enum, conflicts_with = "vm")]
-    split_huge_pages: Option<SplitHugePages>,
+    #[arg(long, value_parser = or_inherit::<SplitHugePages>(), conflicts_with = "vm")]
+    split_huge_pages: Option<Choice<SplitHugePages>>,
 }
 
 impl From<LimitArguments> for (LimitChanges, PolicyChanges) {
@@ -216,9 +220,21 @@ impl From<LimitArguments> for (LimitChanges, PolicyChanges) {
     }
 }
 
+/// One of the values, or that a group has none of its own.
+fn or_inherit<T>() -> impl TypedValueParser<Value = Choice<T>>
+where
+    T: ValueEnum + Send + Sync + 'static,
+{
+    let own = T::value_variants().iter();
+    let own = own.filter_map(ValueEnum::to_possible_value);
+    let inherit = PossibleValue::new(INHERIT).help("As set for all; of all: the default");
+    PossibleValuesParser::new(own.chain([inherit]))
+        .map(|word| T::from_str(&word, false).map_or(Choice::Inherit, Choice::Own))
+}
+
 fn parse_rate(text: &str) -> Result<Limit, String> {
     match text {
-        "none" => Ok(Limit::None),
+        "none" | INHERIT => Ok(Limit::None),
         // The daemon knows the least.
         _ => parse_size(text).map(Limit::Bytes),
     }
@@ -226,7 +242,7 @@ fn parse_rate(text: &str) -> Result<Limit, String> {
 
 fn parse_limit(text: &str) -> Result<Limit, String> {
     match text {
-        "none" => Ok(Limit::None),
+        "none" | INHERIT => Ok(Limit::None),
         _ => parse_memory(text).map(Limit::Bytes),
     }
 }
@@ -295,6 +311,27 @@ mod tests {
         // The unit was forgotten.
         let refused = parse("pagefusionctl set --all --max-store 4").unwrap_err();
         assert!(refused.to_string().contains("4G"), "{refused}");
+    }
+
+    #[test]
+    fn what_was_set_can_be_taken_back() {
+        let set = |words: &str| {
+            let words = format!("pagefusionctl set {words}");
+            match Arguments::try_parse_from(words.split(' ')).unwrap().command {
+                Command::Set { limits, .. } => <(LimitChanges, PolicyChanges)>::from(limits),
+                other => panic!("{other:?}"),
+            }
+        };
+        let (_, policy) = set("--group g --mode inherit --split-huge-pages never");
+        assert_eq!(policy.mode, Some(Choice::Inherit));
+        assert_eq!(policy.policy, None);
+        let never = Choice::Own(SplitHugePages::Never);
+        assert_eq!(policy.split_huge_pages, Some(never));
+        for word in ["none", "inherit"] {
+            let (limits, _) = set(&format!("--vm a --max-store {word} --publish-rate {word}"));
+            let none = Some(Limit::None);
+            assert_eq!((limits.max_store, limits.publish_rate), (none, none));
+        }
     }
 
     #[test]
