@@ -181,6 +181,10 @@ pub(crate) fn alone(test: &str) -> bool {
     if std::env::var_os(ALONE).is_some_and(|it| it == test) {
         return true;
     }
+    // One of another name would be no test, which is no failure.
+    let thread = std::thread::current();
+    let name = thread.name().filter(|name| *name != "main");
+    assert!(name.is_none_or(|name| name == test), "this is not {test}");
     let status = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(ALONE, test)
