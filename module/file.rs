@@ -122,26 +122,33 @@ impl<'a> CachedFile<'a> {
         unsafe { hash_of(self.mapping()) }
     }
 
+    /// Whether somebody may write to it now: has it open for that, or a mapping that may be written.
+    /// Then a device may come to write to its pages as well, for a direct read into such a mapping.
+    pub(crate) fn may_be_written(&self) -> bool {
+        let (mapping, inode) = (self.mapping(), self.as_ptr());
+        // SAFETY: Valid by the invariants; the counters change at any time and are read once.
+        let (writers, writable) = unsafe {
+            (
+                addr_of!((*inode).i_writecount.counter).read_volatile(),
+                addr_of!((*mapping).i_mmap_writable.counter).read_volatile(),
+            )
+        };
+        writers > 0 || writable > 0
+    }
+
     /// The file's facts, or `None` when its pages must not be reported.
     pub(crate) fn facts(&self) -> Option<Facts> {
         let (mapping, inode) = (self.mapping(), self.as_ptr());
-        // SAFETY: Valid by the invariants; the counters change at any time and are read once.
-        let (mode, flags, writers, writable, mapping_flags) = unsafe {
+        // SAFETY: Valid by the invariants; what changes at any time is read once.
+        let (mode, flags, mapping_flags) = unsafe {
             (
                 addr_of!((*inode).i_mode).read(),
                 addr_of!((*inode).i_flags).read_volatile(),
-                addr_of!((*inode).i_writecount.counter).read_volatile(),
-                addr_of!((*mapping).i_mmap_writable.counter).read_volatile(),
                 addr_of!((*mapping).flags).read_volatile(),
             )
         };
         let inaccessible = mapping_flags >> bindings::mapping_flags_AS_INACCESSIBLE & 1 != 0;
-        if mode & S_IFMT != S_IFREG
-            || flags & S_DAX != 0
-            || writers > 0
-            || writable > 0
-            || inaccessible
-        {
+        if mode & S_IFMT != S_IFREG || flags & S_DAX != 0 || inaccessible || self.may_be_written() {
             return None;
         }
         if self.may_be_written_unnoticed() {
@@ -210,7 +217,9 @@ impl<'a> CachedFile<'a> {
         }
     }
 
-    /// The file's path in its file system, written into `buffer`; empty when it has none.
+    /// The file's path in its file system, written into `buffer`; empty when it has none, or one
+    /// that nobody knows: a file that was opened by its handle, and memory without a name, are
+    /// the root of a tree of their own.
     pub(crate) fn name<'b>(&self, buffer: &'b mut [u8]) -> &'b [u8] {
         // SAFETY: The inode is valid by the invariants.
         let dentry = unsafe { bindings::d_find_any_alias(self.as_ptr()) };
@@ -233,7 +242,10 @@ impl<'a> CachedFile<'a> {
             .iter()
             .position(|&byte| byte == 0)
             .unwrap_or(rest.len());
-        &rest[..end]
+        match &rest[..end] {
+            b"/" => &[],
+            path => path,
+        }
     }
 }
 

@@ -171,12 +171,8 @@ impl Folio<'_> {
 
     /// Whether a device may be writing to the folio, or a page of it is broken.
     pub(crate) fn is_unfit(&self) -> bool {
-        let folio = self.folio.as_ptr();
         // SAFETY: The batch holds a reference.
-        unsafe {
-            helpers::pagefusion_folio_maybe_dma_pinned(folio)
-                || helpers::pagefusion_folio_contain_hwpoisoned_page(folio)
-        }
+        unsafe { is_unfit(self.folio.as_ptr()) }
     }
 
     /// Holds `pages` frames from `frame` on, all of which must be this folio's.
@@ -204,6 +200,62 @@ impl PinnedFrames {
     /// A pin that holds nothing.
     pub(crate) const fn none() -> Self {
         Self { frame: 0, pages: 0 }
+    }
+}
+
+/// Whether a device may be writing to a folio, or a page of it is broken.
+///
+/// # Safety
+///
+/// The caller must hold a reference to `folio`.
+unsafe fn is_unfit(folio: *mut bindings::folio) -> bool {
+    // SAFETY: By this function's requirements.
+    unsafe {
+        helpers::pagefusion_folio_maybe_dma_pinned(folio)
+            || helpers::pagefusion_folio_contain_hwpoisoned_page(folio)
+    }
+}
+
+impl PinnedFrames {
+    /// Whether a device may be writing to any of them, or a page of their folios is broken.
+    pub(crate) fn are_unfit(&self) -> bool {
+        let mut folios = Folios::of(self);
+        // SAFETY: We hold a reference to each.
+        folios.any(|folio| unsafe { is_unfit(folio) })
+    }
+}
+
+/// The folios of [`PinnedFrames`].
+struct Folios {
+    frame: u64,
+    end: u64,
+}
+
+impl Folios {
+    const fn of(pin: &PinnedFrames) -> Self {
+        Self {
+            frame: pin.frame,
+            end: pin.frame + pin.pages,
+        }
+    }
+}
+
+impl Iterator for Folios {
+    type Item = *mut bindings::folio;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.frame >= self.end {
+            return None;
+        }
+        // SAFETY: Whoever has this holds the folio of each frame that is to come, so the frame has
+        // a valid `struct page`, and the folio is what it was.
+        let (folio, first, pages) = unsafe {
+            let folio = helpers::pagefusion_pfn_folio(self.frame as usize);
+            let first = helpers::pagefusion_folio_pfn(folio);
+            (folio, first, helpers::pagefusion_folio_nr_pages(folio))
+        };
+        self.frame = first as u64 + pages as u64;
+        Some(folio)
     }
 }
 
@@ -235,21 +287,10 @@ impl Pin for PinnedFrames {
 
 impl Drop for PinnedFrames {
     fn drop(&mut self) {
-        let (mut frame, end) = (self.frame, self.frame + self.pages);
-        while frame < end {
-            // SAFETY: The frame belongs to a folio that we hold by the invariants, so it has a
-            // valid `struct page`, and the folio is what it was.
-            let folio = unsafe { helpers::pagefusion_pfn_folio(frame as usize) };
-            // SAFETY: As above.
-            let (first, pages) = unsafe {
-                (
-                    helpers::pagefusion_folio_pfn(folio),
-                    helpers::pagefusion_folio_nr_pages(folio),
-                )
-            };
-            // SAFETY: By the invariants we own one reference to this folio, given up here.
+        for folio in Folios::of(self) {
+            // SAFETY: By the invariants we own one reference to this folio, given up here; the
+            // next one is another.
             unsafe { helpers::pagefusion_folio_put(folio) };
-            frame = first as u64 + pages as u64;
         }
     }
 }

@@ -108,6 +108,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) looked: u64,
     /// What is to be withdrawn before anything else of this file is reported.
     gone: Range,
+    /// When the first of the reports was made that the host has not been shown.
+    unshown_us: Option<u64>,
     pub(crate) findings: Findings,
     rules: Rules,
 }
@@ -124,6 +126,20 @@ const EVERYTHING: Range = Range {
 pub(crate) struct Rules {
     scope: Scope,
     kernel_text: bool,
+}
+
+/// Between a report and the host's seeing it: nothing is looked at in between, and somebody may open
+/// the file for writing.
+const SHOWN_US: u64 = 2_000;
+
+impl Source<'_> {
+    /// Whether no device can be about to write to pages of it.
+    fn is_fit(&self, pin: &PinnedFrames) -> bool {
+        match self {
+            Self::File(file, _) => !file.may_be_written() && !pin.are_unfit(),
+            Self::Kernel(_) => true,
+        }
+    }
 }
 
 impl Rules {
@@ -167,6 +183,7 @@ pub(crate) fn run(
         look,
         looked: 0,
         gone: NOTHING,
+        unshown_us: None,
         findings,
         rules,
     };
@@ -201,7 +218,7 @@ impl Pass<'_> {
                 .and_then(|()| self.scan_superblocks());
             batch.clear();
             self.let_go(scanned)?;
-            self.session.publish();
+            self.show();
             self.look_up()?;
             if !more {
                 break;
@@ -223,6 +240,9 @@ impl Pass<'_> {
     fn scan_batch(&mut self, batch: &Batch<'_>) -> Result<(), Stop> {
         for Candidate { file, range, .. } in batch.candidates() {
             self.scan_file(file, *range, Wanted::All)?;
+            if self.unshown_us.is_some() {
+                self.show_soon();
+            }
         }
         Ok(())
     }
@@ -256,7 +276,7 @@ impl Pass<'_> {
                 Wanted::Used
             };
             self.scan_file(file, EVERYTHING, wanted)?;
-            self.session.publish();
+            self.show();
             self.breathe()?;
             self.look_up()?;
             if self.looked >= CONTROL.pages_to_scan.get() {
@@ -414,7 +434,7 @@ impl Pass<'_> {
                 Err(Refusal::Busy) => {}
             }
             CONTROL.ring_full_waits.add(1);
-            self.session.publish();
+            self.show();
             if self.session.ask_to_be_woken(false) {
                 thread::wait_unfrozen(policy::POLL_MS);
             }
@@ -604,10 +624,28 @@ impl Pass<'_> {
         let mut waiting = Some(run);
         self.insist(|session| match waiting.take() {
             None => Ok(()),
+            // It may have waited.
+            Some(run) if !source.is_fit(&run.pin) => Ok(()),
             Some(run) => session.report(id, run).map_err(|(refusal, run)| {
                 waiting = Some(run);
                 refusal
             }),
-        })
+        })?;
+        self.show_soon();
+        Ok(())
+    }
+
+    /// Has the host see what was reported a moment ago, if it has not yet.
+    fn show_soon(&mut self) {
+        let now = thread::now_us();
+        let since = *self.unshown_us.get_or_insert(now);
+        if now.saturating_sub(since) >= SHOWN_US {
+            self.show();
+        }
+    }
+
+    fn show(&mut self) {
+        self.session.publish();
+        self.unshown_us = None;
     }
 }

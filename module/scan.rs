@@ -165,7 +165,7 @@ impl Pass<'_> {
                 continue;
             }
             if piece.state != PieceState::Known {
-                if folio.is_unfit() {
+                if folio.is_unfit() || subject.file.may_be_written() {
                     return self.retract(id, rest);
                 }
                 piece.range.end = piece.range.end.min(rest.start + self.most);

@@ -232,6 +232,17 @@ pub enum Op {
         /// Whether.
         on: bool,
     },
+    /// Have a file open for reading and writing, and do nothing with it.
+    OpenForWriting {
+        /// The file; without one none is open any more.
+        path: Option<String>,
+    },
+    /// Have a process that maps a file, and whose address space is changed about half of the time, so that nobody
+    /// else can look at it then.
+    Restless {
+        /// The file; without one the process ends.
+        path: Option<String>,
+    },
     /// What all frames hold. The reply is a list of the number of frames and their [`FrameKind`], from frame 0 on.
     Census,
     /// How what [`FrameKind::Mapped`] calls so lies in memory. The reply is a list: how many of these pages are in runs of

@@ -1,7 +1,7 @@
 //! Many processes that map files and sleep: what a pass of the module has to walk through.
 #![expect(unsafe_code, reason = "fork, mmap and what a forked child may call")]
 
-use std::{fs::File, os::fd::AsRawFd, ptr};
+use std::{fs::File, os::fd::AsRawFd, ptr, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
@@ -65,6 +65,21 @@ impl Herd {
             members: vec![child],
         })
     }
+
+    /// Starts one process that maps a file and takes its own mmap lock for writing about half of the time.
+    pub(super) fn restless(path: &str) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("open {path}"))?;
+        let length = usize::try_from(file.metadata()?.len())?;
+        // SAFETY: the child calls nothing but `restless`, which keeps to async-signal-safe functions.
+        let pid = unsafe { libc::fork() };
+        ensure!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
+        let Some(child) = Pid::from_raw(pid) else {
+            restless(&file, length)
+        };
+        Ok(Self {
+            members: vec![child],
+        })
+    }
 }
 
 impl Drop for Herd {
@@ -116,4 +131,36 @@ fn member(files: &[(File, usize)], pieces: usize, ready: i32) -> ! {
 fn end_with_parent() {
     // SAFETY: a plain system call on this process.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+/// Maps and touches a file of `length` bytes, and changes the protection of other memory for ever, with as much time between
+/// two changes as one takes.
+fn restless(file: &File, length: usize) -> ! {
+    /// Of memory whose protection changes, which takes milliseconds.
+    const BYTES: usize = 32 << 20;
+    let map = |length, protection, flags, file| {
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
+        let mapped = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, file, 0) };
+        if mapped == libc::MAP_FAILED {
+            // SAFETY: a plain system call.
+            unsafe { libc::_exit(1) };
+        }
+        mapped
+    };
+    let populated = libc::MAP_PRIVATE | libc::MAP_POPULATE;
+    let both = libc::PROT_READ | libc::PROT_WRITE;
+    end_with_parent();
+    map(length, libc::PROT_READ, populated, file.as_raw_fd());
+    let own = map(BYTES, both, populated | libc::MAP_ANONYMOUS, -1);
+    loop {
+        let began = Instant::now();
+        for protection in [libc::PROT_READ, both] {
+            // SAFETY: memory that nobody uses.
+            unsafe { libc::mprotect(own, BYTES, protection) };
+        }
+        let end = began + 2 * began.elapsed();
+        while Instant::now() < end {
+            std::hint::spin_loop();
+        }
+    }
 }

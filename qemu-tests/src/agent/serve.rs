@@ -50,6 +50,8 @@ fn requests(port: fs::File) -> Result<()> {
         held: HashMap::new(),
         herd: None,
         spinner: None,
+        restless: None,
+        writer: None,
         fragments: None,
     };
     for text in BufReader::new(port).lines() {
@@ -90,6 +92,8 @@ struct Agent {
     held: HashMap<String, Held>,
     herd: Option<Herd>,
     spinner: Option<Herd>,
+    restless: Option<Herd>,
+    writer: Option<fs::File>,
     fragments: Option<Fragments>,
 }
 
@@ -221,6 +225,15 @@ impl Agent {
             }
             Op::Spin { on } => {
                 self.spinner = on.then(Herd::spinner).transpose()?;
+                Ok(Value::Null)
+            }
+            Op::OpenForWriting { path } => {
+                let open = |path| fs::File::options().read(true).write(true).open(path);
+                self.writer = path.map(open).transpose()?;
+                Ok(Value::Null)
+            }
+            Op::Restless { path } => {
+                self.restless = path.as_deref().map(Herd::restless).transpose()?;
                 Ok(Value::Null)
             }
             Op::Census => Ok(serde_json::to_value(census::take()?)?),

@@ -10,12 +10,16 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::Stage;
+use super::{
+    Stage,
+    steps::{unit, write},
+};
 use crate::{
     guest::{Guest, SYSFS},
     protocol::Op,
     services,
     settle::settle,
+    world::Small,
 };
 
 const MANUAL: &str = include_str!("../../../docs/sysfs.md");
@@ -315,6 +319,73 @@ fn built_anew(stage: &mut Stage) -> Result<u64> {
     stage.world.guests[0].set("run", "1")?;
     settle(&mut stage.world, Instant::now())?;
     stage.shared_by(0)
+}
+
+/// From the moment at which a file is opened for writing, in the middle of its being reported, none of its pages is:
+/// a device may come to write to them.
+pub(super) fn nothing_more_once_somebody_may_write(stage: &mut Stage) -> Result<()> {
+    const PATH: &str = "/tmp/pf-opened";
+    const PAGES: u64 = 8192;
+    let seed = stage.seed();
+    stage.with_small_pair(&Small::default(), |world| {
+        let guest = &mut world.guests[0];
+        guest.wait_passes(2, LIMIT)?;
+        write(guest, PATH, seed, 0, PAGES * 4096)?;
+        // A page at a time, with a wait for each, so that there is a middle.
+        guest.set("max_inflight_pages", "1")?;
+        let before = guest.counter("pages_reported")?;
+        let waits = guest.counter("ring_full_waits")?;
+        let path = PATH.to_owned();
+        unit(guest, Op::Hold { path: path.clone() })?;
+        guest.request::<u64>(Op::WaitCounter {
+            path: format!("{SYSFS}/ring_full_waits"),
+            at_least: waits + 50,
+            timeout_ms: LIMIT.as_millis() as u64,
+        })?;
+        let path = Some(path);
+        unit(guest, Op::OpenForWriting { path })?;
+        guest.wait_passes(1, LIMIT)?;
+        let reported = guest.counter("pages_reported")? - before;
+        ensure!(
+            reported > 0 && reported < PAGES / 2,
+            "{reported} of {PAGES} pages were reported"
+        );
+        unit(guest, Op::OpenForWriting { path: None })
+    })
+}
+
+/// A process whose mmap lock cannot be had when the scope changes keeps what it shares.
+pub(super) fn what_cannot_be_looked_at_stays(stage: &mut Stage) -> Result<()> {
+    const CHANGES: usize = 6;
+    const PATH: &str = "/tmp/pf-restless";
+    const BYTES: u64 = 8 << 20;
+    let seed = stage.seed();
+    stage.with_small_pair(&Small::default(), |world| {
+        let guest = &mut world.guests[0];
+        write(guest, PATH, seed, 0, BYTES)?;
+        let path = Some(PATH.to_owned());
+        unit(guest, Op::Restless { path })?;
+        guest.request::<u64>(Op::WaitCounter {
+            path: format!("{SYSFS}/pages_tracked"),
+            at_least: BYTES / 4096,
+            timeout_ms: LIMIT.as_millis() as u64,
+        })?;
+        for _ in 0..CHANGES {
+            let before = guest.counter("pages_retracted")?;
+            // Nothing that belongs to `readonly` does not belong to it.
+            guest.set("scope", "cached")?;
+            // The first one may have begun before.
+            guest.wait_passes(2, LIMIT)?;
+            let retracted = guest.counter("pages_retracted")? - before;
+            ensure!(
+                retracted < BYTES / 4096,
+                "{retracted} pages were withdrawn when the scope grew"
+            );
+            guest.set("scope", "readonly")?;
+            guest.wait_passes(2, LIMIT)?;
+        }
+        unit(guest, Op::Restless { path: None })
+    })
 }
 
 /// How long a guest has been up by its own clock, which a busy host may make another than ours.

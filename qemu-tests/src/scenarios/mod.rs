@@ -113,6 +113,18 @@ pub const ALL: &[Scenario] = &[
         run: filesystems::scopes_see_what_they_name,
     },
     Scenario {
+        name: "what_cannot_be_looked_at_stays_reported",
+        tier: Tier::Usual,
+        guests: 0,
+        run: knobs::what_cannot_be_looked_at_stays,
+    },
+    Scenario {
+        name: "nothing_more_is_reported_once_somebody_may_write",
+        tier: Tier::Usual,
+        guests: 0,
+        run: knobs::nothing_more_once_somebody_may_write,
+    },
+    Scenario {
         name: "unmounting_is_never_busy",
         tier: Tier::Usual,
         guests: 0,
