@@ -7,8 +7,9 @@
 use super::files::FileId;
 use super::references::References;
 use hashbrown::DefaultHashBuilder;
+use std::collections::BTreeMap;
 use std::hash::BuildHasher;
-use std::ops::Deref;
+use std::ops::RangeBounds;
 
 /// Marks a reference to a list and not to a leaf.
 const LIST: u32 = 1 << 31;
@@ -23,22 +24,35 @@ pub(super) struct Part {
     pub(super) leaf: u32,
 }
 
+/// Leaves by the first page that each may have. A guest can have a leaf for each page that it
+/// reports, all of one file: nothing may look at all of them for one.
+type List = BTreeMap<u64, u32>;
+
 /// All leaves of a file in one VM, in order.
+#[derive(Clone, Copy)]
 pub(super) enum Parts<'a> {
     None,
     One(Part),
-    Many(&'a [Part]),
+    Many(&'a List),
 }
 
-impl Deref for Parts<'_> {
-    type Target = [Part];
+impl<'a> Parts<'a> {
+    pub(super) fn is_empty(self) -> bool {
+        matches!(self, Parts::None)
+    }
 
-    fn deref(&self) -> &[Part] {
-        match self {
-            Parts::None => &[],
-            Parts::One(part) => std::slice::from_ref(part),
-            Parts::Many(parts) => parts,
-        }
+    /// Those whose first page is in `pages`, which does not end before it begins.
+    pub(super) fn range(
+        self,
+        pages: impl RangeBounds<u64> + 'a,
+    ) -> impl DoubleEndedIterator<Item = Part> + 'a {
+        let (one, many) = match self {
+            Parts::None => (None, None),
+            Parts::One(part) => (Some(part).filter(|it| pages.contains(&it.first)), None),
+            Parts::Many(list) => (None, Some(list.range(pages))),
+        };
+        let part = |(&first, &leaf)| Part { first, leaf };
+        one.into_iter().chain(many.into_iter().flatten().map(part))
     }
 }
 
@@ -54,7 +68,7 @@ pub(super) trait Leaves {
 #[derive(Debug, Default)]
 pub(super) struct Places {
     heads: References,
-    lists: Vec<Vec<Part>>,
+    lists: Vec<List>,
     free: Vec<u32>,
     hasher: DefaultHashBuilder,
 }
@@ -77,16 +91,11 @@ impl Places {
             None => self.set_head(leaves, owner, part.leaf),
             Some(head) if head & LIST != 0 => {
                 let list = &mut self.lists[(head & !LIST) as usize];
-                let at = list.partition_point(|it| it.first < part.first);
-                if list.len() == list.capacity() {
-                    list.reserve_exact((list.len() / 8).max(2));
-                }
-                list.insert(at, part);
+                list.insert(part.first, part.leaf);
             }
             Some(leaf) => {
                 let first = leaves.first(leaf);
-                let mut list = vec![Part { first, leaf }, part];
-                list.sort_unstable_by_key(|it| it.first);
+                let list = List::from([(first, leaf), (part.first, part.leaf)]);
                 self.heads.remove(self.hash(owner), leaf);
                 let index = match self.free.pop() {
                     Some(index) => {
@@ -104,7 +113,7 @@ impl Places {
     }
 
     /// Removes a leaf that is there. `leaves` knows it still.
-    pub(super) fn remove(&mut self, leaves: &impl Leaves, owner: Owner, leaf: u32) {
+    pub(super) fn remove(&mut self, leaves: &impl Leaves, owner: Owner, part: Part) {
         let Some(head) = self.head(leaves, owner) else {
             return;
         };
@@ -113,21 +122,35 @@ impl Places {
             return;
         }
         let list = &mut self.lists[(head & !LIST) as usize];
-        list.retain(|it| it.leaf != leaf);
-        if let [last] = list[..] {
-            *list = Vec::new();
+        list.remove(&part.first);
+        if list.len() > 1 {
+            return;
+        }
+        let last = std::mem::take(list).into_values().next();
+        self.free.push(head & !LIST);
+        self.heads.remove(self.hash(owner), head);
+        if let Some(last) = last {
+            self.set_head(leaves, owner, last);
+        }
+    }
+
+    /// Removes all leaves of a file in a VM, if it has any. `leaves` knows them still.
+    pub(super) fn remove_all(&mut self, leaves: &impl Leaves, owner: Owner) {
+        let Some(head) = self.head(leaves, owner) else {
+            return;
+        };
+        self.heads.remove(self.hash(owner), head);
+        if head & LIST != 0 {
+            self.lists[(head & !LIST) as usize].clear();
             self.free.push(head & !LIST);
-            self.heads.remove(self.hash(owner), head);
-            self.set_head(leaves, owner, last.leaf);
         }
     }
 
     /// Memory taken, bytes, without what the allocator adds.
     pub(super) fn bytes(&self) -> usize {
-        let lists = self.lists.iter().map(Vec::capacity);
         self.heads.bytes()
-            + lists.sum::<usize>() * size_of::<Part>()
-            + self.lists.capacity() * size_of::<Vec<Part>>()
+            + self.lists.iter().map(list_bytes).sum::<usize>()
+            + self.lists.capacity() * size_of::<List>()
             + self.free.capacity() * size_of::<u32>()
     }
 
@@ -152,10 +175,26 @@ impl Places {
     }
 }
 
-fn owner_of(lists: &[Vec<Part>], leaves: &impl Leaves, head: u32) -> Owner {
+/// The owner of what a head stands for, which is not empty.
+fn owner_of(lists: &[List], leaves: &impl Leaves, head: u32) -> Owner {
     let leaf = match head & LIST {
         0 => head,
-        _ => lists[(head & !LIST) as usize][0].leaf,
+        _ => {
+            let mut list = lists[(head & !LIST) as usize].values();
+            *list.next().expect("a list has two leaves at least")
+        }
     };
     leaves.owner(leaf)
+}
+
+/// Estimate of what a list takes. A node has room for eleven leaves; where files are read from
+/// their beginning on, six of them are used, with one more in the node above.
+fn list_bytes(list: &List) -> usize {
+    /// Eleven leaves, and what joins them to others.
+    const NODE: usize = 11 * (size_of::<u64>() + size_of::<u32>()) + 12;
+    match list.len() {
+        0 => 0,
+        1..=11 => NODE,
+        leaves => leaves.div_ceil(7) * (NODE + NODE / 4),
+    }
 }

@@ -160,9 +160,7 @@ impl Sightings {
     fn leaf_with_room(&mut self, files: &mut Files, owner: Owner, page: u64) -> Option<u32> {
         let window_start = page / WINDOW * WINDOW;
         let parts = self.places.parts(&self.leaves, owner);
-        let before = parts.partition_point(|part| part.first <= page);
-        let part = before.checked_sub(1).map(|at| parts[at]);
-        let Some(part) = part.filter(|part| part.first >= window_start) else {
+        let Some(part) = parts.range(window_start..=page).next_back() else {
             return self.new_leaf(files, owner, window_start);
         };
         let leaf = &self.leaves[part.leaf as usize];
@@ -272,26 +270,26 @@ impl Sightings {
         let owner = (vm, file);
         let parts = self.places.parts(&self.leaves, owner);
         // The last leaf that begins before may reach into it.
-        let from = parts.partition_point(|part| part.first <= start).max(1) - 1;
-        let until = parts.partition_point(|part| part.first < end);
-        let touched: Vec<_> = parts.get(from..until).unwrap_or_default().into();
-        for part in &touched {
-            self.clear(files, part.leaf, |page| (start..end).contains(&page));
+        let last_before = parts.range(..=start).next_back();
+        let from = last_before.map_or(start, |part| part.first);
+        let touched: Vec<_> = parts.range(from..end).collect();
+        for &part in &touched {
+            self.clear(files, part, |page| (start..end).contains(&page));
         }
         // Whatever lay between the first and the last is gone.
-        for at in [from + 1, from, from.wrapping_sub(1)] {
-            self.join_with_next(files, owner, at);
+        let parts = self.places.parts(&self.leaves, owner);
+        let last_before = parts.range(..from).next_back();
+        let near = last_before.map_or(from, |part| part.first);
+        let near: Vec<_> = parts.range(near..).take(4).collect();
+        for two in near.windows(2).rev() {
+            self.join(files, two[0], two[1]);
         }
     }
 
-    /// Makes one leaf of two that are nearly empty: pages that are left when their neighbours
-    /// have been shared take no more than others.
-    fn join_with_next(&mut self, files: &mut Files, owner: Owner, at: usize) {
-        let parts = self.places.parts(&self.leaves, owner);
-        let (Some(one), Some(other)) = (parts.get(at), parts.get(at.wrapping_add(1))) else {
-            return;
-        };
-        let (one, other) = (one.leaf, other.leaf);
+    /// Makes one leaf of two, side by side, that are nearly empty: pages that are left when
+    /// their neighbours have been shared take no more than others.
+    fn join(&mut self, files: &mut Files, one: Part, next: Part) {
+        let (one, other) = (one.leaf, next.leaf);
         let (left, right) = (&self.leaves[one as usize], &self.leaves[other as usize]);
         let words = left.words.len() + right.words.len();
         if left.window != right.window || words > LEAF / 2 {
@@ -307,14 +305,14 @@ impl Sightings {
         for slot in slots {
             self.add_reference(one, slot);
         }
-        self.free_leaf(files, other);
+        self.free_leaf(files, next);
     }
 
-    fn free_leaf(&mut self, files: &mut Files, leaf: u32) {
-        let owner = self.leaves.owner(leaf);
-        self.places.remove(&self.leaves, owner, leaf);
-        self.leaves[leaf as usize] = Leaf::default();
-        self.free.push(leaf);
+    fn free_leaf(&mut self, files: &mut Files, part: Part) {
+        let owner = self.leaves.owner(part.leaf);
+        self.places.remove(&self.leaves, owner, part);
+        self.leaves[part.leaf as usize] = Leaf::default();
+        self.free.push(part.leaf);
         let (vm, file) = owner;
         if self.places.parts(&self.leaves, owner).is_empty() {
             self.by_vm.entry(vm).or_default().files -= 1;
@@ -327,10 +325,25 @@ impl Sightings {
         if !self.by_vm.contains_key(&vm) {
             return;
         }
-        for leaf in 0..self.leaves.len() as u32 {
-            if self.leaves[leaf as usize].vm == vm && !self.leaves[leaf as usize].words.is_empty() {
-                self.clear(files, leaf, |_| true);
+        let is_theirs = |leaf: &Leaf| leaf.vm == vm && !leaf.words.is_empty();
+        let theirs = |leaves: &[Leaf], index: &u32| is_theirs(&leaves[*index as usize]);
+        // File by file, while the leaves still say whose they are.
+        let all = 0..self.leaves.len() as u32;
+        for leaf in all.clone().filter(|leaf| theirs(&self.leaves, leaf)) {
+            let owner = self.leaves.owner(leaf);
+            self.places.remove_all(&self.leaves, owner);
+        }
+        for index in all {
+            if !theirs(&self.leaves, &index) {
+                continue;
             }
+            for slot in 0..self.leaves[index as usize].words.len() {
+                self.drop_reference(index, slot);
+            }
+            let leaf = std::mem::take(&mut self.leaves[index as usize]);
+            self.free.push(index);
+            self.pages -= leaf.words.len();
+            files.drop_sighting(leaf.file);
         }
         self.by_vm.remove(&vm);
     }
@@ -362,7 +375,8 @@ impl Sightings {
             + self.by_hash.bytes()
     }
 
-    fn clear(&mut self, files: &mut Files, index: u32, which: impl Fn(u64) -> bool) {
+    fn clear(&mut self, files: &mut Files, part: Part, which: impl Fn(u64) -> bool) {
+        let index = part.leaf;
         let mut removed = 0;
         let mut slot = 0;
         while let Some(&word) = self.leaves[index as usize].words.get(slot) {
@@ -377,7 +391,7 @@ impl Sightings {
         self.pages -= removed;
         self.by_vm.entry(leaf.vm).or_default().pages -= removed;
         if leaf.words.is_empty() {
-            self.free_leaf(files, index);
+            self.free_leaf(files, part);
         }
     }
 
@@ -519,7 +533,7 @@ mod tests {
             };
             assert!(sightings.insert(&mut files, reporter, (page + 1) << 16));
         }
-        let leaves = |it: &Sightings| it.places.parts(&it.leaves, (1, 0)).len();
+        let leaves = |it: &Sightings| it.places.parts(&it.leaves, (1, 0)).range(..).count();
         assert_eq!(leaves(&sightings), 100);
         for page in (0..6400).filter(|page| page % 64 != 5) {
             sightings.remove(
@@ -533,5 +547,54 @@ mod tests {
         }
         assert_eq!(sightings.len(), 100);
         assert!(leaves(&sightings) <= 6, "{}", leaves(&sightings));
+    }
+
+    /// What this thread has worked so far.
+    fn worked() -> i64 {
+        rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).tv_sec
+    }
+
+    /// Each page in a leaf of its own, as in a file that is nearly all holes. Were every leaf
+    /// looked at for one that comes or goes, this would take very long.
+    #[test]
+    fn a_file_may_have_very_many_leaves() {
+        const LEAVES: u64 = 100_000;
+        let begin = worked();
+        let in_time = || assert!(worked() - begin < 20, "all leaves for each");
+        let (mut sightings, mut files) = (Sightings::default(), files());
+        let leaves = |it: &Sightings| it.leaves.len() - it.free.len();
+        for (vm, file) in [(1, 0), (1, 1), (2, 0)] {
+            // From the last one on: each comes before all others.
+            for window in (0..LEAVES).rev() {
+                let page = window * WINDOW + window % 7;
+                let number = u64::from(vm) << 32 | u64::from(file) << 24 | window;
+                let reporter = Reporter { vm, file, page };
+                assert!(sightings.insert(&mut files, reporter, number << 16));
+                if window % 4096 == 0 {
+                    in_time();
+                }
+            }
+        }
+        assert_eq!(leaves(&sightings), 3 * LEAVES as usize);
+        // A whole file, a part of one, and a VM.
+        sightings.remove_range(&mut files, 1, 0, 0, u64::MAX);
+        in_time();
+        assert_eq!(sightings.files_of(1), 1);
+        sightings.remove_range(&mut files, 2, 0, WINDOW + 7, (LEAVES - 2) * WINDOW);
+        in_time();
+        assert_eq!(sightings.pages_of(2), 4);
+        sightings.remove_vm(&mut files, 1);
+        in_time();
+        assert_eq!((sightings.len(), leaves(&sightings)), (4, 4));
+        for window in [0, 1, LEAVES - 2, LEAVES - 1] {
+            let page = window * WINDOW + window % 7;
+            let number = 2 << 32 | window;
+            let reporter = Reporter {
+                vm: 2,
+                file: 0,
+                page,
+            };
+            assert_eq!(sightings.find(number << 16), Some(reporter));
+        }
     }
 }
