@@ -104,6 +104,7 @@ impl Leaves for Vec<Leaf> {
 struct Counts {
     pages: usize,
     files: usize,
+    leaves: usize,
 }
 
 /// Sightings of a trust group.
@@ -208,6 +209,7 @@ impl Sightings {
                 (self.leaves.len() - 1) as u32
             }
         };
+        self.by_vm.entry(vm).or_default().leaves += 1;
         files.hold_sighting(file);
         self.places
             .insert(&self.leaves, owner, Part { first, leaf });
@@ -314,8 +316,10 @@ impl Sightings {
         self.leaves[part.leaf as usize] = Leaf::default();
         self.free.push(part.leaf);
         let (vm, file) = owner;
+        let counts = self.by_vm.entry(vm).or_default();
+        counts.leaves -= 1;
         if self.places.parts(&self.leaves, owner).is_empty() {
-            self.by_vm.entry(vm).or_default().files -= 1;
+            counts.files -= 1;
         }
         files.drop_sighting(file);
     }
@@ -361,6 +365,11 @@ impl Sightings {
     /// Number of files of which pages are noted for one VM.
     pub(super) fn files_of(&self, vm: u32) -> usize {
         self.by_vm.get(&vm).map_or(0, |counts| counts.files)
+    }
+
+    /// Number of leaves that these take: one for each file at least, and for each window.
+    pub(super) fn leaves_of(&self, vm: u32) -> usize {
+        self.by_vm.get(&vm).map_or(0, |counts| counts.leaves)
     }
 
     /// Estimate of the memory taken, bytes.
@@ -465,6 +474,9 @@ mod tests {
             assert_eq!(sightings.pages_of(vm), pages.count());
             assert_eq!(sightings.files_of(vm), files.len());
         }
+        let leaves = [1, 2].map(|vm| sightings.leaves_of(vm));
+        let used = sightings.leaves.len() - sightings.free.len();
+        assert_eq!(leaves.iter().sum::<usize>(), used);
     }
 
     fn files() -> Files {

@@ -18,6 +18,9 @@ pub struct Limits {
     pub sightings_per_vm: usize,
     /// Files of which pages are noted for one VM.
     pub files_per_vm: usize,
+    /// Leaves of the index in which these are noted. A leaf has up to 64 pages, of one 256 MiB
+    /// of a file: pages that lie further apart take one each.
+    pub leaves_per_vm: usize,
 }
 
 impl Default for Limits {
@@ -28,6 +31,9 @@ impl Default for Limits {
             // 16 GiB of page cache; takes about 64 MiB when it is full.
             sightings_per_vm: 1 << 22,
             files_per_vm: 1 << 18,
+            // One for each file, and one for 16 pages, which all have where pages lie together.
+            // Takes about as much again, however they lie.
+            leaves_per_vm: 1 << 19,
         }
     }
 }

@@ -6,6 +6,8 @@ mod limits;
 mod publish;
 mod statistics;
 mod strays;
+#[cfg(test)]
+mod tests;
 
 pub use self::limits::{Limits, VmLimits};
 pub use self::statistics::{GroupStatistics, VmStatistics};
@@ -414,6 +416,7 @@ impl Group {
             None => {
                 if self.sightings.pages_of(vm) < self.limits.sightings_per_vm
                     && self.sightings.files_of(vm) < self.limits.files_per_vm
+                    && self.sightings.leaves_of(vm) < self.limits.leaves_per_vm
                 {
                     self.sightings.insert(&mut self.files, reporter, hash);
                 }
