@@ -8,7 +8,7 @@ use crate::protocol::{
     EngineReply, EngineRequest, FileKey, FileSpan, Segment, Sighting, StorePage, Verdict,
 };
 use crate::store::batches::pages_of;
-use crate::store::{Group, PAGE, StoreError};
+use crate::store::{Group, PAGE, StoreError, check_spans};
 use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, MutexGuard};
@@ -98,6 +98,8 @@ impl<'a> Gate<'a> {
 
     /// Files that were undone are not found.
     fn lookup(&mut self, spans: &[FileSpan], out: &mut Vec<Segment>) -> Result<(), StoreError> {
+        // All of them, and not only those between files that were undone.
+        check_spans(spans.iter().map(|it| (it.page, u64::from(it.pages))))?;
         let Self { vm, undone, store } = self;
         for spans in spans.chunk_by(|a, b| undone.contains(&a.file) == undone.contains(&b.file)) {
             if spans.first().is_some_and(|it| undone.contains(&it.file)) {
@@ -114,6 +116,7 @@ impl<'a> Gate<'a> {
 
     /// Files that were undone are not noted, for this VM or for others.
     fn sight(&mut self, sightings: &[Sighting], out: &mut Vec<Verdict>) -> Result<(), StoreError> {
+        check_spans(sightings.iter().map(|it| (it.page, it.hashes.len() as u64)))?;
         let Self { vm, undone, store } = self;
         for sightings in
             sightings.chunk_by(|a, b| undone.contains(&a.file) == undone.contains(&b.file))
@@ -159,7 +162,7 @@ impl<'a> Gate<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::hash_page;
+    use crate::store::{MAX_REQUEST_PAGES, hash_page};
     use std::sync::Mutex;
 
     fn span(inode: u64, page: u64, pages: u32) -> FileSpan {
@@ -172,6 +175,39 @@ mod tests {
             kind: 1,
         };
         FileSpan { file, page, pages }
+    }
+
+    #[test]
+    fn files_that_were_undone_make_no_request_longer_than_others() {
+        const HALF: u32 = MAX_REQUEST_PAGES as u32 / 2;
+        let (one, other) = (span(1, 0, HALF), span(2, 0, 1));
+        let undone = Arc::new(HashSet::from([other.file]));
+        let group = Mutex::new(Group::anonymous().unwrap());
+        group.lock().unwrap().add_vm(1);
+        let mut gate = Gate::new(1, undone, group.lock().unwrap());
+        let mut segments = Vec::new();
+        let most = FileSpan {
+            pages: HALF - 2,
+            ..one
+        };
+        gate.lookup(&[one, other, most, other], &mut segments)
+            .unwrap();
+        let pages: u32 = segments.iter().map(|it| it.pages).sum();
+        assert_eq!(pages, 2 * HALF);
+        let too_many = [one, other, one];
+        assert!(gate.lookup(&too_many, &mut Vec::new()).is_err());
+        let undone_only = [FileSpan {
+            pages: u32::MAX,
+            ..other
+        }];
+        assert!(gate.lookup(&undone_only, &mut Vec::new()).is_err());
+        let sightings = too_many.map(|it| Sighting {
+            file: it.file,
+            page: it.page,
+            hashes: (0..u64::from(it.pages)).collect(),
+        });
+        assert!(gate.sight(&sightings, &mut Vec::new()).is_err());
+        gate.sight(&sightings[..2], &mut Vec::new()).unwrap();
     }
 
     #[test]

@@ -520,7 +520,7 @@ fn append(segments: &mut Vec<Segment>, begin: usize, new: Segment) {
 }
 
 /// Spans are (first page, pages).
-fn check_spans(spans: impl Iterator<Item = (u64, u64)>) -> Result<(), StoreError> {
+pub(crate) fn check_spans(spans: impl Iterator<Item = (u64, u64)>) -> Result<(), StoreError> {
     let mut all = 0;
     for (first, pages) in spans {
         if first.checked_add(pages).is_none() {
