@@ -25,6 +25,7 @@ use crate::protocol::{
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashSet};
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 /// Most pages in one request other than a publication.
@@ -226,14 +227,12 @@ impl Group {
     pub fn release(&mut self, vm: u32, spans: &[StoreSpan]) -> Result<(), StoreError> {
         self.known(vm)?;
         let granted = &mut self.vms.entry(vm).or_default().granted;
+        // To take a range out looks at all that is granted: so all ranges at once.
         let mut released = RoaringBitmap::new();
-        for span in spans {
-            let end = span.page.saturating_add(span.pages);
-            let mut pages = granted.iter();
-            pages.advance_to(span.page);
-            released.extend(pages.take_while(|&page| page < end));
-            granted.remove_range(span.page..end);
+        for pages in joined(spans) {
+            released.extend(granted.range(pages));
         }
+        *granted -= &released;
         self.granted -= released.len();
         self.drop_references(&released);
         Ok(())
@@ -517,6 +516,21 @@ fn append(segments: &mut Vec<Segment>, begin: usize, new: Segment) {
         }
     }
     segments.push(new);
+}
+
+/// The pages of `spans`, however these lie, in order and each once.
+fn joined(spans: &[StoreSpan]) -> Vec<Range<StorePage>> {
+    let pages = |span: &StoreSpan| span.page..span.page.saturating_add(span.pages);
+    let mut ranges: Vec<_> = spans.iter().map(pages).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let joins = next.start <= last.end;
+        if joins {
+            last.end = last.end.max(next.end);
+        }
+        joins
+    });
+    ranges
 }
 
 /// Spans are (first page, pages).
