@@ -47,6 +47,11 @@ impl Adoption {
         Ok(Self { pages, waiting })
     }
 
+    /// Pages that were there at the beginning. All are kept until the end.
+    pub(super) fn pages(&self) -> &RoaringBitmap {
+        &self.pages
+    }
+
     /// Whether the page must be kept though nobody is known to map it.
     pub(super) fn keeps(&self, page: StorePage) -> bool {
         self.pages.contains(page)

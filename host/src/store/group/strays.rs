@@ -3,9 +3,9 @@
 //! Memory of the store's file that belongs to no page.
 
 use super::super::PAGE;
+use super::super::adoption::Adoption;
 use super::Group;
 use crate::protocol::spans;
-use roaring::RoaringBitmap;
 use std::io;
 
 /// Memory of a store beyond its pages that is let be: this many pages, and this part of them.
@@ -29,20 +29,22 @@ impl Group {
     }
 
     fn try_clear_strays(&mut self) -> io::Result<bool> {
-        // What was there when a file was taken over is in the index until that is over.
         let pages = self.index.len() as u64;
         let most = pages + pages / STRAY_PART + STRAY_PAGES;
-        if self.adoption.is_some() || self.file.allocated_bytes()? / PAGE as u64 <= most {
+        if self.file.allocated_bytes()? / PAGE as u64 <= most {
             return Ok(false);
         }
-        let mut used = RoaringBitmap::new();
+        // While a file is taken over, all that was there at first is in the index, announced or
+        // not. One VM that never announces must not keep what others touch.
+        let adopted = self.adoption.as_ref().map(Adoption::pages);
+        let mut used = adopted.cloned().unwrap_or_default();
         for vm in self.vms.values() {
             used |= &vm.granted;
         }
-        // Every page is granted to somebody. Should one not be, nothing may go: it may be mapped.
+        // Every page is one of these. Should one not be, nothing may go: it may be mapped.
         if used.len() != pages {
             return Err(io::Error::other(format!(
-                "{pages} pages, of which {} are granted",
+                "{pages} pages, of which {} are granted or adopted",
                 used.len()
             )));
         }

@@ -43,6 +43,17 @@ fn span(page: u64) -> FileSpan {
     }
 }
 
+/// Shares a page that two VMs have: the second one is granted it.
+fn share(group: &mut Group, [one, other]: [u32; 2], page: u64) -> StorePage {
+    sight(group, one, page, page);
+    sight(group, other, page, page);
+    let mut stores = Vec::new();
+    group
+        .publish(other, &[span(page)], &content(page), &mut stores)
+        .unwrap();
+    stores[0].unwrap()
+}
+
 #[test]
 fn pages_far_from_each_other_are_noted_up_to_a_limit_of_their_own() {
     let limits = Limits {
@@ -120,4 +131,62 @@ proptest! {
         let granted: BTreeSet<_> = group.vms[&1].granted.iter().collect();
         prop_assert_eq!(granted, left);
     }
+}
+
+#[test]
+fn what_is_touched_between_pages_goes_though_a_vm_never_says_what_it_maps() {
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = directory.path().join("pages");
+    let open = |waiting: &[u32]| {
+        let file = StoreFile::open(&path).unwrap();
+        let waiting = waiting.iter().copied().collect();
+        Group::new(file, Limits::default(), waiting).unwrap()
+    };
+    let taken = |group: &Group| group.allocated_bytes().unwrap() / PAGE as u64;
+    let mut group = open(&[]);
+    (1..=2).for_each(|vm| group.add_vm(vm));
+    let mut used: BTreeMap<_, _> = (0..40)
+        .map(|it| (share(&mut group, [1, 2], 3 * it), 3 * it))
+        .collect();
+    drop(group);
+
+    let mut group = open(&[1, 2]);
+    let announced: Vec<_> = used
+        .iter()
+        .take(20)
+        .map(|(&store, &page)| Holding {
+            span: span(page),
+            store,
+        })
+        .collect();
+    group.announce(2, &announced, true).unwrap();
+    group.add_vm(3);
+    used.insert(share(&mut group, [2, 3], 1000), 1000);
+    // What a mapping does when it is read there.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let touch = |used: &BTreeMap<StorePage, u64>| {
+        for page in (0..4000).filter(|page| !used.contains_key(page)) {
+            rustix::io::pwrite(&file, &[0; PAGE], u64::from(page) * PAGE as u64).unwrap();
+        }
+    };
+    let check = |group: &mut Group, used: &BTreeMap<StorePage, u64>| {
+        while group.clear_strays() {}
+        assert_eq!(taken(group), used.len() as u64);
+        for (&store, &page) in used {
+            let mut stored = [0; PAGE];
+            group.file.read(store, &mut stored).unwrap();
+            assert!(stored == content(page), "page {page}");
+        }
+    };
+    touch(&used);
+    assert!(taken(&group) >= 4000);
+    check(&mut group, &used);
+    assert!(group.statistics().adopting);
+
+    // Now what only that one may have mapped is nobody's.
+    group.end_vm(1);
+    used.retain(|store, page| *page == 1000 || announced.iter().any(|it| it.store == *store));
+    assert_eq!(used.len(), 21);
+    touch(&used);
+    check(&mut group, &used);
 }
