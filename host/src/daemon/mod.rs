@@ -136,6 +136,10 @@ impl Daemon {
             }
         });
         let registry = self.registry.clone();
+        let _strays = every(tidy::STRAYS, "strays", move || {
+            tidy::clear_strays(&registry);
+        });
+        let registry = self.registry.clone();
         let mut tidying = tidy::Tidying::default();
         let _tidy = self
             .tidy

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Now and then has engines give up overlays that save nothing.
+//! Now and then has engines give up overlays that save nothing, and takes back what nobody
+//! was given.
 
 use super::control::Answer;
 use super::registry::Registry;
@@ -13,6 +14,18 @@ use std::time::Duration;
 const MAX_SPANS: usize = 1 << 16;
 /// How long others wait for an engine before they are asked, too.
 const TURN: Duration = Duration::from_secs(2);
+
+/// How often memory between the pages of stores is looked for. It is no matter of taste, as
+/// what engines do is, but of what a hostile VMM can take.
+pub(super) const STRAYS: Duration = Duration::from_secs(5);
+
+/// Gives back what VMMs have touched between the pages of stores.
+pub(super) fn clear_strays(registry: &Registry) {
+    for vm in registry.vms() {
+        // Others get hold of the store in between.
+        while vm.store().clear_strays() {}
+    }
+}
 
 /// Has engines tidy up.
 #[derive(Debug, Default)]
@@ -30,8 +43,6 @@ impl Tidying {
         self.open
             .retain(|number, _| vms.iter().any(|vm| vm.number == *number));
         for vm in vms {
-            // Others get hold of the store in between.
-            while vm.store().clear_strays() {}
             if let Some(answer) = self.open.remove(&vm.number) {
                 self.wait(vm.number, answer, Duration::ZERO);
             }

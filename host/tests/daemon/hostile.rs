@@ -8,9 +8,11 @@ use pagefusion_host::protocol::{
     AdminClient, Connection, CreatedVm, Encoding, EngineReply, EngineRequest, FileSpan, Hello,
     HelloReply, Role, StoreSpan, VERSION, Welcome,
 };
+use pagefusion_host::store::PAGE;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -198,4 +200,30 @@ fn connections_are_limited() {
     held.pop();
     // The place is free as soon as the daemon can see that the connection is closed.
     held.push(greeted(&vm));
+}
+
+#[test]
+fn memory_between_pages_is_given_back_without_tidying_up() {
+    const STRAYS: u64 = 1000;
+    let host = Host::new();
+    let _daemon = Daemon::start_with(&host, &["--tidy-interval", "0"]);
+    let mut vmms = ["one", "two"].map(|name| Vmm::start(&host, name, "g"));
+    for vmm in &mut vmms {
+        vmm.tell("connect");
+        vmm.tell("share 1 0 20");
+    }
+    assert_eq!(host.stored_pages(), 20);
+    // What reading a hole in a mapping does: the page takes memory.
+    let store = std::fs::File::options()
+        .write(true)
+        .open(&host.store_files()[0])
+        .unwrap();
+    for page in 5000..5000 + STRAYS {
+        store.write_all_at(&[0; PAGE], page * PAGE as u64).unwrap();
+    }
+    let begin = Instant::now();
+    while host.stored_pages() != 20 {
+        assert!(begin.elapsed() < 3 * LIMIT, "{}", host.stored_pages());
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
