@@ -134,7 +134,8 @@ impl Group {
         Some(store)
     }
 
-    /// Writes a page into memory that nobody has mapped before it was a page.
+    /// Writes a page into memory that nobody has mapped before it was a page, unless somebody
+    /// hurries to: `docs/threat-model.md` says what that means.
     fn write_anew(
         &self,
         store: StorePage,
