@@ -50,10 +50,24 @@ pub enum DaemonError {
         /// What went wrong.
         source: io::Error,
     },
+    /// Others may have put something into a directory, or may still.
+    #[error(
+        "{} {found}, so that others may write what VMs share, or take its place: {cure}",
+        .path.display()
+    )]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        found: String,
+        /// What to do about it.
+        cure: String,
+    },
     /// The store would be on a disk.
     #[error(
         "the store directory {} is not on a tmpfs, and a store on a disk cannot save memory; \
-         choose one below /dev/shm or mount a tmpfs there: mount -t tmpfs tmpfs {}",
+         choose one below /dev/shm or mount a tmpfs there: \
+         mount -t tmpfs -o mode=700 tmpfs {}",
         .path.display(), .path.display()
     )]
     NotTmpfs {

@@ -29,7 +29,7 @@ mod vm;
 
 pub use error::DaemonError;
 pub use pressure::PressureThresholds;
-pub(crate) use runtime::TMPFS_MAGIC;
+pub(crate) use runtime::{TMPFS_MAGIC, foreign};
 
 use crate::protocol::{Connection, Encoding, FileKey, peer};
 use crate::store::Group;

@@ -546,7 +546,7 @@ impl Registry {
         let (number, name) = (record.number, store_name(&record));
         let group = match inner.groups.get(&name) {
             Some(group) => group.clone(),
-            None => SharedGroup::new(open_group(&self.runtime, &name, HashSet::new())?),
+            None => SharedGroup::new(new_group(&self.runtime, &name)?),
         };
         let vm = Arc::new(Vm::new(
             &self.runtime,
@@ -611,6 +611,20 @@ fn cannot_tell(record: &VmRecord, error: &io::Error) -> io::Error {
 fn open_group(runtime: &Runtime, name: &str, waiting: HashSet<u32>) -> io::Result<Group> {
     let file = StoreFile::open(&runtime.store_path(name))?;
     Group::new(file, store::Limits::default(), waiting)
+}
+
+/// A group of which there is no VM yet. What has its name is of no use to anybody.
+fn new_group(runtime: &Runtime, name: &str) -> io::Result<Group> {
+    let path = runtime.store_path(name);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        result => result?,
+    }
+    Group::new(
+        StoreFile::create(&path)?,
+        store::Limits::default(),
+        HashSet::new(),
+    )
 }
 
 fn store_name(record: &VmRecord) -> String {

@@ -25,13 +25,13 @@ use crate::protocol::{FileKey, Limits};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::{fmt, fs};
 
 /// Longest path of a socket, its final zero excluded.
 const MAX_SOCKET_PATH: usize = 107;
@@ -101,6 +101,12 @@ pub(super) struct Runtime {
 
 impl Runtime {
     pub(super) fn open(directory: &Path, store: &Path) -> Result<Self, DaemonError> {
+        // A slash at the end would follow a link.
+        let (directory, store): (PathBuf, PathBuf) = (
+            directory.components().collect(),
+            store.components().collect(),
+        );
+        let (directory, store) = (directory.as_path(), store.as_path());
         let max = MAX_SOCKET_PATH - LONGEST_SOCKET.len();
         if directory.as_os_str().len() > max {
             return Err(DaemonError::PathTooLong {
@@ -112,13 +118,9 @@ impl Runtime {
             path: directory.into(),
             source,
         };
-        for (name, mode) in [
-            ("", 0o755),
-            ("vms", 0o755),
-            ("records", 0o700),
-            ("staging", 0o700),
-        ] {
-            make_directory(&directory.join(name), mode).map_err(unusable)?;
+        make_own_directory(directory, 0o755, unusable)?;
+        for (name, mode) in [("vms", 0o755), ("records", 0o700), ("staging", 0o700)] {
+            make_own_directory(&directory.join(name), mode, unusable)?;
         }
         let lock = lock(&directory.join("lock")).map_err(unusable)?;
         let lock = lock.ok_or_else(|| DaemonError::AlreadyRunning {
@@ -139,7 +141,7 @@ impl Runtime {
             path: store.into(),
             source,
         };
-        make_directory(store, 0o700).map_err(unusable)?;
+        make_own_directory(store, 0o700, unusable)?;
         let file_system = rustix::fs::statfs(store)
             .map_err(io::Error::from)
             .map_err(unusable)?;
@@ -386,6 +388,73 @@ fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
             }
         }
         result => result,
+    }
+}
+
+/// Makes a directory of the daemon's own. One that is there already is refused if anybody else may
+/// have put something into it: who has the pages open can write to them whatever they become.
+fn make_own_directory(
+    path: &Path,
+    mode: u32,
+    unusable: impl Fn(io::Error) -> DaemonError,
+) -> Result<(), DaemonError> {
+    let found = make_directory(path, mode).and_then(|()| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(path, flags, Mode::empty())?;
+        Ok(rustix::fs::fstat(&directory)?)
+    });
+    let found = found.map_err(unusable)?;
+    let us = rustix::process::geteuid().as_raw();
+    match foreign(found.st_uid, found.st_mode, &[us]) {
+        Some(foreign) => Err(DaemonError::NotOurs {
+            path: path.into(),
+            cure: foreign.cure(path),
+            found: foreign.to_string(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Why a directory is not the daemon's alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Foreign {
+    /// It belongs to this user.
+    Owner(u32),
+    /// Its mode lets others write.
+    Mode(u32),
+}
+
+impl Foreign {
+    /// What to do about it.
+    pub(crate) fn cure(&self, path: &Path) -> String {
+        let path = path.display();
+        match self {
+            Self::Owner(_) => format!("mv {path} {path}.foreign, and look who made it"),
+            Self::Mode(_) => {
+                format!("remove from it what you did not put there, then: chmod go-w {path}")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Owner(uid) => write!(f, "belongs to user {uid}"),
+            Self::Mode(mode) => write!(f, "may be written by others (mode {mode:04o})"),
+        }
+    }
+}
+
+/// Whether anybody but these `users` may put something into a directory. Access control lists
+/// show in the mode.
+pub(crate) fn foreign(owner: u32, mode: u32, users: &[u32]) -> Option<Foreign> {
+    if !users.contains(&owner) {
+        Some(Foreign::Owner(owner))
+    } else if mode & 0o022 != 0 {
+        Some(Foreign::Mode(mode & 0o7777))
+    } else {
+        None
     }
 }
 

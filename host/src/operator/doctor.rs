@@ -194,8 +194,12 @@ fn store(facts: &Facts) -> Option<Finding> {
             check,
             Verdict::Bad,
             format!("{path} is not a tmpfs, and a store on a disk cannot save memory"),
-            format!("mount -t tmpfs -o size=50% tmpfs {path}, or another --store-dir"),
+            format!("mount -t tmpfs -o size=50%,mode=700 tmpfs {path}, or another --store-dir"),
         ));
+    }
+    if let Some((found, cure)) = &store.foreign {
+        let text = format!("{path} {found}, and pagefusiond refuses it");
+        return Some(mend(check, Verdict::Bad, text, cure.as_str()));
     }
     let bytes = |bytes: u64| human_bytes(i64::try_from(bytes).unwrap_or(i64::MAX));
     let room = format!(
@@ -286,6 +290,7 @@ mod tests {
                 is_tmpfs: true,
                 bytes: 1 << 33,
                 free: 1 << 33,
+                foreign: None,
             }),
             qemu: Some(Ok("QEMU emulator version 10.0".into())),
             ivshmem: Some(true),
@@ -326,6 +331,9 @@ mod tests {
             broken(|it| it.ksm = Some(1)),
             broken(|it| it.store.as_mut().unwrap().is_tmpfs = false),
             broken(|it| it.store.as_mut().unwrap().free = 1 << 20),
+            broken(|it| {
+                it.store.as_mut().unwrap().foreign = Some(("no".into(), "yes".into()));
+            }),
             broken(|it| it.qemu = fails()),
             broken(|it| it.ivshmem = Some(false)),
             broken(|it| it.preload = Some(Err("no".into()))),
@@ -341,6 +349,7 @@ mod tests {
             ("KSM", Advice),
             ("store", Bad),
             ("store", Advice),
+            ("store", Bad),
             ("QEMU", Bad),
             ("ivshmem-doorbell", Bad),
             ("library", Bad),

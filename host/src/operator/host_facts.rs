@@ -21,6 +21,8 @@ pub struct Tmpfs {
     pub bytes: u64,
     /// What is free of it, bytes.
     pub free: u64,
+    /// Of a store directory that is there: what lets others write to it, and how to end that.
+    pub foreign: Option<(String, String)>,
 }
 
 /// Why the daemon does not answer.
@@ -156,7 +158,21 @@ fn store(directory: &Path) -> Option<Tmpfs> {
         is_tmpfs: found.f_type as u64 == crate::daemon::TMPFS_MAGIC,
         bytes: found.f_blocks * block,
         free: found.f_bavail * block,
+        foreign: if path == directory {
+            foreign_store(path)
+        } else {
+            None
+        },
     })
+}
+
+/// The daemon runs as root or, where somebody tries it, as whoever asks.
+fn foreign_store(path: &Path) -> Option<(String, String)> {
+    use std::os::unix::fs::MetadataExt;
+    let found = fs::symlink_metadata(path).ok()?;
+    let users = [0, rustix::process::geteuid().as_raw()];
+    let foreign = crate::daemon::foreign(found.uid(), found.mode(), &users)?;
+    Some((foreign.to_string(), foreign.cure(path)))
 }
 
 #[cfg(test)]
@@ -176,6 +192,20 @@ mod tests {
         let found = store(Path::new("/dev/shm/none/of/these")).unwrap();
         assert_eq!(found.path, Path::new("/dev/shm"));
         assert!(found.is_tmpfs && found.free <= found.bytes);
+        // That one is for everybody to write to, and not the store.
+        assert_eq!(found.foreign, None);
+    }
+
+    #[test]
+    fn a_store_that_others_may_write_is_found() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = directory.path();
+        assert_eq!(store(path).unwrap().foreign, None);
+        fs::set_permissions(path, PermissionsExt::from_mode(0o777)).unwrap();
+        let (found, cure) = store(path).unwrap().foreign.unwrap();
+        assert!(found.contains("0777"), "{found}");
+        assert!(cure.contains("chmod go-w"), "{cure}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use super::PAGE;
 use crate::protocol::StorePage;
-use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, FileType, MemfdFlags, Mode, OFlags, SeekFrom};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -26,10 +26,38 @@ impl StoreFile {
         Ok(Self { fd })
     }
 
-    /// Opens the file at `path`, which is created with mode 0600 if it is not there.
+    /// Opens the file at `path`, which is created with mode 0600 if it is not there. One that
+    /// another user has made, or has a name for, is refused: they may have it open for writing.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        Self::open_with(path, OFlags::empty())
+    }
+
+    /// Creates the file at `path` with mode 0600; an error if there is one.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        Self::open_with(path, OFlags::EXCL)
+    }
+
+    fn open_with(path: &Path, flags: OFlags) -> io::Result<Self> {
+        let flags = flags | OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
+        let found = rustix::fs::fstat(&fd)?;
+        let foreign = if found.st_uid != rustix::process::geteuid().as_raw() {
+            Some(format!("belongs to user {}", found.st_uid))
+        } else if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
+            Some("is no regular file".into())
+        } else if found.st_nlink != 1 {
+            Some(format!("has {} names", found.st_nlink))
+        } else {
+            None
+        };
+        if let Some(how) = foreign {
+            let reason = format!(
+                "{} {how}, so that others may write what VMs share; end the VMs of its group and \
+                 remove it",
+                path.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+        }
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
         Ok(Self { fd })
     }
@@ -126,4 +154,51 @@ impl StoreFile {
 
 fn offset(page: StorePage) -> u64 {
     u64::from(page) * PAGE as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    fn refusal(path: &Path) -> String {
+        StoreFile::open(path).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_file_that_others_may_write_is_refused() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = directory.path().join("group.pages");
+        StoreFile::create(&path).unwrap();
+        // After a restart it is opened again.
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+        StoreFile::open(&path).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+
+        let other = directory.path().join("other");
+        fs::hard_link(&path, &other).unwrap();
+        assert!(refusal(&path).contains("has 2 names"), "{}", refusal(&path));
+        fs::remove_file(&other).unwrap();
+        StoreFile::open(&path).unwrap();
+
+        if rustix::process::geteuid().is_root() {
+            chown(&path, Some(65534), None).unwrap();
+            let reason = refusal(&path);
+            assert!(reason.contains("belongs to user 65534"), "{reason}");
+            assert!(reason.contains("remove it"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_new_file_is_never_one_that_was_there() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = directory.path().join("group.pages");
+        fs::write(&path, "of somebody").unwrap();
+        let error = StoreFile::create(&path).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+    }
 }

@@ -2,6 +2,7 @@
 
 //! The daemon with real processes: some are VMMs, some are killed, some mean harm.
 
+mod foreign;
 mod groups;
 mod hostile;
 mod lives;

@@ -61,7 +61,7 @@ impl Host {
         let mut host = Self::new();
         let store = host.store();
         std::fs::create_dir(&store).unwrap();
-        let size = std::ffi::CString::new(format!("size={}", pages * PAGE)).unwrap();
+        let size = std::ffi::CString::new(format!("mode=700,size={}", pages * PAGE)).unwrap();
         rustix::mount::mount("tmpfs", &store, "tmpfs", MountFlags::empty(), &*size).unwrap();
         host.mounted = Some(Tmpfs(store));
         Some(host)
