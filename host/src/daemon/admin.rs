@@ -119,7 +119,9 @@ fn create(
 ) -> Result<AdminReply, String> {
     let vm = registry.create(caller, name, group)?;
     if let Err(error) = events.watch_vm(&vm) {
-        registry.end(vm.number);
+        if let Some(vm) = registry.begin_end(vm.number) {
+            registry.finish_end(&vm);
+        }
         return Err(format!("cannot watch the VM's process: {error}"));
     }
     Ok(AdminReply::Created {

@@ -8,6 +8,8 @@
 //! files, and learns from the engines who has mapped what.
 
 mod admin;
+#[cfg(test)]
+mod busy;
 mod control;
 mod engine;
 mod error;
@@ -171,6 +173,7 @@ impl Daemon {
             }
         }
         self.registry.vms().iter().for_each(|vm| vm.close());
+        self.registry.wait_for_ends();
         Ok(())
     }
 
@@ -196,11 +199,25 @@ impl Daemon {
         }
     }
 
+    /// Forgets a VM, on a thread of its own: others may have hold of its store, and all that it had
+    /// is to be looked at.
+    fn end(&self, number: u32) {
+        let Some(vm) = self.registry.begin_end(number) else {
+            return;
+        };
+        let (registry, ended) = (self.registry.clone(), vm.clone());
+        let thread = std::thread::Builder::new().name("end".into());
+        if let Err(error) = thread.spawn(move || registry.finish_end(&ended)) {
+            log::error!("cannot start a thread: {error}");
+            self.registry.finish_end(&vm);
+        }
+    }
+
     fn serve_vm(&self, vm: &Arc<Vm>, part: Part) {
         match part {
             Part::Process => {
                 self.events.forget_vm(vm);
-                self.registry.end(vm.number);
+                self.end(vm.number);
             }
             Part::Ivshmem => {
                 let Some(stream) = accept_from(&vm.ivshmem, vm) else {

@@ -2,7 +2,11 @@
 
 //! Which VMs and groups there are: made, adopted, ended.
 //!
-//! Lock order: registry, then one group. Neither is held while anybody is waited for.
+//! Lock order: a group's `applying`, then either the registry or the group's store. The registry is
+//! never held while a store is waited for: whoever holds that keeps up its own group, and no other.
+//!
+//! A VM that has ended is *ending* until its store has let go of all that it had. Until then its
+//! name is taken and its group's store stays; nobody else finds it.
 
 use super::error::DaemonError;
 use super::limits::ScopeLimits;
@@ -18,8 +22,13 @@ use crate::store::{self, Group, StoreFile};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+/// How long a new VM waits for one of the same name to have ended.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a daemon that stops waits for VMs to have ended.
+const LAST_WAIT: Duration = Duration::from_secs(60);
 /// Longest name of a VM or group.
 const MAX_NAME: usize = 64;
 
@@ -30,6 +39,9 @@ pub(super) struct SharedGroup {
     pub(super) pace: Arc<Pace>,
     limits: Arc<Mutex<Limits>>,
     learning: Arc<AtomicBool>,
+    /// Held from looking up what is noted for the group until it keeps to that, so that what is
+    /// noted last holds in the end.
+    applying: Arc<Mutex<()>>,
 }
 
 impl SharedGroup {
@@ -39,6 +51,7 @@ impl SharedGroup {
             pace: Arc::default(),
             limits: Arc::default(),
             learning: Arc::default(),
+            applying: Arc::default(),
         }
     }
 
@@ -73,6 +86,8 @@ impl SharedGroup {
 #[derive(Debug)]
 struct Inner {
     vms: BTreeMap<u32, Arc<Vm>>,
+    /// Those whose process has ended, and whose store has not let go of all that they had.
+    ending: BTreeMap<u32, Arc<Vm>>,
     /// By name of the store file, which tells named groups from those of single VMs.
     groups: BTreeMap<String, SharedGroup>,
     state: State,
@@ -89,6 +104,8 @@ pub(super) struct Registry {
     /// For groups that the operator has set none for.
     max_store: Option<u64>,
     inner: Mutex<Inner>,
+    /// Told whenever a VM is not ending any more.
+    ended: Condvar,
 }
 
 /// Whether a VM shares.
@@ -183,13 +200,15 @@ impl Registry {
             max_store,
             inner: Mutex::new(Inner {
                 vms,
+                ending: BTreeMap::new(),
                 groups,
                 state,
                 under_pressure: false,
                 changed: BTreeSet::new(),
             }),
+            ended: Condvar::new(),
         };
-        registry.apply_limits(&mut registry.inner());
+        registry.apply_limits();
         Ok(registry)
     }
 
@@ -217,11 +236,23 @@ impl Registry {
         }
         let process = Process::open(caller.pid).map_err(|error| error.to_string())?;
         let mut inner = self.inner();
+        if let Some(name) = &name {
+            let is_ending = |inner: &mut Inner| inner.ending.values().any(|vm| vm.name == *name);
+            let waited = self.ended.wait_timeout_while(inner, PATIENCE, is_ending);
+            let (guard, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+            inner = guard;
+            if waited.timed_out() {
+                return Err(format!(
+                    "a VM named {name} has ended, and its store is busy; try again"
+                ));
+            }
+        }
         if inner.vms.values().any(|vm| vm.process.pid() == caller.pid) {
             return Err(format!("process {} is a VM already", caller.pid));
         }
         let number = inner.state.next_vm;
-        let is_taken = |name: &str| inner.vms.values().any(|vm| vm.name == name);
+        let all = || inner.vms.values().chain(inner.ending.values());
+        let is_taken = |name: &str| all().any(|vm| vm.name == name);
         let name = match name {
             Some(name) if is_taken(&name) => {
                 return Err(format!("a VM named {name} is running; choose another name"));
@@ -257,21 +288,51 @@ impl Registry {
             self.runtime.remove_vm(number);
             format!("cannot prepare the VM: {error}")
         })?;
+        drop(inner);
+        vm.store().add_vm(number);
+        self.apply_limits_of(&vm.group_store);
         log::info!("VM {number} ({}) is process {}", vm.name, caller.pid);
         Ok(vm)
     }
 
-    /// Forgets a VM whose process has ended.
-    pub(super) fn end(&self, number: u32) {
+    /// Takes a VM out whose process has ended; [`Self::finish_end`] must follow, and may have to
+    /// wait for its store.
+    pub(super) fn begin_end(&self, number: u32) -> Option<Arc<Vm>> {
         let mut inner = self.inner();
-        let Some(vm) = inner.vms.remove(&number) else {
-            return;
-        };
+        let vm = inner.vms.remove(&number)?;
+        inner.ending.insert(number, vm.clone());
+        drop(inner);
         vm.close();
-        vm.store().end_vm(number);
-        self.drop_if_empty(&mut inner, &store_name_of(number, vm.group.as_deref()));
-        self.runtime.remove_vm(number);
-        log::info!("VM {number} ({}) has ended", vm.name);
+        Some(vm)
+    }
+
+    /// Forgets a VM that was taken out.
+    pub(super) fn finish_end(&self, vm: &Vm) {
+        vm.store().end_vm(vm.number);
+        let mut inner = self.inner();
+        inner.ending.remove(&vm.number);
+        self.drop_if_unused(&mut inner, &vm.store_name());
+        self.runtime.remove_vm(vm.number);
+        drop(inner);
+        log::info!("VM {} ({}) has ended", vm.number, vm.name);
+        self.ended.notify_all();
+    }
+
+    /// Waits until all that was taken out is forgotten, but not for ever: the next daemon does what
+    /// is left.
+    pub(super) fn wait_for_ends(&self) {
+        let is_ending = |inner: &mut Inner| !inner.ending.is_empty();
+        let waited = self
+            .ended
+            .wait_timeout_while(self.inner(), LAST_WAIT, is_ending);
+        let (inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        for vm in inner.ending.values() {
+            log::warn!(
+                "the store of VM {} ({}) is busy; leaving",
+                vm.number,
+                vm.name
+            );
+        }
     }
 
     /// VMs in a scope; an error when it names something that does not exist.
@@ -456,7 +517,16 @@ impl Registry {
             self.runtime.save_state(&state)?;
             inner.state = state;
         }
-        self.apply_limits(&mut inner);
+        let stores: Vec<_> = match scope {
+            Scope::All => inner.groups.values().cloned().collect(),
+            Scope::Group(group) => {
+                let store = inner.groups.get(&store_name_of(0, Some(group)));
+                store.into_iter().cloned().collect()
+            }
+            Scope::Vm(_) => vms.iter().map(|vm| vm.group_store.clone()).collect(),
+        };
+        drop(inner);
+        stores.iter().for_each(|store| self.apply_limits_of(store));
         Ok(())
     }
 
@@ -486,7 +556,8 @@ impl Registry {
                     "not short of memory any more"
                 }
             );
-            self.apply_limits(&mut inner);
+            drop(inner);
+            self.apply_limits();
         }
         new
     }
@@ -512,31 +583,45 @@ impl Registry {
     }
 
     /// Has every group and VM keep to what is noted.
-    fn apply_limits(&self, inner: &mut Inner) {
-        let mut changed = BTreeSet::new();
-        for vm in inner.vms.values() {
-            let policy = inner.state.limits.policy_of(vm.group.as_deref());
-            let waits = policy.policy == Some(Policy::Pressure) && !inner.under_pressure;
-            let learning = policy.mode == Some(Mode::WouldSave) || waits;
-            if vm.group_store.set_learning(learning) {
-                changed.insert(vm.group_store.key());
-            }
-        }
-        let in_changed = |vm: &&Arc<Vm>| changed.contains(&vm.group_store.key());
-        let numbers = inner.vms.values().filter(in_changed).map(|vm| vm.number);
-        inner.changed.extend(numbers.collect::<Vec<_>>());
+    fn apply_limits(&self) {
+        let groups: Vec<_> = self.inner().groups.values().cloned().collect();
+        groups.iter().for_each(|group| self.apply_limits_of(group));
+    }
+
+    /// Has a group and its VMs keep to what is noted.
+    fn apply_limits_of(&self, group_store: &SharedGroup) {
+        let applying = group_store.applying.lock();
+        let _applying = applying.unwrap_or_else(PoisonError::into_inner);
+        let inner = self.inner();
+        let in_group = |vm: &&Arc<Vm>| vm.group_store.key() == group_store.key();
+        let vms: Vec<_> = inner.vms.values().filter(in_group).cloned().collect();
+        let Some(group) = vms.first().map(|vm| vm.group.clone()) else {
+            return;
+        };
+        let group = group.as_deref();
         let limits = &inner.state.limits;
         let default = Limits {
             max_store: self.max_store,
             ..Limits::default()
         };
-        for vm in inner.vms.values() {
-            let group = vm.group.as_deref();
-            vm.group_store
-                .apply_limits(limits.of_group(group).or(default));
-            vm.apply_limits(limits.of_vm(group, vm.own_limits()));
-            let split = limits.policy_of(group).split_huge_pages;
-            vm.set_split_huge_pages(split.unwrap_or_default());
+        let of_group = limits.of_group(group).or(default);
+        let of_vms: Vec<_> = vms
+            .iter()
+            .map(|vm| limits.of_vm(group, vm.own_limits()))
+            .collect();
+        let policy = limits.policy_of(group);
+        let waits = policy.policy == Some(Policy::Pressure) && !inner.under_pressure;
+        drop(inner);
+
+        let learning = policy.mode == Some(Mode::WouldSave) || waits;
+        if group_store.set_learning(learning) {
+            let numbers = vms.iter().map(|vm| vm.number);
+            self.inner().changed.extend(numbers);
+        }
+        group_store.apply_limits(of_group);
+        for (vm, limits) in vms.iter().zip(of_vms) {
+            vm.apply_limits(limits);
+            vm.set_split_huge_pages(policy.split_huge_pages.unwrap_or_default());
         }
     }
 
@@ -555,17 +640,15 @@ impl Registry {
             group.clone(),
             true,
         )?);
-        vm.store().add_vm(number);
         inner.groups.insert(name, group);
         inner.vms.insert(number, vm.clone());
-        self.apply_limits(inner);
         Ok(vm)
     }
 
-    fn drop_if_empty(&self, inner: &mut Inner, name: &str) {
-        let is_empty = |group: &SharedGroup| group.lock().is_empty();
-        if inner.groups.get(name).is_some_and(is_empty) {
-            inner.groups.remove(name);
+    /// Gives up a store that has no VM, not even one that is about to join it or is ending.
+    fn drop_if_unused(&self, inner: &mut Inner, name: &str) {
+        let mut vms = inner.vms.values().chain(inner.ending.values());
+        if !vms.any(|vm| vm.store_name() == name) && inner.groups.remove(name).is_some() {
             let path = self.runtime.store_path(name);
             if let Err(error) = std::fs::remove_file(&path) {
                 log::warn!("cannot remove {}: {error}", path.display());
@@ -631,7 +714,7 @@ fn store_name(record: &VmRecord) -> String {
     store_name_of(record.number, record.group.as_deref())
 }
 
-fn store_name_of(number: u32, group: Option<&str>) -> String {
+pub(super) fn store_name_of(number: u32, group: Option<&str>) -> String {
     match group {
         Some(group) => format!("group-{group}"),
         None => format!("vm-{number}"),

@@ -5,7 +5,7 @@
 use super::control::Control;
 use super::pace::Pace;
 use super::process::Process;
-use super::registry::{Pause, SharedGroup};
+use super::registry::{Pause, SharedGroup, store_name_of};
 use super::runtime::{Runtime, UndoneFile, VmRecord};
 use crate::device::PagefusionDevice;
 use crate::protocol::{
@@ -139,6 +139,11 @@ impl Vm {
 
     pub(super) fn store(&self) -> MutexGuard<'_, Group> {
         self.group_store.lock()
+    }
+
+    /// Name of the store file of its group.
+    pub(super) fn store_name(&self) -> String {
+        store_name_of(self.number, self.group.as_deref())
     }
 
     pub(super) fn pause(&self) -> Pause {

@@ -65,7 +65,10 @@ impl Group {
 
     /// Changes what a VM may take. What it has stays.
     pub fn set_vm_limits(&mut self, vm: u32, limits: VmLimits) {
-        self.vms.entry(vm).or_default().limits = limits;
+        // One that has ended meanwhile takes nothing more.
+        if let Some(vm) = self.vms.get_mut(&vm) {
+            vm.limits = limits;
+        }
     }
 
     /// Counts pages of a publication that came faster than a VM or its group may publish.

@@ -159,11 +159,6 @@ impl Group {
             .is_some_and(|adoption| adoption.is_waiting_for(vm))
     }
 
-    /// Whether no VM is left.
-    pub fn is_empty(&self) -> bool {
-        self.vms.is_empty()
-    }
-
     /// [`crate::protocol::EngineRequest::Lookup`]
     pub fn lookup(
         &mut self,
