@@ -387,18 +387,24 @@ fn accepted_one<T>(accepted: io::Result<T>) -> Option<T> {
     }
 }
 
-/// Accepts a connection if it comes from the VM's own process.
+/// Accepts a connection if it comes from the VM's own process. That it lives is looked at when it is
+/// known who has connected: until then somebody else may have come to its number.
 fn accept_from(listener: &UnixListener, vm: &Vm) -> Option<UnixStream> {
     let stream = accept(listener)?;
     match peer(&stream) {
-        Ok(peer) if peer.pid.as_raw_nonzero().get() == vm.process.pid() => Some(stream),
+        Ok(peer) if vm.process.is(peer.pid.as_raw_nonzero().get()) => Some(stream),
         Ok(peer) => {
             log::warn!(
-                "process {} tried to connect as VM {} ({}), which is process {}",
+                "process {} tried to connect as VM {} ({}), which is process {}{}",
                 peer.pid.as_raw_nonzero(),
                 vm.number,
                 vm.name,
-                vm.process.pid()
+                vm.process.pid(),
+                if vm.process.has_ended() {
+                    " and has ended"
+                } else {
+                    ""
+                }
             );
             None
         }

@@ -57,6 +57,11 @@ impl Process {
         self.start_time
     }
 
+    /// Whether whoever has `pid` now is this process. One that has ended leaves its number to others.
+    pub(super) fn is(&self, pid: i32) -> bool {
+        pid == self.pid && has_ended(&self.pidfd).is_ok_and(|ended| !ended)
+    }
+
     pub(super) fn has_ended(&self) -> bool {
         has_ended(&self.pidfd).unwrap_or(false)
     }
@@ -106,6 +111,7 @@ mod tests {
         let pid = child.id() as i32;
         let process = Process::open(pid).unwrap();
         assert!(!process.has_ended());
+        assert!(process.is(pid) && !process.is(pid + 1));
         assert_eq!(
             process.start_time(),
             Process::open(pid).unwrap().start_time()
@@ -113,6 +119,7 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(process.has_ended());
+        assert!(!process.is(pid), "another's by now");
         let error = Process::open(pid).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
