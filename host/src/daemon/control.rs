@@ -8,6 +8,7 @@ use crate::protocol::{Connection, ControlReply, ControlRequest, FileSpan};
 use std::collections::VecDeque;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 /// Longest wait for an answer that only needs a look.
@@ -35,6 +36,8 @@ pub(super) struct Control {
 #[derive(Debug)]
 struct Link {
     jobs: Sender<Job>,
+    /// Who serves it.
+    thread: ThreadId,
     stream: std::os::unix::net::UnixStream,
 }
 
@@ -51,17 +54,24 @@ impl Control {
         let (jobs, inbox) = mpsc::channel();
         let stream = connection.stream().try_clone()?;
         let reports = self.reports.clone();
-        let link = Arc::downgrade(&self.link);
-        std::thread::Builder::new()
+        let held = Arc::downgrade(&self.link);
+        // Not before the link is there may its thread end.
+        let mut link = lock(&self.link);
+        let serving = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
                 serve(connection, &inbox, &reports);
-                // What it could not ask is for a connection that may be there already.
-                if let Some(link) = link.upgrade() {
-                    wake(&link);
+                if let Some(link) = held.upgrade() {
+                    leave(&link);
                 }
             })?;
-        *lock(&self.link) = Some(Link { jobs, stream });
+        let thread = serving.thread().id();
+        *link = Some(Link {
+            jobs,
+            thread,
+            stream,
+        });
+        drop(link);
         wake(&self.link);
         Ok(())
     }
@@ -99,6 +109,19 @@ fn wake(link: &Mutex<Option<Link>>) {
         // If the thread has ended, the next one takes the reports.
         let _ = link.jobs.send(Job::Report);
     }
+}
+
+/// The thread that calls this serves no more. The engine is told so, and connects again; another
+/// connection that is there already takes the reports that this one could not make.
+fn leave(link: &Mutex<Option<Link>>) {
+    let mut held = lock(link);
+    let is_own = |it: &Link| it.thread == thread::current().id();
+    if held.as_ref().is_some_and(is_own) {
+        *held = None;
+        return;
+    }
+    drop(held);
+    wake(link);
 }
 
 /// Adds spans, and drops the oldest where there are too many.
@@ -259,5 +282,19 @@ mod tests {
             panic!("no status");
         };
         assert_eq!(engine.cpu_seconds, 0.0);
+    }
+
+    #[test]
+    fn an_engine_that_is_given_up_is_told_so() {
+        let control = Control::default();
+        let mut engine = connected(&control);
+        let answer = control.ask(ControlRequest::Pause).unwrap();
+        engine.receive::<ControlRequest>().unwrap();
+        // No message, and as good as none within the time.
+        std::io::Write::write_all(&mut engine.stream(), &[255; 8]).unwrap();
+        wait(&answer, Duration::from_secs(10)).unwrap_err();
+        let end = engine.receive::<ControlRequest>().unwrap_err();
+        assert_eq!(end.kind(), std::io::ErrorKind::UnexpectedEof);
+        assert!(control.ask(ControlRequest::Pause).is_none());
     }
 }
