@@ -24,6 +24,7 @@ use pagefusion_host::protocol::{
     ControlConnection, ControlReply, ControlRequest, DeviceDescriptors, EngineStatus, MAX_FILES,
     StoreClient, Undo, WelcomeWithFds,
 };
+use pagefusion_host::store::StoreError;
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
@@ -36,6 +37,8 @@ const MAX_INFLIGHT_PAGES: u64 = 16384;
 const RETRY_EVENTS: Duration = Duration::from_millis(100);
 /// Between tries to reach a daemon that is gone.
 const RECONNECT: Duration = Duration::from_millis(100);
+/// Between tries where the daemon answers and refuses, as one of another version does for good.
+const REFUSED: Duration = Duration::from_secs(5);
 /// Between two looks at what nobody rings for.
 const LOOK: Timespec = Timespec {
     tv_sec: 5,
@@ -171,6 +174,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How long not to try again. A daemon that is gone may be back at once.
+fn pause_after(error: &(dyn Error + 'static)) -> Duration {
+    match error.downcast_ref() {
+        Some(StoreError::Refused(_)) => REFUSED,
+        _ => RECONNECT,
+    }
+}
+
 impl Service {
     fn ring_guest(&self) {
         // A full counter means that the guest has been rung and has not looked yet.
@@ -289,9 +300,18 @@ impl Service {
                 log::info!("the daemon is gone ({e}); running on without it");
             }
             self.sharing.disconnect();
+            let mut refusals = 0_u64;
             while let Err(e) = self.connect_again(&self.config.engine_socket) {
-                log::debug!("no daemon yet: {e}");
-                thread::sleep(RECONNECT);
+                let pause = pause_after(&*e);
+                if pause == REFUSED {
+                    refusals += 1;
+                    if refusals.is_power_of_two() {
+                        log::warn!("{e}; trying again ({refusals} times so far)");
+                    }
+                } else {
+                    log::debug!("no daemon yet: {e}");
+                }
+                thread::sleep(pause);
             }
             self.note_cpu(Thread::Control);
             log::info!("connected to the daemon again");
@@ -417,5 +437,19 @@ impl Service {
         let nanoseconds: u64 = self.cpu.iter().map(|t| t.load(Ordering::Relaxed)).sum();
         status.cpu_seconds = nanoseconds as f64 / 1e9;
         Ok(status)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_refuses_is_asked_seldom_and_one_that_is_gone_often() {
+        let refused: Box<dyn Error> = StoreError::Refused("another version".into()).into();
+        assert!(pause_after(&*refused) >= Duration::from_secs(1));
+        let gone = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let gone: Box<dyn Error> = StoreError::Unreachable(gone).into();
+        assert!(pause_after(&*gone) <= Duration::from_millis(100));
     }
 }

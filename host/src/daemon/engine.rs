@@ -31,9 +31,10 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
     };
     let result = stream.try_clone().and_then(|stream| {
         let mut connection = Connection::new(stream, Encoding::Postcard, LIMIT)?;
-        match greet(&mut connection)? {
-            Role::Requests => serve_requests(registry, vm, connection),
-            Role::Control => {
+        match greet(vm, &mut connection)? {
+            None => Ok(false),
+            Some(Role::Requests) => serve_requests(registry, vm, connection),
+            Some(Role::Control) => {
                 connection.send(&HelloReply::Ready)?;
                 vm.control.connect(connection)?;
                 // Asked for after the connection is in use: an operator's request that came
@@ -57,7 +58,8 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
     let _ = stream.shutdown(Shutdown::Both);
 }
 
-fn greet(connection: &mut Connection) -> io::Result<Role> {
+/// What the connection is for; `None` if it was refused.
+fn greet(vm: &Vm, connection: &mut Connection) -> io::Result<Option<Role>> {
     let hello: Hello = connection.receive()?;
     if hello.version != VERSION {
         let reason = format!(
@@ -65,10 +67,19 @@ fn greet(connection: &mut Connection) -> io::Result<Role> {
              start the VM again with the library that belongs to the daemon",
             hello.version
         );
-        connection.send(&HelloReply::Refused(reason.clone()))?;
-        return Err(io::Error::other(reason));
+        let times = vm.count_refusal();
+        // It tries again as long as it lives.
+        if times.is_power_of_two() {
+            log::warn!(
+                "engine of VM {} ({}): {reason} ({times} times so far)",
+                vm.number,
+                vm.name
+            );
+        }
+        connection.send(&HelloReply::Refused(reason))?;
+        return Ok(None);
     }
-    Ok(hello.role)
+    Ok(Some(hello.role))
 }
 
 fn serve_requests(registry: &Registry, vm: &Vm, mut connection: Connection) -> io::Result<bool> {

@@ -89,6 +89,8 @@ pub(super) struct Vm {
     device_connection: Mutex<Option<UnixStream>>,
     engine_connections: Mutex<Vec<UnixStream>>,
     threads: AtomicUsize,
+    /// How often its engine was refused.
+    refusals: AtomicU64,
     /// How many have been welcomed to ask.
     askers: AtomicU64,
     /// The newest that has asked. Compared and changed with the store locked.
@@ -132,6 +134,7 @@ impl Vm {
             device_connection: Mutex::default(),
             engine_connections: Mutex::default(),
             threads: AtomicUsize::default(),
+            refusals: AtomicU64::default(),
             askers: AtomicU64::default(),
             asker: Mutex::default(),
         })
@@ -299,6 +302,11 @@ impl Vm {
     pub(super) fn enter(&self) -> Option<Serving<'_>> {
         let serving = Serving(&self.threads);
         (self.threads.fetch_add(1, Ordering::Relaxed) < MAX_THREADS).then_some(serving)
+    }
+
+    /// Counts that its engine was refused; how often so far.
+    pub(super) fn count_refusal(&self) -> u64 {
+        self.refusals.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Numbers a connection on which the engine will ask, before it is welcome to.
