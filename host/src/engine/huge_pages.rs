@@ -175,6 +175,12 @@ impl HugePages {
         }
     }
 
+    /// Numbers of files that are known here.
+    pub(super) fn files(&self) -> impl Iterator<Item = u32> + '_ {
+        let again = self.again.iter().map(|it| it.file);
+        self.by_file.keys().copied().chain(again)
+    }
+
     /// Forgets everything that waits in a range of addresses.
     fn clear(&mut self, range: &Range<usize>) {
         let inside = range.start.div_ceil(HUGE_PAGE)..range.end.div_ceil(HUGE_PAGE);

@@ -233,7 +233,8 @@ impl Memory {
         ranges
     }
 
-    /// Numbers a file.
+    /// Numbers a file. The number is its own as long as an overlay has it, or something that waits in a
+    /// huge page; otherwise until [`Memory::forget_files`] is called.
     pub fn file_number(&mut self, key: FileKey) -> Option<u32> {
         self.files.number(key)
     }
@@ -241,6 +242,21 @@ impl Memory {
     /// The file with this number.
     pub fn file_key(&self, number: u32) -> FileKey {
         self.files.key(number)
+    }
+
+    /// Forgets the files that nothing has the number of, neither here nor `at_hand`: the store must be
+    /// locked, so that nobody else has any at hand.
+    pub(super) fn forget_files(&mut self, at_hand: impl Iterator<Item = u32>) {
+        let mut used: RoaringBitmap = at_hand.collect();
+        used.extend(self.overlays.iter().map(|(_, overlay)| overlay.file));
+        used.extend(self.huge_pages.files());
+        self.files.keep(&used);
+    }
+
+    /// Has it number fewer files, for tests.
+    #[doc(hidden)]
+    pub fn limit_files(&mut self, most: u32) {
+        self.files.limit(most);
     }
 
     /// The mapping budget.

@@ -275,8 +275,8 @@ impl Sharing {
     /// As [`Sharing::share`], as long as `pinned` says that the guest holds them: it is asked
     /// in every window, while writers are stopped.
     pub fn share_while(&self, runs: &[ReportedRun], pinned: &dyn Fn() -> bool) -> Vec<Outcome> {
-        let mut work = Transaction::new(self, runs, pinned);
         let mut guard = lock(&self.store);
+        let mut work = Transaction::new(self, runs, pinned);
         match guard.as_mut() {
             None => work.refuse_all(reason::NO_STORE),
             Some(store) => {

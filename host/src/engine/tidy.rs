@@ -19,12 +19,12 @@ use std::ops::Range;
 use roaring::RoaringBitmap;
 
 use super::mapped::mask;
-use super::memory::WINDOW_PAGES;
+use super::memory::{Memory, WINDOW_PAGES};
 use super::overlays::Overlay;
 use super::pagemap::Pagemap;
 use super::sharing::Sharing;
 use super::window::{Wanted, ones};
-use crate::protocol::{FileSpan, StoreSpan};
+use crate::protocol::{FileKey, FileSpan, StoreSpan};
 use crate::store::PAGE;
 
 /// Little of an overlay is worth something when no more than one page in so many is.
@@ -134,27 +134,36 @@ fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u6
         let is_gone = |i: usize| gone.iter().any(|part| part.contains(&i));
         let is_wanted = |i: &usize| same[*i] && (is_gone(*i) || !intact[*i]);
         let mut rest = 0..pages;
+        let mut file = None;
         while let Some(first) = rest.find(is_wanted) {
             let last = rest.find(|i| !is_wanted(i)).unwrap_or(pages);
-            wanted.push((overlay.file, overlay.page + first as u64, last - first));
+            file = file.or_else(|| file_now(&sharing.memory(), address, overlay));
+            // With nothing left of the overlay, whoever took it has seen to its pages.
+            wanted.extend(file.map(|file| FileSpan {
+                file,
+                page: overlay.page + first as u64,
+                pages: (last - first) as u32,
+            }));
         }
         ranges.extend(
             gone.iter()
                 .map(|part| address + part.start * PAGE..address + part.end * PAGE),
         );
     }
-    let spans = {
-        let mut memory = sharing.memory();
-        memory.look_away();
-        let span = |&(file, page, pages): &(u32, u64, usize)| FileSpan {
-            file: memory.file_key(file),
-            page,
-            pages: pages as u32,
-        };
-        wanted.iter().map(span).collect()
-    };
+    sharing.memory().look_away();
     sharing.undo_ranges(|_| ranges)?;
-    Ok((spans, broken))
+    Ok((wanted, broken))
+}
+
+/// The file of an overlay that was at `address`, if anything of it still is: its number may have become
+/// another file's otherwise.
+fn file_now(memory: &Memory, address: usize, overlay: Overlay) -> Option<FileKey> {
+    let range = address..address + overlay.pages as usize * PAGE;
+    let is_part = |(at, it): &(usize, Overlay)| {
+        it.file == overlay.file && it.page == overlay.page + ((at - address) / PAGE) as u64
+    };
+    let part = memory.overlays().in_range(&range).find(is_part);
+    part.map(|(_, it)| memory.file_key(it.file))
 }
 
 /// Whether all pages of an overlay lie on store pages still.

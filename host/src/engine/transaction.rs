@@ -102,6 +102,7 @@ pub(super) struct Transaction<'a> {
 }
 
 impl<'a> Transaction<'a> {
+    /// The store must be locked until it has run: it has numbers of files at hand.
     pub(super) fn new(
         sharing: &'a Sharing,
         runs: &[ReportedRun],
@@ -118,6 +119,7 @@ impl<'a> Transaction<'a> {
         let mut pieces: Vec<Piece> = Vec::new();
         // Runs of one file come one after the other.
         let mut known: Option<(FileKey, Option<u32>)> = None;
+        let mut may_forget = true;
         for (index, run) in runs.iter().enumerate() {
             this.counts[index].pages = run.pages;
             pieces.clear();
@@ -127,7 +129,14 @@ impl<'a> Transaction<'a> {
             }
             let number = match known {
                 Some((file, number)) if file == run.file => number,
-                _ => memory.file_number(run.file),
+                _ => memory.file_number(run.file).or_else(|| {
+                    // To look at all overlays takes long: once is enough.
+                    if !std::mem::take(&mut may_forget) {
+                        return None;
+                    }
+                    memory.forget_files(this.parts.iter().map(|part| part.number));
+                    memory.file_number(run.file)
+                }),
             };
             known = Some((run.file, number));
             for piece in &pieces {
