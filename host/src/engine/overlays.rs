@@ -113,7 +113,10 @@ impl Overlays {
             )
             .map(move |(a, o)| {
                 let most = (end - a) / PAGE;
-                (a, o.take(o.pages.min(most as u32)))
+                (
+                    a,
+                    o.take(o.pages.min(u32::try_from(most).unwrap_or(u32::MAX))),
+                )
             })
             .filter(|(_, o)| o.pages > 0)
     }
@@ -287,6 +290,25 @@ mod tests {
             },
         );
         assert_eq!((table.len(), table.pages()), (2, 12));
+    }
+
+    #[test]
+    fn a_page_is_found_wherever_it_lies() {
+        let everything = 0..usize::MAX;
+        for address in [1 << 44, 2 << 44, 7 << 44].map(|it: usize| it - PAGE) {
+            let mut table = Overlays::default();
+            let overlay = Overlay {
+                pages: 1,
+                store: 100,
+                file: 0,
+                page: 0,
+            };
+            table.insert(address, overlay);
+            let found: Vec<_> = table.in_range(&everything).collect();
+            assert_eq!(found, [(address, overlay)]);
+            table.remove(&everything);
+            assert!(table.is_empty());
+        }
     }
 
     #[test]
