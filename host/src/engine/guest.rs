@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use pagefusion_abi::wire::{Layout, Outcome, Record, Request, reason};
+use pagefusion_abi::wire::{Layout, MAX_NAME, Outcome, Record, Request, reason};
 
 use super::ring::{Attachment, Batch, RingConsumer};
 use super::shared_memory::Words;
@@ -227,9 +227,9 @@ impl<M: Words> Guest<M> {
                         refused(reason::TOO_MANY_FILES)
                     } else {
                         let key = FileKey::from(identity);
-                        let name = String::from_utf8_lossy(name).into();
+                        let name = shown(name);
                         if let Some(old) = files.insert(file, Announced { key, name }) {
-                            numbers.remove(&old.key);
+                            unlink(numbers, &old.key, file);
                         }
                         numbers.insert(key, file);
                         Outcome::default()
@@ -240,7 +240,7 @@ impl<M: Words> Guest<M> {
                         Some(key) => {
                             if pages == 0 {
                                 files.remove(&file);
-                                numbers.remove(&key);
+                                unlink(numbers, &key, file);
                             }
                             // Longer than any file: the store takes it as the whole file.
                             let pages = u32::try_from(pages).unwrap_or(0);
@@ -579,6 +579,22 @@ fn join(a: &Request, b: &Request) -> Option<Request> {
 
 fn complain(error: &std::io::Error) {
     log::warn!("the guest withdrew its pages, and undoing failed: {error}; trying again");
+}
+
+/// Forgets that a file has this number. Another may have the same key, and keeps that.
+fn unlink(numbers: &mut HashMap<FileKey, u32>, key: &FileKey, file: u32) {
+    if numbers.get(key) == Some(&file) {
+        numbers.remove(key);
+    }
+}
+
+/// A name as it is shown, no longer than one that guests give: what is no UTF-8 takes more room than
+/// before. Its end says most.
+fn shown(name: &[u8]) -> Box<str> {
+    let name = String::from_utf8_lossy(name);
+    let least = name.len().saturating_sub(MAX_NAME);
+    let begin = (least..=name.len()).find(|&at| name.is_char_boundary(at));
+    name[begin.unwrap_or_default()..].into()
 }
 
 fn refused(reason: u8) -> Outcome {
