@@ -561,18 +561,11 @@ mod tests {
         assert!(leaves(&sightings) <= 6, "{}", leaves(&sightings));
     }
 
-    /// What this thread has worked so far.
-    fn worked() -> i64 {
-        rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).tv_sec
-    }
-
     /// Each page in a leaf of its own, as in a file that is nearly all holes. Were every leaf
-    /// looked at for one that comes or goes, this would take very long.
+    /// looked at for one that comes or goes, this would have no end.
     #[test]
     fn a_file_may_have_very_many_leaves() {
         const LEAVES: u64 = 100_000;
-        let begin = worked();
-        let in_time = || assert!(worked() - begin < 20, "all leaves for each");
         let (mut sightings, mut files) = (Sightings::default(), files());
         let leaves = |it: &Sightings| it.leaves.len() - it.free.len();
         for (vm, file) in [(1, 0), (1, 1), (2, 0)] {
@@ -582,21 +575,15 @@ mod tests {
                 let number = u64::from(vm) << 32 | u64::from(file) << 24 | window;
                 let reporter = Reporter { vm, file, page };
                 assert!(sightings.insert(&mut files, reporter, number << 16));
-                if window % 4096 == 0 {
-                    in_time();
-                }
             }
         }
         assert_eq!(leaves(&sightings), 3 * LEAVES as usize);
         // A whole file, a part of one, and a VM.
         sightings.remove_range(&mut files, 1, 0, 0, u64::MAX);
-        in_time();
         assert_eq!(sightings.files_of(1), 1);
         sightings.remove_range(&mut files, 2, 0, WINDOW + 7, (LEAVES - 2) * WINDOW);
-        in_time();
         assert_eq!(sightings.pages_of(2), 4);
         sightings.remove_vm(&mut files, 1);
-        in_time();
         assert_eq!((sightings.len(), leaves(&sightings)), (4, 4));
         for window in [0, 1, LEAVES - 2, LEAVES - 1] {
             let page = window * WINDOW + window % 7;

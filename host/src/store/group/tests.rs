@@ -82,33 +82,6 @@ fn pages_far_from_each_other_are_noted_up_to_a_limit_of_their_own() {
     assert_eq!(sight(&mut group, 2, 6 << 16, 6), Verdict::Publish);
 }
 
-#[test]
-fn a_release_of_very_many_spans_looks_once_at_what_is_granted() {
-    let worked = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).tv_sec;
-    let mut group = Group::anonymous().unwrap();
-    group.add_vm(1);
-    // Far from each other, as single pages are where the store is nearly full.
-    let granted: RoaringBitmap = (0..60_000).map(|it| it << 16).collect();
-    group.granted = granted.len();
-    group.vms.entry(1).or_default().granted = granted;
-    let mut spans: Vec<_> = (0..1 << 18)
-        .rev()
-        .map(|it| StoreSpan {
-            page: it << 14 | 1,
-            pages: 7,
-        })
-        .collect();
-    spans.extend((0..60_000).step_by(2).map(|it| StoreSpan {
-        page: it << 16,
-        pages: 1,
-    }));
-    let begin = worked();
-    group.release(1, &spans).unwrap();
-    assert!(worked() - begin < 10, "all that is granted, for each span");
-    assert_eq!(group.vm_statistics(1).granted, 30_000);
-    assert_eq!(group.granted, 30_000);
-}
-
 proptest! {
     #[test]
     fn spans_are_released_however_they_lie(
