@@ -234,7 +234,7 @@ impl Memory {
     }
 
     /// Numbers a file. The number is its own as long as an overlay has it, or something that waits in a
-    /// huge page; otherwise until [`Memory::forget_files`] is called.
+    /// huge page; otherwise until it is forgotten with others that nothing uses.
     pub fn file_number(&mut self, key: FileKey) -> Option<u32> {
         self.files.number(key)
     }
