@@ -71,7 +71,7 @@ pub(crate) const GUEST: PackageSet = PackageSet {
 
 pub(crate) const LAB: PackageSet = PackageSet {
     name: "lab",
-    suites: &["trixie"],
+    suites: &["trixie-backports", "trixie"],
     contents: Contents::Root(&[&[
         "coreutils",
         "iproute2",
