@@ -72,13 +72,20 @@ impl Estimate {
         let Some(of_file) = seen.files.get_mut(file) else {
             return;
         };
-        let mut gone = of_file.split_off(&start);
-        of_file.append(&mut gone.split_off(&end));
+        if start >= end {
+            return;
+        }
+        // All else of the file is left alone: guests withdraw single pages of large ones.
+        let pages: Vec<u64> = of_file.range(start..end).map(|(&page, _)| page).collect();
+        let gone: Vec<u64> = pages
+            .iter()
+            .filter_map(|page| of_file.remove(page))
+            .collect();
         seen.pages -= gone.len();
         if of_file.is_empty() {
             seen.files.remove(file);
         }
-        gone.into_values().for_each(|hash| self.drop_one(hash));
+        gone.into_iter().for_each(|hash| self.drop_one(hash));
     }
 
     /// A VM has ended.
