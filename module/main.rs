@@ -30,6 +30,7 @@ mod pass;
 mod policy;
 mod ranges;
 mod recent;
+mod report;
 mod restart;
 mod ring;
 mod runs;

@@ -14,6 +14,7 @@ use crate::page_cache::{FolioBatch, PinnedFrames};
 use crate::pages::{Cursor, PieceState};
 use crate::policy::{self, Moment};
 use crate::ranges::Range;
+use crate::report::Source;
 use crate::runs::PinnedRun;
 use crate::scan::Wanted;
 use crate::session::{Refusal, Session};
@@ -23,7 +24,7 @@ use crate::tracepoints;
 use crate::tracker::FileState;
 use crate::values::Scope;
 use crate::walk::{Batch, Candidate, Seen, Walk};
-use crate::wire::{FileIdentity, MAX_NAME};
+use crate::wire::MAX_NAME;
 use kernel::alloc::KVec;
 use kernel::prelude::*;
 
@@ -87,12 +88,6 @@ pub(crate) struct Findings {
     pub(crate) has_judged: bool,
 }
 
-/// What pages belong to.
-pub(crate) enum Source<'a> {
-    File(&'a CachedFile<'a>, &'a Facts),
-    Kernel(&'a FileIdentity),
-}
-
 /// A pass under way.
 pub(crate) struct Pass<'a> {
     pub(crate) session: &'a mut GuestSession,
@@ -102,19 +97,19 @@ pub(crate) struct Pass<'a> {
     gone_through: List<usize>,
     number: u32,
     pub(crate) most: u64,
-    path: &'a mut [u8],
+    pub(crate) path: &'a mut [u8],
     pub(crate) folios: &'a mut FolioBatch,
     pub(crate) look: &'a mut Option<Look>,
     pub(crate) looked: u64,
     /// What is to be withdrawn before anything else of this file is reported.
-    gone: Range,
+    pub(crate) gone: Range,
     /// When the first of the reports was made that the host has not been shown.
-    unshown_us: Option<u64>,
+    pub(crate) unshown_us: Option<u64>,
     pub(crate) findings: Findings,
     rules: Rules,
 }
 
-const NOTHING: Range = Range { start: 0, end: 0 };
+pub(crate) const NOTHING: Range = Range { start: 0, end: 0 };
 const EVERYTHING: Range = Range {
     start: 0,
     end: u64::MAX,
@@ -126,20 +121,6 @@ const EVERYTHING: Range = Range {
 pub(crate) struct Rules {
     scope: Scope,
     kernel_text: bool,
-}
-
-/// Between a report and the host's seeing it: nothing is looked at in between, and somebody may open
-/// the file for writing.
-const SHOWN_US: u64 = 2_000;
-
-impl Source<'_> {
-    /// Whether no device can be about to write to pages of it.
-    fn is_fit(&self, pin: &PinnedFrames) -> bool {
-        match self {
-            Self::File(file, _) => !file.may_be_written() && !pin.are_unfit(),
-            Self::Kernel(_) => true,
-        }
-    }
 }
 
 impl Rules {
@@ -417,7 +398,7 @@ impl Pass<'_> {
     }
 
     /// Repeats something until the host has made room for it.
-    fn insist<T>(
+    pub(crate) fn insist<T>(
         &mut self,
         mut attempt: impl FnMut(&mut GuestSession) -> Result<T, Refusal>,
     ) -> Result<T, Stop>
@@ -572,80 +553,5 @@ impl Pass<'_> {
             self.findings.due_ms = Some(due);
         }
         left == 0
-    }
-
-    /// Withdraws pages, together with those just before them.
-    pub(crate) fn retract(&mut self, id: u32, range: Range) -> Result<(), Stop> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        if self.gone.is_empty() || self.gone.end != range.start {
-            self.flush(id)?;
-            self.gone.start = range.start;
-        }
-        self.gone.end = range.end;
-        Ok(())
-    }
-
-    pub(crate) fn flush(&mut self, id: u32) -> Result<(), Stop> {
-        let gone = core::mem::replace(&mut self.gone, NOTHING);
-        if gone.is_empty() {
-            return Ok(());
-        }
-        self.insist(|session| session.retract(id, gone))
-    }
-
-    pub(crate) fn report(
-        &mut self,
-        source: &Source<'_>,
-        id: u32,
-        run: PinnedRun<PinnedFrames>,
-    ) -> Result<(), Stop> {
-        self.flush(id)?;
-        if run.pages < CONTROL.min_run_pages.get() {
-            return Ok(());
-        }
-        if self.session.needs_announcement(id) {
-            let sends_names = self.session.ring().sends_names() && CONTROL.report_names.get() == 1;
-            let path = core::mem::take(&mut self.path);
-            let (identity, name) = match *source {
-                Source::File(file, facts) if sends_names => (facts.identity, file.name(path)),
-                Source::File(_, facts) => (facts.identity, &[][..]),
-                Source::Kernel(identity) => (*identity, &[][..]),
-            };
-            let announced = self.insist(|session| session.announce(id, identity, name));
-            self.path = path;
-            announced?;
-            let announced = self.session.tracker.get_mut(id).map(|file| file.state);
-            if announced != Some(FileState::Announced) {
-                return Ok(());
-            }
-        }
-        let mut waiting = Some(run);
-        self.insist(|session| match waiting.take() {
-            None => Ok(()),
-            // It may have waited.
-            Some(run) if !source.is_fit(&run.pin) => Ok(()),
-            Some(run) => session.report(id, run).map_err(|(refusal, run)| {
-                waiting = Some(run);
-                refusal
-            }),
-        })?;
-        self.show_soon();
-        Ok(())
-    }
-
-    /// Has the host see what was reported a moment ago, if it has not yet.
-    fn show_soon(&mut self) {
-        let now = thread::now_us();
-        let since = *self.unshown_us.get_or_insert(now);
-        if now.saturating_sub(since) >= SHOWN_US {
-            self.show();
-        }
-    }
-
-    fn show(&mut self) {
-        self.session.publish();
-        self.unshown_us = None;
     }
 }

@@ -11,8 +11,9 @@ use crate::leaf::{MAX_FRAME, MAX_PAGE};
 use crate::look::Look;
 use crate::page_cache::{Folio, FolioBatch, PinnedFrames, Place};
 use crate::pages::{Cursor, PieceState};
-use crate::pass::{Pass, Source, Stop};
+use crate::pass::{Pass, Stop};
 use crate::ranges::Range;
+use crate::report::Source;
 use crate::runs::{PinnedRun, RunBuilder};
 use crate::sight::Comparison;
 
