@@ -8,7 +8,7 @@ mod host;
 mod patience;
 mod steps;
 
-use self::host::{Held, Hold, Shared};
+use self::host::{Held, Hold, Host, Shared};
 use crate::pages::{Cursor, PieceState};
 use crate::ranges::Range;
 use crate::ring::Ring;
@@ -29,6 +29,16 @@ fn session(shared: &Rc<Shared>) -> Session<Rc<Shared>, Hold> {
         GEOMETRY,
         64,
     )
+}
+
+/// A host, and a session that is attached to it.
+fn attached() -> (Rc<Shared>, Held, Host, Session<Rc<Shared>, Hold>) {
+    let (shared, held) = (Shared::new(), Held::default());
+    let (mut host, mut session) = (Host::new(&shared), session(&shared));
+    session.service(0);
+    host.attach();
+    session.service(0);
+    (shared, held, host, session)
 }
 
 /// Reports what is new of a file's pages, as a pass does. Returns the pages reported.

@@ -2,8 +2,8 @@
 
 //! What is waited for, and how long.
 
-use super::host::{Held, Host, Shared};
-use super::{report, session, GEOMETRY};
+use super::host::{Host, Shared};
+use super::{attached, report, GEOMETRY};
 use crate::policy::{KEEP_PASSES, STALL_MS};
 use crate::ranges::Range;
 use crate::ring::{Memory, Ring, State};
@@ -16,11 +16,7 @@ const RANGE: Range = Range { start: 0, end: 10 };
 
 #[test]
 fn a_host_has_its_time_from_when_it_is_looked_for_first() {
-    let (shared, held) = (Shared::new(), Held::default());
-    let (mut host, mut session) = (Host::new(&shared), session(&shared));
-    session.service(0);
-    host.attach();
-    session.service(0);
+    let (_, held, mut host, mut session) = attached();
     host.claim(&held);
     host.acknowledge(false);
     session.service(1);
@@ -36,11 +32,7 @@ fn a_host_has_its_time_from_when_it_is_looked_for_first() {
 
 #[test]
 fn a_goodbye_that_nobody_hears_is_not_waited_for_for_ever() {
-    let (shared, held) = (Shared::new(), Held::default());
-    let (mut host, mut session) = (Host::new(&shared), session(&shared));
-    session.service(0);
-    host.attach();
-    session.service(0);
+    let (_, held, mut host, mut session) = attached();
     host.claim(&held);
     host.acknowledge(false);
     session.service(1);
@@ -108,11 +100,7 @@ fn requests_without_end_are_not_looked_at_without_end() {
 
 #[test]
 fn what_nobody_could_look_at_is_not_gone_for_a_while() {
-    let (shared, held) = (Shared::new(), Held::default());
-    let (mut host, mut session) = (Host::new(&shared), session(&shared));
-    session.service(0);
-    host.attach();
-    session.service(0);
+    let (_, held, _, mut session) = attached();
     let mut pass = |is_whole, keys: &[usize]| {
         let number = session.begin_pass();
         for &key in keys {

@@ -3,7 +3,7 @@
 //! What is expected of a session, step by step.
 
 use super::host::{Held, Host, Shared};
-use super::{report, session};
+use super::{attached, report, session};
 use crate::policy;
 use crate::ranges::Range;
 use crate::ring::State;
@@ -80,11 +80,7 @@ fn the_whole_way() {
 
 #[test]
 fn a_full_ring_and_a_full_house_say_busy() {
-    let (shared, held) = (Shared::new(), Held::default());
-    let (mut host, mut session) = (Host::new(&shared), session(&shared));
-    session.service(0);
-    host.attach();
-    session.service(0);
+    let (_, held, mut host, mut session) = attached();
     let id = session.tracker.add(64, 0).expect("room");
     session
         .announce(id, FileIdentity::default(), &[])
@@ -145,11 +141,7 @@ fn a_full_ring_and_a_full_house_say_busy() {
 
 #[test]
 fn a_host_that_stalls_loses_what_it_has_not_claimed() {
-    let (shared, held) = (Shared::new(), Held::default());
-    let (mut host, mut session) = (Host::new(&shared), session(&shared));
-    session.service(0);
-    host.attach();
-    session.service(0);
+    let (_, held, mut host, mut session) = attached();
     let range = Range { start: 0, end: 10 };
     report(&mut session, &held, 64, range, 500);
     session.publish();
@@ -207,11 +199,7 @@ fn an_answer_is_owed_by_who_is_there_and_does_not_stand_still() {
 
 #[test]
 fn memory_is_given_back_of_files_that_no_whole_pass_has_found_since() {
-    let (shared, held) = (Shared::new(), Held::default());
-    let (mut host, mut session) = (Host::new(&shared), session(&shared));
-    session.service(0);
-    host.attach();
-    session.service(0);
+    let (_, held, _, mut session) = attached();
     let range = Range { start: 0, end: 10 };
     let pass = |session: &mut Session<_, _>, keys: &[usize], is_whole| {
         let number = session.begin_pass();
@@ -238,11 +226,7 @@ fn memory_is_given_back_of_files_that_no_whole_pass_has_found_since() {
 /// As after a kernel that has attached, too, has woken this one from the disk of the same machine.
 #[test]
 fn a_memory_that_another_kernel_has_used_is_attached_to_anew() {
-    let (shared, held) = (Shared::new(), Held::default());
-    let (mut host, mut session) = (Host::new(&shared), session(&shared));
-    session.service(0);
-    host.attach();
-    session.service(0);
+    let (shared, held, mut host, mut session) = attached();
     let range = Range { start: 0, end: 10 };
     report(&mut session, &held, 64, range, 500);
     session.publish();
