@@ -165,10 +165,11 @@ fn a_name_is_free_and_a_daemon_stops_once_the_store_has_let_go_of_what_ended() {
     seen_to_end(&host.daemon, second.number);
     // One byte does; whoever waits for it to be readable need not read it.
     rustix::io::write(&host.stop, &[0]).unwrap();
-    thread::sleep(WHILE);
-    assert!(!host.runs.is_finished());
+    let runs = host.runs;
+    let stopped = sooner_or_later(move || runs.join().unwrap());
+    stopped.recv_timeout(WHILE).unwrap_err();
     drop(store);
-    host.runs.join().unwrap();
+    stopped.recv_timeout(LIMIT).unwrap();
     assert!(!pages.exists());
 }
 

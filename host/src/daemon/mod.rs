@@ -9,7 +9,7 @@
 
 mod admin;
 #[cfg(test)]
-mod busy;
+mod busy_tests;
 mod control;
 mod engine;
 mod error;
