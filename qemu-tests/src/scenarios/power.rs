@@ -44,6 +44,7 @@ pub(super) fn suspended_to_memory(stage: &mut Stage) -> Result<()> {
         let mut files = SharedFiles::hold(world, seed)?;
         let sleeper = &mut world.guests[0];
         let asleep = sleep_in(sleeper, "mem")?;
+        sleeper.wait_event("SUSPEND", LIMIT)?;
         wake(sleeper, asleep)?;
         files.are_right(world)?;
         files.are_shared(world)?;
@@ -52,9 +53,8 @@ pub(super) fn suspended_to_memory(stage: &mut Stage) -> Result<()> {
     })
 }
 
-/// Waits until it sleeps, and wakes it.
+/// Wakes it from its memory.
 fn wake(sleeper: &mut Guest, asleep: Pending) -> Result<()> {
-    sleeper.wait_event("SUSPEND", LIMIT)?;
     sleeper.monitor("system_wakeup", json!({}))?;
     sleeper.wait_event("WAKEUP", LIMIT)?;
     woken(sleeper, asleep)
@@ -85,7 +85,6 @@ pub(super) fn suspended_in_the_middle_of_a_pass(stage: &mut Stage) -> Result<()>
         )?;
         answered(sleeper)?;
         sleeper.set("pages_to_scan", "1")?;
-        let passes = sleeper.counter("full_scans")?;
         let name = sleeper.name().to_owned();
         let reported = |world: &World| world.status()?.vm(&name).map(|vm| vm.pages_reported);
         let before = reported(world)?;
@@ -95,9 +94,13 @@ pub(super) fn suspended_in_the_middle_of_a_pass(stage: &mut Stage) -> Result<()>
         })?;
         let sleeper = &mut world.guests[0];
         let asleep = sleep_in(sleeper, "mem")?;
+        sleeper.wait_event("SUSPEND", LIMIT)?;
+        // The number of passes would not tell: the kernel thaws processes first and locks file
+        // systems afterwards, which ends a pass that holds some of them.
+        let told = reported(world)? - before;
+        ensure!(told < FILES, "the pass was over: it reported {told} pages");
+        let sleeper = &mut world.guests[0];
         wake(sleeper, asleep)?;
-        let made = sleeper.counter("full_scans")? - passes;
-        ensure!(made == 0, "{made} passes have come to their end meanwhile");
 
         sleeper.set("pages_to_scan", "65536")?;
         sleeper.wait_passes(2, LIMIT)?;
@@ -122,6 +125,7 @@ pub(super) fn suspended_while_the_host_stands_still(stage: &mut Stage) -> Result
         let standstill = with_reports_in_flight(world, &mut files)?;
         let sleeper = &mut world.guests[0];
         let asleep = sleep_in(sleeper, "mem")?;
+        sleeper.wait_event("SUSPEND", LIMIT)?;
         wake(sleeper, asleep)?;
         let revocations = sleeper.counter("revocations")?;
         ensure!(revocations > 0, "the host does not count as standing still");
