@@ -267,6 +267,19 @@ impl Pages {
         }
     }
 
+    /// Whether anything that is tracked was refused.
+    pub(crate) fn has_refused(&self) -> bool {
+        let mut cursor = Cursor::default();
+        let mut next = self.seek(0, &mut cursor);
+        while let Some(entry) = next {
+            if entry.refused {
+                return true;
+            }
+            next = self.next(&entry, &mut cursor);
+        }
+        false
+    }
+
     /// Fills leaves that changes have left half empty. Best done when many changes have been
     /// made and no more follow soon.
     pub(crate) fn pack(&mut self) {

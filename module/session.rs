@@ -289,6 +289,7 @@ impl<M: Memory, P> Session<M, P> {
                 run.frame,
             );
             // All refusals of one pass count as one.
+            file.has_refused = true;
             if self.pass.wrapping_sub(file.retry_at) as i32 >= 0 {
                 file.retry_at = self.pass.wrapping_add(policy::backoff_passes(file.backoff));
                 file.backoff = file.backoff.saturating_add(1);
@@ -439,7 +440,7 @@ impl<M: Memory, P> Session<M, P> {
         let pass = self.pass;
         self.tracker
             .get_mut(id)
-            .is_some_and(|file| file.backoff != 0 && pass.wrapping_sub(file.retry_at) as i32 >= 0)
+            .is_some_and(|file| file.is_due(pass))
     }
 
     /// Whether the host must be told about this file before its pages are reported.
@@ -560,12 +561,14 @@ impl<M: Memory, P> Session<M, P> {
             self.tracker.release(id);
             return Ok(());
         }
+        let pages = file.pages.pages();
         let record = Record::Retract {
             file: id,
             page: 0,
             pages: 0,
         };
         self.push(id, &record, What::Retire)?;
+        self.totals.retracted += pages * self.geometry.scale;
         self.tracker.retire(id);
         Ok(())
     }
@@ -602,7 +605,7 @@ impl<M: Memory, P> Session<M, P> {
         if self.partial_passes == 0 {
             self.whole_pass = self.pass;
         }
-        self.tracker.end_of_pass();
+        self.tracker.end_of_pass(self.pass);
         self.ring.publish();
         Ok(self.news)
     }
@@ -616,7 +619,7 @@ impl<M: Memory, P> Session<M, P> {
     /// the ring does not run dry, or when all of it has.
     /// Returns whether there is anything to wait for.
     pub(crate) fn ask_to_be_woken(&mut self, all: bool) -> bool {
-        if self.inflight.is_empty() {
+        if !self.is_waiting() {
             self.ring.notify_at(0);
             return true;
         }

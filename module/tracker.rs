@@ -32,7 +32,7 @@ pub(crate) struct File {
     covered: u32,
     /// Last pass that found it mapped.
     seen: u32,
-    /// Refused pages are tried again in this pass.
+    /// Refused pages, if there are any, are tried again in this pass.
     pub(crate) retry_at: u32,
     /// When it was found first.
     pub(crate) since: Moment,
@@ -40,9 +40,18 @@ pub(crate) struct File {
     pub(crate) checked: u32,
     /// Whether it is on that list.
     pub(crate) excluded: bool,
+    /// Whether there may be refused pages to be tried again.
+    pub(crate) has_refused: bool,
     /// Doublings of the time between tries.
     pub(crate) backoff: u8,
     pub(crate) state: FileState,
+}
+
+impl File {
+    /// Whether refused pages are to be tried again in this pass.
+    pub(crate) const fn is_due(&self, pass: u32) -> bool {
+        self.has_refused && pass.wrapping_sub(self.retry_at) as i32 >= 0
+    }
 }
 
 const FREE: File = File {
@@ -55,6 +64,7 @@ const FREE: File = File {
     since: Moment::BOOT,
     checked: 0,
     excluded: false,
+    has_refused: false,
     backoff: 0,
     state: FileState::Free,
 };
@@ -243,11 +253,24 @@ impl Tracker {
         })
     }
 
-    /// Drops what only the pass that has ended needed.
-    pub(crate) fn end_of_pass(&mut self) {
+    /// A file that the host knows, that pass `pass` has not found and whose name was not compared
+    /// with list `version`, from id `from` on.
+    pub(crate) fn next_unchecked(&self, from: u32, pass: u32, version: u32) -> Option<u32> {
+        (from..self.ids()).find(|&id| {
+            let file = &self.files[id as usize];
+            file.state == FileState::Announced && file.seen != pass && file.checked != version
+        })
+    }
+
+    /// Drops what only pass `pass`, which has ended, needed.
+    pub(crate) fn end_of_pass(&mut self, pass: u32) {
         self.covered.clear();
         self.pass = 0;
         for file in self.files.iter_mut() {
+            // What was refused again since has another time, and not all may have been looked at.
+            if file.seen == pass && file.is_due(pass) {
+                file.has_refused = file.pages.has_refused();
+            }
             file.covered = NONE;
             file.pages.pack();
         }
@@ -283,6 +306,7 @@ impl Tracker {
     pub(crate) fn forget_pages(&mut self) {
         for file in self.files.iter_mut() {
             file.pages.clear();
+            file.has_refused = false;
             file.backoff = 0;
         }
     }
@@ -296,8 +320,12 @@ impl Tracker {
             if freed >= bytes {
                 break;
             }
-            freed += file.pages.bytes();
-            file.pages.clear();
+            let bytes = file.pages.bytes();
+            // To forget what takes no memory of its own would only have it reported again.
+            if bytes != 0 {
+                freed += bytes;
+                file.pages.clear();
+            }
         }
         freed
     }

@@ -99,7 +99,7 @@ proptest! {
                 }
                 Step::Pass(ended) => {
                     if ended {
-                        tracker.end_of_pass();
+                        tracker.end_of_pass(pass);
                     }
                     pass += 1;
                     for file in files.values_mut() {
@@ -274,4 +274,46 @@ fn what_was_reported_and_not_looked_at_is_a_stray() {
     assert_eq!(strays(&tracker, 2), [(0, 10), (20, 30), (30, 40)]);
     tracker.touch(id, 2);
     assert_eq!(strays(&tracker, 2), [(0, 10), (20, 30), (30, 40)]);
+}
+
+/// Reports pages of a file, each at a frame of its own.
+fn reported(tracker: &mut Tracker, key: usize, pages: u64) -> u32 {
+    let id = tracker.add(key, 0).expect("room");
+    for page in 0..pages {
+        let range = Range {
+            start: page,
+            end: page + 1,
+        };
+        let file = tracker.get_mut(id).expect("just added");
+        assert_eq!(file.pages.record(range, 5000 - 2 * page), Ok(()));
+    }
+    tracker.end_of_pass(1);
+    id
+}
+
+#[test]
+fn what_takes_no_memory_of_its_own_is_not_forgotten_for_memory() {
+    let mut tracker = Tracker::new(1000);
+    let large = reported(&mut tracker, 8, 500);
+    let small: Vec<_> = (1..=100)
+        .map(|i| reported(&mut tracker, 8 + 8 * i, 1))
+        .collect();
+    assert!(tracker.shrink(1) > 0);
+    let mut pages = |id| tracker.get_mut(id).expect("in use").pages.pages();
+    assert_eq!(pages(large), 0);
+    assert!(small.iter().all(|&id| pages(id) == 1));
+}
+
+#[test]
+fn files_that_are_not_found_are_compared_with_another_list_of_names() {
+    let mut tracker = Tracker::new(1000);
+    let [one, two, three] = [8, 16, 24].map(|key| reported(&mut tracker, key, 1));
+    for (id, checked) in [(one, 4), (two, 5), (three, 4)] {
+        let file = tracker.get_mut(id).expect("in use");
+        file.state = FileState::Announced;
+        file.checked = checked;
+    }
+    tracker.touch(three, 2);
+    assert_eq!(tracker.next_unchecked(0, 2, 5), Some(one));
+    assert_eq!(tracker.next_unchecked(one + 1, 2, 5), None);
 }

@@ -79,6 +79,55 @@ fn the_whole_way() {
 }
 
 #[test]
+fn refused_pages_come_again_though_others_of_the_file_were_accepted_since() {
+    let (_, held, mut host, mut session) = attached();
+    let (refused, accepted) = (Range { start: 0, end: 5 }, Range { start: 10, end: 15 });
+    let mut pass = |session: &mut Session<_, _>, range, frame, refuse| {
+        let number = session.begin_pass();
+        let reported = report(session, &held, 64, range, frame);
+        if let Some(id) = session.tracker.find(64) {
+            session.tracker.touch(id, number);
+        }
+        session.publish();
+        host.claim(&held);
+        host.acknowledge(refuse);
+        session.service(1);
+        assert!(session.end_pass(1, 10).is_ok());
+        reported
+    };
+    assert_eq!(pass(&mut session, refused, 500, true), 5);
+    assert_eq!(pass(&mut session, accepted, 900, false), 5);
+    let again: Vec<_> = (0..6)
+        .map(|_| pass(&mut session, refused, 500, false))
+        .collect();
+    assert_eq!(again.iter().sum::<u64>(), 5, "{again:?}");
+    let id = session.tracker.find(64).expect("a file");
+    session.begin_pass();
+    assert!(!session.retries(id), "nothing is refused any more");
+}
+
+#[test]
+fn pages_of_a_file_that_is_withdrawn_are_counted() {
+    let (_, held, _, mut session) = attached();
+    report(&mut session, &held, 64, Range { start: 0, end: 7 }, 500);
+    let id = session.tracker.find(64).expect("a file");
+    assert_eq!(session.retire(id), Ok(()));
+    assert_eq!(session.totals.retracted, 7);
+}
+
+#[test]
+fn whoever_has_said_goodbye_is_woken_by_the_answer() {
+    let (_, held, mut host, mut session) = attached();
+    host.claim(&held);
+    host.acknowledge(false);
+    session.service(0);
+    session.say_goodbye();
+    assert!(session.ask_to_be_woken(true));
+    let asked = host.guest(guest_area::NOTIFY_AT);
+    assert_eq!(asked, host.guest(guest_area::HEAD));
+}
+
+#[test]
 fn a_full_ring_and_a_full_house_say_busy() {
     let (_, held, mut host, mut session) = attached();
     let id = session.tracker.add(64, 0).expect("room");
