@@ -15,31 +15,31 @@ pub(crate) trait Word {
     fn store(&self, bits: u64);
 }
 
-/// Words of a filter: 8 KiB.
-pub(crate) const WORDS: usize = 1024;
+/// Words of a filter: 32 KiB.
+pub(crate) const WORDS: usize = 4096;
 const BITS: u64 = WORDS as u64 * 64;
 /// With so many bits set about one new file in sixty looks known.
 const CROWDED: u32 = BITS as u32 / 8;
 
 /// The filter, by hashes of files.
-pub(crate) struct Filter<W>([W; WORDS]);
+struct Filter<W>([W; WORDS]);
 
 impl<W: Word> Filter<W> {
-    pub(crate) const fn new(words: [W; WORDS]) -> Self {
+    const fn new(words: [W; WORDS]) -> Self {
         Self(words)
     }
 
     /// The two bits of a hash: word and mask.
     fn bits(hash: u64) -> [(usize, u64); 2] {
         let mixed = (hash ^ hash >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        [mixed >> 48, mixed >> 32].map(|bit| {
+        [mixed >> 46, mixed >> 28].map(|bit| {
             let bit = bit % BITS;
             ((bit / 64) as usize, 1 << (bit % 64))
         })
     }
 
     /// Adds a file. Returns whether it was new.
-    pub(crate) fn insert(&self, hash: u64) -> bool {
+    fn insert(&self, hash: u64) -> bool {
         let mut new = false;
         for (word, mask) in Self::bits(hash) {
             let word = &self.0[word];
@@ -52,18 +52,84 @@ impl<W: Word> Filter<W> {
         new
     }
 
-    /// Forgets all files when there are too many to tell new ones from.
-    pub(crate) fn thin_out(&self) {
+    /// Whether a file was added, as far as can be told.
+    fn has(&self, hash: u64) -> bool {
+        let is_set = |(word, mask): (usize, u64)| self.0[word].load() & mask != 0;
+        Self::bits(hash).into_iter().all(is_set)
+    }
+
+    /// Whether there are too many to tell new ones from.
+    fn is_crowded(&self) -> bool {
         let ones: u32 = self.0.iter().map(|word| word.load().count_ones()).sum();
-        if ones > CROWDED {
-            self.clear();
+        ones > CROWDED
+    }
+
+    fn clear(&self) {
+        for word in &self.0 {
+            word.store(0);
+        }
+    }
+}
+
+/// Files that were met. What is forgotten stays known until a pass, which meets all that is mapped,
+/// has come to its end: otherwise every fault meanwhile would be in a new file.
+pub(crate) struct Met<W> {
+    filters: [Filter<W>; 2],
+    /// Which of them files are added to.
+    current: W,
+    /// Not 0 when something is to be forgotten.
+    forgets: W,
+}
+
+impl<W: Word> Met<W> {
+    pub(crate) const fn new(one: [W; WORDS], other: [W; WORDS], current: W, forgets: W) -> Self {
+        Self {
+            filters: [Filter::new(one), Filter::new(other)],
+            current,
+            forgets,
         }
     }
 
-    /// Forgets all files.
+    /// The filter that files are added to, and the one before it.
+    fn both(&self) -> (&Filter<W>, &Filter<W>) {
+        let [one, other] = &self.filters;
+        if self.current.load() == 0 {
+            (one, other)
+        } else {
+            (other, one)
+        }
+    }
+
+    /// Adds a file. Returns whether it was new.
+    pub(crate) fn insert(&self, hash: u64) -> bool {
+        let (current, before) = self.both();
+        current.insert(hash) && !before.has(hash)
+    }
+
+    /// Files are to be news when they come back: those that the next pass does not meet.
+    pub(crate) fn forget(&self) {
+        self.forgets.store(1);
+    }
+
+    /// A pass begins: it meets all that is mapped.
+    pub(crate) fn begin_pass(&self) {
+        let (current, before) = self.both();
+        if self.forgets.load() != 0 || current.is_crowded() {
+            self.forgets.store(0);
+            before.clear();
+            self.current.store(self.current.load() ^ 1);
+        }
+    }
+
+    /// It has come to its end.
+    pub(crate) fn end_pass(&self) {
+        self.both().1.clear();
+    }
+
+    /// Nothing was met.
     pub(crate) fn clear(&self) {
-        for word in &self.0 {
-            word.store(0);
+        for filter in &self.filters {
+            filter.clear();
         }
     }
 }

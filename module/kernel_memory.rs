@@ -28,14 +28,12 @@ pub(crate) struct Part {
 const MOST_TEXT: usize = 1 << 16;
 
 /// Text and read-only data of the running kernel, as far as they can be found.
-pub(crate) fn parts() -> [Option<Part>; 2] {
-    let Ok(text) = read_iomem() else {
-        return [None; 2];
-    };
-    [
+pub(crate) fn parts() -> Result<[Option<Part>; 2]> {
+    let text = read_iomem()?;
+    Ok([
         part(&text, "Kernel code", file_kind::KERNEL_TEXT),
         part(&text, "Kernel rodata", file_kind::KERNEL_RODATA),
-    ]
+    ])
 }
 
 fn part(text: &[u8], name: &str, kind: u32) -> Option<Part> {

@@ -50,7 +50,7 @@ pub(crate) struct Workshop {
     folios: FolioBatch,
     look: Option<Look>,
     path: KVec<u8>,
-    /// Looked for by the first pass, as a thread of the kernel may know.
+    /// Looked for by the first pass that can, as a thread of the kernel may know.
     kernel: Option<[Option<Part>; 2]>,
 }
 
@@ -168,8 +168,11 @@ pub(crate) fn run(
         findings,
         rules,
     };
-    let kernel = kernel.get_or_insert_with(kernel_memory::parts);
-    let mut result = pass.walk(kernel);
+    if kernel.is_none() {
+        // Without memory for that the next pass tries again.
+        *kernel = kernel_memory::parts().ok();
+    }
+    let mut result = pass.walk(kernel.as_ref().map_or(&[], |parts| &parts[..]));
     if result.is_ok() {
         pass.findings.has_judged = pass.session.judges(pass.is_whole());
         if are_new && pass.findings.has_judged {
@@ -204,10 +207,7 @@ impl Pass<'_> {
             if !more {
                 break;
             }
-            if self.looked >= CONTROL.pages_to_scan.get() {
-                self.looked = 0;
-                self.pause()?;
-            }
+            self.go_on()?;
         }
         self.findings.seen = walk.seen;
         if self.rules.kernel_text {
@@ -258,12 +258,8 @@ impl Pass<'_> {
             };
             self.scan_file(file, EVERYTHING, wanted)?;
             self.show();
-            self.breathe()?;
+            self.go_on()?;
             self.look_up()?;
-            if self.looked >= CONTROL.pages_to_scan.get() {
-                self.looked = 0;
-                self.pause()?;
-            }
         }
         Ok(())
     }
@@ -284,6 +280,20 @@ impl Pass<'_> {
     fn pause(&self) -> Result<(), Stop> {
         thread::wait_unfrozen(policy::POLL_MS);
         self.breathe()
+    }
+
+    /// To be called between two looks at a file: shows what was reported, rests when that is due,
+    /// and breathes.
+    pub(crate) fn go_on(&mut self) -> Result<(), Stop> {
+        if self.unshown_us.is_some() {
+            self.show_soon();
+        }
+        if self.looked < CONTROL.pages_to_scan.get() {
+            return self.breathe();
+        }
+        self.looked = 0;
+        self.show();
+        self.pause()
     }
 
     /// To be called now and then: others wait for the processor, for file systems that are held, or
@@ -359,17 +369,34 @@ impl Pass<'_> {
 
     /// Forgets files that are gone and ends the pass.
     fn finish(&mut self, scans: u64) -> Result<(), Stop> {
+        self.withdraw_unchecked()?;
         let mut from = 0;
         while let Some(id) = self.next_unseen(from) {
             self.retire(id)?;
             from = id + 1;
         }
         if from != 0 {
-            // They are news when they come back, and so are all others: there is one filter.
             tracepoints::forget();
         }
+        tracepoints::end_pass();
         let eligible = self.findings.eligible;
         self.findings.news = self.insist(|session| session.end_pass(scans, eligible))?;
+        Ok(())
+    }
+
+    /// Withdraws files that were reported and not found now, when there is another list of excluded
+    /// names: they may be on it, and are compared with it when they are found again.
+    fn withdraw_unchecked(&mut self) -> Result<(), Stop> {
+        let version = CONTROL.exclude.version();
+        let mut from = 0;
+        while let Some(id) = self
+            .session
+            .tracker
+            .next_unchecked(from, self.number, version)
+        {
+            self.retire(id)?;
+            from = id + 1;
+        }
         Ok(())
     }
 

@@ -42,11 +42,16 @@ impl Pass<'_> {
     pub(crate) fn has_used(&mut self, file: &CachedFile<'_>, facts: &Facts) -> Result<bool, Stop> {
         let (mut next, end) = (0, facts.pages.min(MAX_PAGE));
         while self.folios.fill(file, &mut next, end) {
-            let mut folios = self.folios.folios();
-            if folios.any(|folio| folio.place(file, facts).is_some() && folio.is_used()) {
-                return Ok(true);
+            for folio in self.folios.folios() {
+                let place = folio.place(file, facts);
+                let pages = place.map_or(1, |it| it.range.end - it.range.start);
+                self.looked += pages;
+                if place.is_some() && folio.is_used() {
+                    return Ok(true);
+                }
             }
-            self.breathe()?;
+            self.folios.release();
+            self.go_on()?;
         }
         Ok(false)
     }
@@ -105,7 +110,7 @@ impl Pass<'_> {
             }
             self.looked += comparison.same;
             self.findings.eligible += comparison.same;
-            self.breathe()?;
+            self.go_on()?;
         }
         Ok(())
     }
@@ -122,6 +127,7 @@ impl Pass<'_> {
             for folio in folios.folios() {
                 let place = folio.place(subject.file, subject.facts);
                 let Some(place) = place.and_then(|place| clip(place, range)) else {
+                    self.looked += 1;
                     continue;
                 };
                 let before = Range {
@@ -134,6 +140,9 @@ impl Pass<'_> {
                 self.looked += pages;
                 self.findings.eligible += pages;
                 self.update(subject, &folio, place)?;
+            }
+            if self.unshown_us.is_some() {
+                self.show_soon();
             }
             self.breathe()?;
         }

@@ -6,11 +6,11 @@
 //! Callbacks run in the faulting process, holding its mmap or VMA lock, maybe under RCU, but no
 //! spinlock. They take none of our locks; waking the worker takes those of its wait queue and of
 //! the scheduler, under which no file is ever faulted. For a file that has been met before they
-//! compute a hash and read two words.
+//! compute a hash and read three words.
 
 use crate::bindings as helpers;
 use crate::file::{self, CachedFile};
-use crate::filter::{Filter, Word, WORDS};
+use crate::filter::{Met, Word, WORDS};
 use crate::thread;
 use core::ptr::{null_mut, NonNull};
 use kernel::bindings;
@@ -28,7 +28,12 @@ impl Word for Atomic<u64> {
 }
 
 /// Files that a pass or a fault has met.
-static MET: Filter<Atomic<u64>> = Filter::new([const { Atomic::new(0) }; WORDS]);
+static MET: Met<Atomic<u64>> = Met::new(
+    [const { Atomic::new(0) }; WORDS],
+    [const { Atomic::new(0) }; WORDS],
+    Atomic::new(0),
+    Atomic::new(0),
+);
 /// Whether there was a fault in a file not met before.
 static NEWS: Atomic<u32> = Atomic::new(0);
 
@@ -80,12 +85,17 @@ pub(crate) fn note(file: &CachedFile<'_>) {
 
 /// A pass begins: it meets all that is mapped.
 pub(crate) fn begin_pass() {
-    MET.thin_out();
+    MET.begin_pass();
 }
 
-/// Files were forgotten, and are news when they come back.
+/// It has come to its end.
+pub(crate) fn end_pass() {
+    MET.end_pass();
+}
+
+/// Files were forgotten, and are news when they come back after the next pass.
 pub(crate) fn forget() {
-    MET.clear();
+    MET.forget();
 }
 
 /// A callback in place.
@@ -157,7 +167,7 @@ impl Drop for Quiet {
     fn drop(&mut self) {
         // SAFETY: Our callers may sleep.
         unsafe { helpers::pagefusion_tracepoint_synchronize() };
-        forget();
+        MET.clear();
         take_news();
     }
 }

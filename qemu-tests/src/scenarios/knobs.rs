@@ -233,6 +233,8 @@ pub(super) fn decide_what_is_reported(stage: &mut Stage) -> Result<()> {
     let mut guest = Watched::new(&mut stage.world.guests[0])?;
 
     guest.set("exclude", "pf-knob-a")?;
+    // Files that nobody maps any more have been withdrawn.
+    guest.passes(2)?;
     guest.hold("/var/tmp/pf-knob-a", seed)?;
     guest.stays().context("an excluded file")?;
     ensure!(guest.guest.counter("files_excluded")? > 0);
@@ -242,6 +244,23 @@ pub(super) fn decide_what_is_reported(stage: &mut Stage) -> Result<()> {
     guest.shrinks().context("excluded after it was reported")?;
     guest.set("exclude", "\n")?;
     guest.grows().context("an empty list")?;
+
+    let path = "/var/tmp/pf-knob-a".to_owned();
+    guest
+        .guest
+        .request::<Value>(Op::Release { path: path.clone() })?;
+    guest.stays().context("a file that nobody maps any more")?;
+    let before = guest.tracked;
+    guest.set("exclude", "pf-knob-a")?;
+    guest.passes(2)?;
+    ensure!(
+        guest.tracked + FILE_PAGES - NOISE <= before,
+        "an excluded file that nobody maps any more: {} pages are tracked, {before} were before",
+        guest.tracked
+    );
+    guest.set("exclude", "\n")?;
+    guest.guest.request::<Value>(Op::Hold { path })?;
+    guest.grows().context("mapped again")?;
 
     guest.set("scope", "exec")?;
     guest.shrinks().context("executable mappings only")?;
@@ -263,6 +282,8 @@ pub(super) fn decide_what_is_reported(stage: &mut Stage) -> Result<()> {
     guest.set("max_inflight_pages", "8192")?;
     guest.set("report_names", "1")?;
 
+    // The rest of that file.
+    guest.passes(2)?;
     guest.set("min_age_millisecs", &AGE.as_millis().to_string())?;
     let first = uptime(guest.guest)?;
     guest.hold("/var/tmp/pf-knob-c", seed + 2)?;
@@ -416,13 +437,20 @@ struct Watched<'a> {
 
 impl<'a> Watched<'a> {
     fn new(guest: &'a mut Guest) -> Result<Self> {
-        guest.wait_passes(2, LIMIT)?;
-        let tracked = guest.counter("pages_tracked")?;
-        Ok(Self { guest, tracked })
+        let mut this = Self { guest, tracked: 0 };
+        this.passes(2)?;
+        Ok(this)
     }
 
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
         self.guest.set(name, value)
+    }
+
+    /// Waits for so many passes and looks again.
+    fn passes(&mut self, passes: u64) -> Result<()> {
+        self.guest.wait_passes(passes, LIMIT)?;
+        self.tracked = self.guest.counter("pages_tracked")?;
+        Ok(())
     }
 
     /// Maps a new file.
