@@ -246,6 +246,13 @@ macro_rules! control {
             pub(crate) fn set_refusals(&self, pages: &[u64; reason::COUNT]) {
                 $(self.$refusal.set(pages[usize::from(reason::$reason)]);)*
             }
+
+            /// How many pages the host refused for each reason, as shown.
+            pub(crate) fn refusals(&self) -> [u64; reason::COUNT] {
+                let mut pages = [0; reason::COUNT];
+                $(pages[usize::from(reason::$reason)] = self.$refusal.get();)*
+                pages
+            }
         }
 
         /// Calls `$with!` with the names of all knobs and of all statistics.
@@ -264,8 +271,7 @@ control! {
         sleep_millisecs: Knob = Knob::new(1000, 10..=3_600_000);
         /// Longest sleep between two passes that find nothing new, milliseconds.
         max_sleep_millisecs: Knob = Knob::new(60_000, 10..=3_600_000);
-        /// After so many pages have been looked at, a pass sleeps for 10 milliseconds. It does so
-        /// between batches of files, when it holds none of them.
+        /// After so many pages have been looked at, a pass sleeps for 10 milliseconds.
         pages_to_scan: Knob = Knob::new(65_536, 1..=1 << 32);
         /// Which pages are looked at.
         scope: ScopeKnob = ScopeKnob::new(Scope::Readonly);

@@ -128,6 +128,12 @@ impl Schedule {
         self.idle = 0;
     }
 
+    /// A knob was written: a pass is due now, so that what it says holds. Sleeps stay as long as
+    /// they have become.
+    pub(crate) fn knob_written(&mut self) {
+        self.next_ms = 0;
+    }
+
     /// A new file was touched: makes a pass due soon, when more of it has been.
     pub(crate) fn news(&mut self, now_ms: u64) {
         let soon = (now_ms + SETTLE_MS).max(self.ended_ms + self.sleep_ms);

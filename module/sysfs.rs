@@ -11,6 +11,15 @@ use kernel::bindings;
 use kernel::error::to_result;
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
+use kernel::sync::atomic::{ordering::Relaxed, Atomic};
+
+/// Whether a knob was written.
+static CHANGED: Atomic<u32> = Atomic::new(0);
+
+/// Whether a knob was written since the last time.
+pub(crate) fn take_changed() -> bool {
+    CHANGED.load(Relaxed) != 0 && CHANGED.xchg(0, Relaxed) != 0
+}
 
 /// The directory. Dropping it removes it, and waits for those who are reading or writing.
 ///
@@ -118,6 +127,7 @@ unsafe extern "C" fn store(
     };
     match stored {
         Ok(()) => {
+            CHANGED.store(1, Relaxed);
             thread::kick();
             length as isize
         }

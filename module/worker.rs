@@ -8,8 +8,9 @@ use crate::ivshmem::Ivshmem;
 use crate::pass::{self, GuestSession, Rules, Workshop};
 use crate::policy::{self, Schedule};
 use crate::ring::{Ring, State};
-use crate::session::{Geometry, Session};
+use crate::session::{Geometry, Session, Totals};
 use crate::shrinker;
+use crate::sysfs;
 use crate::thread::{self, Work};
 use crate::tracepoints;
 use crate::wire::{MAX_FILES, PAGE_SIZE};
@@ -31,6 +32,8 @@ pub(crate) struct Worker {
     /// Everything was taken back, and stays so.
     withdrawn: bool,
     warned: bool,
+    /// Errors of hosts of devices that are gone.
+    earlier_errors: u64,
 }
 
 impl Worker {
@@ -43,8 +46,10 @@ impl Worker {
         let has_interrupt = device.has_interrupt();
         let (layout, features) = (device.layout(), device.features());
         let ring = Ring::new(device, layout, features);
+        let mut session = Session::new(ring, geometry, MAX_FILES as usize);
+        session.totals = totals();
         Ok(Self {
-            session: Session::new(ring, geometry, MAX_FILES as usize),
+            session,
             workshop: Workshop::new()?,
             schedule: Schedule::new(),
             rules: None,
@@ -52,6 +57,7 @@ impl Worker {
             has_interrupt,
             withdrawn: false,
             warned: false,
+            earlier_errors: CONTROL.host_errors.get(),
         })
     }
 
@@ -65,13 +71,13 @@ impl Worker {
         let result = pass::run(session, workshop, scans, rules, self.are_new);
         let now = thread::now_ms();
         let took = thread::now_us().saturating_sub(began);
-        CONTROL.last_pass_usecs.set(took);
-        CONTROL.max_pass_usecs.raise(took);
         let mut due = None;
         let news = match result {
             Ok(findings) => {
                 self.are_new &= !findings.has_judged;
                 CONTROL.full_scans.set(scans);
+                CONTROL.last_pass_usecs.set(took);
+                CONTROL.max_pass_usecs.raise(took);
                 CONTROL.pages_seen.set(findings.pages);
                 CONTROL.pages_eligible.set(findings.eligible);
                 CONTROL.mms_visited.set(findings.seen.mms);
@@ -148,7 +154,7 @@ impl Worker {
             0
         });
         let lies = session.ring().lies();
-        CONTROL.host_errors.set(lies);
+        CONTROL.host_errors.set(self.earlier_errors + lies);
         if lies != 0 && !self.warned {
             self.warned = true;
             pr_warn!("the host wrote positions that cannot be; they are ignored\n");
@@ -223,6 +229,21 @@ impl Worker {
             }
         }
         self.session.leave();
+        self.publish_statistics();
+    }
+}
+
+/// What has been shown so far: a device that is taken away and found again goes on with it.
+fn totals() -> Totals {
+    Totals {
+        reported: CONTROL.pages_reported.get(),
+        runs: CONTROL.runs_reported.get(),
+        acknowledged: CONTROL.pages_acknowledged.get(),
+        remembered: CONTROL.pages_remembered.get(),
+        refused: CONTROL.pages_refused.get(),
+        refused_by: CONTROL.refusals(),
+        retracted: CONTROL.pages_retracted.get(),
+        revocations: CONTROL.revocations.get(),
     }
 }
 
@@ -249,6 +270,9 @@ impl Work for Worker {
             if withdraws || self.session.is_leaving() {
                 self.withdraw();
                 continue;
+            }
+            if sysfs::take_changed() {
+                self.schedule.knob_written();
             }
             if tracepoints::take_news() {
                 CONTROL.wakeups.add(1);

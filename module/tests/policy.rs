@@ -152,6 +152,19 @@ fn idle_passes_back_off_to_the_limit_and_news_ends_that() {
 }
 
 #[test]
+fn a_knob_holds_at_once_and_sleeps_stay_long() {
+    let mut schedule = Schedule::new();
+    for now in [100, 200, 300] {
+        schedule.pass_ended(now, false, 10, 1000);
+    }
+    assert_eq!(schedule.wait_ms(300), 80);
+    schedule.knob_written();
+    assert_eq!(schedule.wait_ms(310), 0);
+    schedule.pass_ended(320, false, 10, 1000);
+    assert_eq!(schedule.wait_ms(320), 160);
+}
+
+#[test]
 fn a_limit_below_the_sleep_does_not_shorten_it() {
     let mut schedule = Schedule::new();
     schedule.pass_ended(0, false, 1000, 10);

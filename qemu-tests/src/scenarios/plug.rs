@@ -37,6 +37,7 @@ pub(super) fn device_taken_away_and_found_again(stage: &mut Stage) -> Result<()>
         let mut files = SharedFiles::hold(world, seed)?;
         let guest = &mut world.guests[0];
         let before = guest.counter("host_instance")?;
+        let reported = guest.counter("pages_reported")?;
         remove_device(guest)?;
         ensure!(
             guest.counter("host_instance")? == 0,
@@ -52,6 +53,13 @@ pub(super) fn device_taken_away_and_found_again(stage: &mut Stage) -> Result<()>
         ensure!(guest.counter("host_instance")? == before, "another engine");
         files.are_shared(world)?;
         files.add(world)?;
+        let guest = &mut world.guests[0];
+        guest.wait_passes(1, LIMIT)?;
+        let sum = guest.counter("pages_reported")?;
+        ensure!(
+            sum > reported + reported / 2,
+            "{reported} pages had been reported with the device before, and {sum} in all"
+        );
         files.are_right(world)
     })
 }

@@ -78,7 +78,7 @@ fn known_programs_wake_nobody(guest: &mut Guest) -> Result<()> {
         if stays_asleep(guest)? {
             return Ok(());
         }
-        // A module that sleeps for an hour takes no note of its knobs: only one that was woken is put to sleep again.
+        // It was woken, or has slept for an hour.
         fall_asleep(guest, HOUR)?;
     }
     bail!("the module was awake after known programs, {TRIES} times of {TRIES}")
