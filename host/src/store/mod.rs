@@ -29,6 +29,7 @@ mod space;
 mod tests;
 
 pub use file::StoreFile;
+#[cfg(feature = "cli")]
 pub(crate) use group::check_spans;
 pub use group::{Group, GroupStatistics, Limits, MAX_REQUEST_PAGES, VmLimits, VmStatistics};
 pub use local::LocalStore;

@@ -356,6 +356,10 @@ impl Pair {
         for (&vm, pages) in &self.granted {
             assert_eq!(self.group.vm_statistics(vm).granted, pages.len() as u64);
         }
+        let has = |store| move |pages: &&BTreeMap<_, _>| pages.contains_key(store);
+        let sharers = |store| self.granted.values().filter(has(store)).count();
+        let several = self.contents.keys().filter(|store| sharers(store) > 1);
+        assert!(self.group.several().iter().eq(several.copied()));
     }
 }
 

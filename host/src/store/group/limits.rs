@@ -117,6 +117,9 @@ impl Group {
         if vm.granted.insert(store) {
             page.references += 1;
             self.granted += 1;
+            if page.references == 2 {
+                self.several.insert(store);
+            }
         }
     }
 
@@ -144,6 +147,9 @@ impl Group {
         for store in new {
             if let Some(page) = self.index.page_mut(store) {
                 page.references += 1;
+                if page.references == 2 {
+                    self.several.insert(store);
+                }
             }
         }
         let beyond = first + pages - end;

@@ -59,6 +59,8 @@ pub struct Group {
     store_full: u64,
     /// Sum over the VMs.
     granted: u64,
+    /// Pages granted to two VMs or more.
+    several: RoaringBitmap,
     /// Store page up to which strays are cleared.
     cleared: StorePage,
     /// While only learning.
@@ -89,6 +91,7 @@ impl Group {
             reports: Vec::new(),
             store_full: 0,
             granted: 0,
+            several: RoaringBitmap::new(),
             cleared: 0,
             estimate: None,
         };
@@ -119,6 +122,11 @@ impl Group {
     #[cfg(test)]
     pub(super) fn replace_file(&mut self, file: StoreFile) {
         self.file = file;
+    }
+
+    #[cfg(test)]
+    pub(super) fn several(&self) -> &RoaringBitmap {
+        &self.several
     }
 
     /// Only learns who has what, or shares. While learning nothing is granted or published
@@ -308,20 +316,11 @@ impl Group {
         if self.adoption.is_some() {
             return Vec::new();
         }
-        // Set by set: a look at each page would hold up everybody for milliseconds.
-        let (mut alone, mut others) = (RoaringBitmap::new(), RoaringBitmap::new());
-        for (number, it) in &self.vms {
-            let set = if *number == vm {
-                &mut alone
-            } else {
-                &mut others
-            };
-            *set |= &it.granted;
-        }
-        alone -= others;
         let Some(it) = self.vms.get_mut(&vm) else {
             return Vec::new();
         };
+        // As sets: a look at each page would hold up everybody for milliseconds.
+        let alone = &it.granted - &self.several;
         let before = std::mem::replace(&mut it.alone, alone);
         spans(&(before & &it.alone))
     }
@@ -436,12 +435,15 @@ impl Group {
 
     /// Takes a reference from each page and gives back to the host what has none left.
     fn drop_references(&mut self, pages: &RoaringBitmap) {
-        let mut unused = Vec::new();
+        let (mut unused, mut single) = (Vec::new(), Vec::new());
         for store in pages {
             let Some(page) = self.index.page_mut(store) else {
                 continue;
             };
             page.references -= 1;
+            if page.references == 1 {
+                single.push(store);
+            }
             let kept = self
                 .adoption
                 .as_ref()
@@ -450,6 +452,7 @@ impl Group {
                 unused.push(store);
             }
         }
+        self.several -= RoaringBitmap::from_iter(single);
         self.free(&unused);
     }
 

@@ -45,7 +45,9 @@ impl Group {
         let granted: u64 = self
             .vms
             .values()
-            .map(|vm| vm.granted.serialized_size() as u64)
+            .map(|vm| &vm.granted)
+            .chain([&self.several])
+            .map(|pages| pages.serialized_size() as u64)
             .sum();
         let estimate = self.estimate.as_ref().map_or(0, Estimate::bytes);
         let index = self.index.bytes() + self.files.bytes() + self.sightings.bytes() + estimate;
