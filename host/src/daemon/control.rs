@@ -4,7 +4,7 @@
 //! does not answer keeps nobody else waiting.
 
 use super::status;
-use crate::protocol::{Connection, ControlReply, ControlRequest, FileSpan};
+use crate::protocol::{Connection, ControlReply, ControlRequest, FileSpan, HelloReply};
 use std::collections::VecDeque;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -49,8 +49,8 @@ impl Drop for Link {
 }
 
 impl Control {
-    /// Takes a connection into use in place of the one before it.
-    pub(super) fn connect(&self, connection: Connection) -> std::io::Result<()> {
+    /// Takes a connection into use in place of the one before it, and greets the engine.
+    pub(super) fn connect(&self, mut connection: Connection) -> std::io::Result<()> {
         let (jobs, inbox) = mpsc::channel();
         let stream = connection.stream().try_clone()?;
         let reports = self.reports.clone();
@@ -60,7 +60,14 @@ impl Control {
         let serving = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
-                serve(connection, &inbox, &reports);
+                if let Some(link) = held.upgrade() {
+                    // Until the link is there: an engine that is greeted can be asked.
+                    drop(lock(&link));
+                }
+                match connection.send(&HelloReply::Ready) {
+                    Ok(()) => serve(connection, &inbox, &reports),
+                    Err(error) => log::debug!("an engine has gone: {error}"),
+                }
                 if let Some(link) = held.upgrade() {
                     leave(&link);
                 }
@@ -226,7 +233,9 @@ mod tests {
         let limit = Duration::from_secs(10);
         let connection = |stream| Connection::new(stream, Encoding::Postcard, limit).unwrap();
         control.connect(connection(ours)).unwrap();
-        connection(theirs)
+        let mut engine = connection(theirs);
+        assert!(matches!(engine.receive().unwrap(), HelloReply::Ready));
+        engine
     }
 
     #[test]

@@ -35,7 +35,6 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
             None => Ok(false),
             Some(Role::Requests) => serve_requests(registry, vm, connection),
             Some(Role::Control) => {
-                connection.send(&HelloReply::Ready)?;
                 vm.control.connect(connection)?;
                 // Asked for after the connection is in use: an operator's request that came
                 // before it has been noted.
