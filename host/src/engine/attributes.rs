@@ -148,6 +148,19 @@ fn is_locked(smaps: &str, address: usize) -> bool {
     false
 }
 
+/// Whether any of `range` is registered with a `userfaultfd`, by the text of `/proc/self/smaps`.
+pub(super) fn has_userfaultfd(smaps: &str, range: &Range<usize>) -> bool {
+    let mut inside = false;
+    smaps.lines().any(|line| {
+        if let Some(mapping) = parse_header(line) {
+            inside = mapping.start < range.end && range.start < mapping.end;
+        }
+        let flags = line.strip_prefix("VmFlags:").unwrap_or_default();
+        let is_registered = |flag| matches!(flag, "um" | "uw" | "ui");
+        inside && flags.split_ascii_whitespace().any(is_registered)
+    })
+}
+
 /// As [`examine`], from the text of `/proc/self/smaps`.
 fn inspect(
     smaps: &str,

@@ -5,18 +5,38 @@
 //! Whoever embeds the engine tells it before, and after: what is shared there becomes ordinary
 //! memory first, nothing is shared meanwhile, and afterwards that memory is looked at anew.
 
+use std::fs;
 use std::io;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
-use super::attributes::Unsuitable;
+use super::attributes::{Unsuitable, has_userfaultfd};
 use super::memory::{Memory, Suitability};
 use super::regions::Region;
+use super::sharing::Sharing;
+
+/// How long it is believed that a VMM which said so is about to register memory, or has.
+const BELIEVED: Duration = Duration::from_secs(10);
+/// Most times as long, after looks that found it registered: each reads about all mappings.
+const MOST_TIMES: u32 = 16;
 
 /// Memory that is being changed, and memory that somebody else has.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     under_way: Vec<Range<usize>>,
-    taken: Vec<Range<usize>>,
+    taken: Vec<Taken>,
+    /// Something was shared, or would have been, that may be again when all this has ended: the
+    /// guest tells of it only once.
+    untold: bool,
+}
+
+/// Memory that the VMM's `userfaultfd` has.
+#[derive(Clone, Debug)]
+struct Taken {
+    range: Range<usize>,
+    looked_at: Instant,
+    /// How many times [`BELIEVED`] until it is looked at again.
+    times: u32,
 }
 
 impl Changes {
@@ -35,23 +55,47 @@ impl Changes {
         }
     }
 
+    /// Notes that the guest is to tell of everything once more.
+    pub(super) fn lose(&mut self) {
+        self.untold = true;
+    }
+
     fn take(&mut self, range: &Range<usize>) {
-        self.taken.push(range.clone());
+        self.taken.push(Taken {
+            range: range.clone(),
+            looked_at: Instant::now(),
+            times: 1,
+        });
     }
 
     fn give_back(&mut self, range: &Range<usize>) {
         let taken = std::mem::take(&mut self.taken);
-        let rest = |it: Range<usize>| {
-            let before = it.start..it.end.min(range.start.max(it.start));
-            let after = it.start.max(range.end.min(it.end))..it.end;
-            [before, after]
+        let rest = |it: Taken| {
+            let all = &it.range;
+            let before = all.start..all.end.min(range.start.max(all.start));
+            let after = all.start.max(range.end.min(all.end))..all.end;
+            [before, after].map(|range| Taken {
+                range,
+                ..it.clone()
+            })
         };
         self.taken = taken.into_iter().flat_map(rest).collect();
-        self.taken.retain(|it| !it.is_empty());
+        self.taken.retain(|it| !it.range.is_empty());
     }
 
     fn is_taken(&self, range: &Range<usize>) -> bool {
-        self.taken.iter().any(|it| intersect(it, range))
+        self.taken.iter().any(|it| intersect(&it.range, range))
+    }
+
+    /// What is due to be looked at, `believed` being [`BELIEVED`].
+    fn doubtful(&mut self, believed: Duration) -> Vec<Range<usize>> {
+        let due = |it: &&mut Taken| it.looked_at.elapsed() >= believed * it.times;
+        let mut due: Vec<_> = self.taken.iter_mut().filter(due).collect();
+        for it in &mut due {
+            it.looked_at = Instant::now();
+            it.times = (it.times * 2).min(MOST_TIMES);
+        }
+        due.into_iter().map(|it| it.range.clone()).collect()
     }
 }
 
@@ -102,10 +146,26 @@ impl Memory {
     pub fn give_userfaultfd_back(&mut self, range: &Range<usize>) {
         self.changes.give_back(range);
         for (key, region) in self.keys_of(range) {
-            if !self.changes.is_taken(&region.addresses()) {
+            let is_refused = matches!(
+                self.suitability.get(&key),
+                Some(Suitability::Refused(Unsuitable::Userfaultfd))
+            );
+            if is_refused && !self.changes.is_taken(&region.addresses()) {
                 self.suitability.remove(&key);
+                self.changes.lose();
             }
         }
+    }
+
+    /// Whether the guest is to be asked to report everything again: what was undone or refused
+    /// because of the VMM may be shared again by now. True once.
+    pub fn take_untold(&mut self) -> bool {
+        let changes = &self.changes;
+        let over = changes.under_way.is_empty() && changes.taken.is_empty();
+        if !over || self.allowed().is_err() {
+            return false;
+        }
+        std::mem::take(&mut self.changes.untold)
     }
 
     /// The VMM is about to unmap or to map over `range`. What of a region would be left becomes
@@ -152,6 +212,7 @@ impl Memory {
             self.restore(&region.addresses())?;
             if let Some(Suitability::Ready(_)) = self.suitability.remove(&key) {
                 let _ = self.uffd.unregister(&region.addresses());
+                self.changes.lose();
             }
         }
         Ok(())
@@ -169,9 +230,51 @@ impl Memory {
     }
 }
 
+impl Sharing {
+    /// Looks whether a `userfaultfd` that has got memory is gone with it: a VMM that only tries
+    /// whether it could have one closes it, and says nothing. To be called now and then.
+    pub fn look_for_userfaultfds(&self) -> io::Result<()> {
+        self.look_for_userfaultfds_after(BELIEVED)
+    }
+
+    /// The same, and says how long a VMM is believed.
+    #[doc(hidden)]
+    pub fn look_for_userfaultfds_after(&self, believed: Duration) -> io::Result<()> {
+        let doubtful = self.memory().changes.doubtful(believed);
+        if doubtful.is_empty() {
+            return Ok(());
+        }
+        // Without the lock: it takes as long as the process has memory.
+        let smaps = fs::read("/proc/self/smaps")?;
+        let smaps = String::from_utf8_lossy(&smaps);
+        for range in doubtful {
+            if !has_userfaultfd(&smaps, &range) {
+                self.memory().give_userfaultfd_back(&range);
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn ranges(changes: &Changes) -> Vec<Range<usize>> {
+        changes.taken.iter().map(|it| it.range.clone()).collect()
+    }
+
+    #[test]
+    fn what_is_taken_is_looked_at_less_and_less_often() {
+        let mut changes = Changes::default();
+        changes.take(&(100..200));
+        assert!(changes.doubtful(BELIEVED).is_empty());
+        assert_eq!(changes.doubtful(Duration::ZERO).len(), 1);
+        for _ in 0..10 {
+            changes.doubtful(Duration::ZERO);
+        }
+        assert_eq!(changes.taken[0].times, MOST_TIMES);
+    }
 
     #[test]
     fn what_is_given_back_in_parts_stays_taken_until_the_last_one() {
@@ -179,7 +282,7 @@ mod tests {
         changes.take(&(100..200));
         changes.take(&(150..250));
         changes.give_back(&(120..160));
-        assert_eq!(changes.taken, [100..120, 160..200, 160..250]);
+        assert_eq!(ranges(&changes), [100..120, 160..200, 160..250]);
         changes.give_back(&(0..190));
         assert!(changes.is_taken(&(190..191)) && !changes.is_taken(&(0..190)));
         changes.give_back(&(180..300));

@@ -49,6 +49,21 @@ pub(super) unsafe fn compare(address: usize, expected: usize, pages: usize) -> u
     (0..pages).map(equal).sum()
 }
 
+/// Which of at most 64 pages at `address` are all zeros: bit i is page i.
+///
+/// # Safety
+///
+/// As many pages must be readable memory of this process.
+pub(super) unsafe fn zeros(address: usize, pages: usize) -> u64 {
+    static ZEROS: [u8; PAGE] = [0; PAGE];
+    let expected = ZEROS.as_ptr() as usize;
+    let is_zero = |i: usize| {
+        // SAFETY: by contract, one page of it, and a page of our own.
+        u64::from(unsafe { same(address + i * PAGE, expected, PAGE) }) << i
+    };
+    (0..pages).map(is_zero).sum()
+}
+
 /// # Safety
 ///
 /// As many bytes at both addresses must be readable memory of this process.
@@ -132,6 +147,17 @@ pub(super) fn is_locked(range: &Range<usize>) -> bool {
     let (at, bytes) = (range.start as *mut c_void, range.len());
     // SAFETY: keeps content, and is refused for locked memory.
     unsafe { madvise(at, bytes, Advice::LinuxCold) }.is_err()
+}
+
+/// Gives this process pages of its own in `range`, with the content that they have.
+///
+/// # Safety
+///
+/// The range must be a mapping that may be written to.
+pub(super) unsafe fn fill(range: &Range<usize>) -> io::Result<()> {
+    let advice = Advice::LinuxPopulateWrite;
+    // SAFETY: keeps content.
+    Ok(unsafe { madvise(range.start as *mut c_void, range.len(), advice) }?)
 }
 
 /// Splits huge pages that reach into `range`, so that what an overlay hides is freed.

@@ -81,6 +81,16 @@ impl MappingBudget {
         pages >= shortest
     }
 
+    /// Whether `mappings` more leave the VMM its part.
+    pub(super) fn has_room(&mut self, mappings: usize) -> bool {
+        let fits = |this: &Self| this.counted + this.added + mappings <= this.usable();
+        let is_old = self.counted_at.elapsed() > self.believed();
+        if is_old || (!fits(self) && self.has_added_many()) {
+            self.recount();
+        }
+        fits(self)
+    }
+
     /// Notes that at most `mappings` were added.
     pub(super) fn add(&mut self, mappings: usize) {
         self.added += mappings;

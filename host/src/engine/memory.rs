@@ -5,8 +5,8 @@
 //! or to the VMM, so that a vCPU that faults and a VMM thread that changes its memory wait
 //! microseconds.
 //!
-//! Guest memory of one process: regions, what lies over them, and how they become ordinary
-//! again. Overlays are made in [`super::window`].
+//! Guest memory of one process: regions, and what lies over them. Overlays are made in
+//! [`super::window`] and become ordinary memory again in [`super::restore`].
 
 #![expect(
     unsafe_code,
@@ -22,7 +22,7 @@ use pagefusion_abi::wire::reason;
 use roaring::RoaringBitmap;
 use rustix::io::Errno;
 
-use super::attributes::{AttributeMap, Attributes, Unsuitable, examine};
+use super::attributes::{AttributeMap, Unsuitable, examine};
 use super::changes::Changes;
 use super::files::Files;
 use super::huge_pages::HugePages;
@@ -33,8 +33,8 @@ use super::overlays::{Overlay, Overlays};
 use super::pagemap::Pagemap;
 use super::regions::{Piece, Region, Regions};
 use super::store_view::StoreView;
-use super::uffd::Uffd;
-use super::window::{Equal, lift, ones};
+use super::uffd::{self, Uffd};
+use super::window::Equal;
 use super::written::Written;
 use crate::protocol::{FileKey, FileSpan, Holding, StoreSpan};
 use crate::store::PAGE;
@@ -70,11 +70,15 @@ pub struct Memory {
     /// Where the batch at hand has split all huge pages.
     pub(super) split: Range<usize>,
     paused: bool,
-    /// Undos under way; while there are any, regions are registered for missing pages.
-    undoing: u32,
+    /// Undos under way; while there are any, what they reach is registered for missing pages.
+    pub(super) undoing: u32,
+    /// What is, or was while there are some.
+    pub(super) undone: Vec<Range<usize>>,
     disabled: Option<String>,
     overcommit: Overcommit,
-    buffer: Vec<u8>,
+    /// Whether this kernel may lift the protection of a page of zeros by itself.
+    pub(super) zeros_lose_protection: bool,
+    pub(super) buffer: Vec<u8>,
     /// What one window is about; kept for the next one.
     pub(super) equal: Vec<Equal>,
 }
@@ -97,11 +101,21 @@ impl Memory {
             split: 0..0,
             paused: false,
             undoing: 0,
+            undone: Vec::new(),
             disabled: None,
             overcommit: Overcommit::now(),
+            zeros_lose_protection: uffd::zeros_lose_protection(
+                &rustix::system::uname().release().to_string_lossy(),
+            ),
             buffer: vec![0; WINDOW_PAGES * PAGE],
             equal: Vec::with_capacity(WINDOW_PAGES),
         })
+    }
+
+    /// Has it believe that it runs on a kernel which lifts the protection of zeros, for tests.
+    #[doc(hidden)]
+    pub fn distrust_zeros(&mut self) {
+        self.zeros_lose_protection = true;
     }
 
     /// Whether these are the pages that are mapped.
@@ -155,6 +169,8 @@ impl Memory {
         self.restore(&region.addresses())?;
         self.forget_spared_at(&region.addresses());
         if let Some(Suitability::Ready(_)) = self.suitability.remove(&key) {
+            // It may come back.
+            self.changes.lose();
             // The VMM may have unmapped it already; then there is nothing to undo.
             let _ = self.uffd.unregister(&region.addresses());
         }
@@ -165,7 +181,7 @@ impl Memory {
                 range.start.max(region.addresses().start)..range.end.min(region.addresses().end);
             // Not if it is unmapped already; then nothing can be shared there.
             if !both.is_empty() && self.uffd.register(&both).is_ok() && self.undoing > 0 {
-                let _ = self.uffd.register_missing(&both);
+                let _ = self.register_missing(both);
             }
         }
         Ok(())
@@ -291,6 +307,7 @@ impl Memory {
         }
         let range = region.addresses();
         if self.changes.touch(&range) {
+            self.changes.lose();
             return Err(reason::UNSUITABLE_MEMORY);
         }
         match self.suitability.get(&key) {
@@ -372,199 +389,6 @@ impl Memory {
         self.prepare(address).map(drop)
     }
 
-    /// The VMM discards `range` next, which cannot fail but for locked memory, unless that is discarded
-    /// as well: what lies there is nobody's any more, no device's either, and all of it becomes
-    /// ordinary memory.
-    pub fn before_discard(&mut self, range: &Range<usize>, locked_too: bool) -> io::Result<()> {
-        let overlays = self.overlays.in_range(range);
-        let mut parts: Vec<_> = overlays
-            .map(|(at, overlay)| (at..at + overlay.pages as usize * PAGE, None))
-            .collect();
-        let written = self.written.in_range(range);
-        parts.extend(
-            written
-                .into_iter()
-                .map(|(part, before)| (part, Some(before))),
-        );
-        for (part, before) in parts {
-            let mut start = part.start;
-            while start < part.end {
-                let known = self.known_at(start);
-                let before = before.map(|attributes| (attributes, part.end));
-                let Some((attributes, end)) = known.or(before) else {
-                    return Err(stray_overlay());
-                };
-                let piece = start..end.min(part.end);
-                start = piece.end;
-                // What may be shared is not locked.
-                if known.is_none() && !locked_too && mapped::is_locked(&piece) {
-                    continue;
-                }
-                // SAFETY: guest memory that the VMM gives up.
-                unsafe { mapped::map_empty(&piece, &attributes) }?;
-                self.overlays.remove(&piece);
-                self.written.remove(&piece);
-                if known.is_some() {
-                    self.uffd.register(&piece)?;
-                    if self.undoing > 0 {
-                        self.uffd.register_missing(&piece)?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// What memory at `address` is made of, and up to where, if it may be shared.
-    fn known_at(&self, address: usize) -> Option<(Attributes, usize)> {
-        // Two regions may have the same memory: KVM's slots of video memory do.
-        self.regions.all_at(address).find_map(|key| {
-            let Some(Suitability::Ready(known)) = self.suitability.get(&key) else {
-                return None;
-            };
-            known
-                .at(address)
-                .map(|(attributes, end)| (*attributes, end))
-        })
-    }
-
-    /// Turns the overlays in `range` back into ordinary memory with the same content. What the
-    /// guest has written stays where it is, in a mapping of the store's file: a device may be
-    /// writing to it, by its physical address.
-    pub fn restore(&mut self, range: &Range<usize>) -> io::Result<()> {
-        if !self.overlays.intersects(range) {
-            return Ok(());
-        }
-        self.begin_undo()?;
-        let result = loop {
-            match self.restore_some(range) {
-                Ok(true) => {}
-                Ok(false) => break Ok(()),
-                Err(e) => break Err(e),
-            }
-        };
-        self.end_undo();
-        result
-    }
-
-    /// Prepares for [`Memory::restore_some`]; [`Memory::end_undo`] must follow.
-    ///
-    /// Mappings become one again only if their registration is the same when their first page
-    /// is filled, so all of guest memory is registered for missing pages while an undo is
-    /// under way. Whoever serves events fills what a guest touches first meanwhile.
-    pub fn begin_undo(&mut self) -> io::Result<()> {
-        if self.undoing == 0 {
-            for range in self.ready_ranges() {
-                if let Err(e) = self.uffd.register_missing(&range) {
-                    // Whoever touches a missing page would take a detour for ever.
-                    self.register_again();
-                    return Err(e.into());
-                }
-            }
-        }
-        self.undoing += 1;
-        Ok(())
-    }
-
-    /// Ends what [`Memory::begin_undo`] began.
-    pub fn end_undo(&mut self) {
-        self.undoing -= 1;
-        if self.undoing == 0 {
-            self.register_again();
-        }
-    }
-
-    fn register_again(&self) {
-        for range in self.ready_ranges() {
-            // To register for less changes nothing: the kernel passes over what has all that is
-            // asked for. No window is open, so nothing is protected meanwhile, and whoever
-            // waits is woken.
-            let _ = self.uffd.unregister(&range);
-            if let Err(e) = self.uffd.register(&range) {
-                log::error!("cannot register guest memory again: {e}");
-            }
-        }
-    }
-
-    fn ready_ranges(&self) -> Vec<Range<usize>> {
-        let ready = self
-            .suitability
-            .iter()
-            .filter(|(_, s)| matches!(s, Suitability::Ready(_)));
-        ready
-            .filter_map(|(key, _)| self.regions.get(*key))
-            .map(|r| r.addresses())
-            .collect()
-    }
-
-    /// Turns at most [`WINDOW_PAGES`] pages in `range` back into ordinary memory, from the
-    /// lowest address on; whether there was something to do. Only while an undo is under way.
-    /// Pages that the guest has written are overlays no more, and stay where they are.
-    pub fn restore_some(&mut self, range: &Range<usize>) -> io::Result<bool> {
-        let Some((address, overlay)) = self.overlays.in_range(range).next() else {
-            return Ok(false);
-        };
-        let Some((attributes, end)) = self.known_at(address) else {
-            return Err(stray_overlay());
-        };
-        let pages = (overlay.pages as usize).min(WINDOW_PAGES);
-        let part = address..end.min(address + pages * PAGE);
-        // An overlay made after the undo began is registered for less.
-        self.uffd.register_missing(&part)?;
-        let result = self.restore_part(&part, &attributes);
-        // After an error.
-        for (at, overlay) in self.overlays.in_range(&part) {
-            let left = at..at + overlay.pages as usize * PAGE;
-            lift(&self.uffd, &left);
-            let _ = self.uffd.wake(&left);
-        }
-        result.map(|()| true)
-    }
-
-    /// A window of an undo. After an error the caller lifts the protection of what is left.
-    fn restore_part(&mut self, part: &Range<usize>, attributes: &Attributes) -> io::Result<()> {
-        let pages = part.len() / PAGE;
-        let before = self.pagemap.intact_now(part.start, pages)?;
-        // From here on no page is written that lies on the store still, by no device either: who
-        // wants to write to it by its physical address must first have a copy of it made.
-        self.uffd.protect(part)?;
-        let intact = before & !self.pagemap.present_own_now(part.start, pages)?;
-        let range = |(first, count): (usize, usize)| {
-            part.start + first * PAGE..part.start + (first + count) * PAGE
-        };
-        for run in ones(!intact & mapped::mask(pages), pages).map(range) {
-            self.written.insert(&run, *attributes);
-            self.overlays.remove(&run);
-            lift(&self.uffd, &run);
-            let _ = self.uffd.wake(&run);
-        }
-        for run in ones(intact, pages).map(range) {
-            // SAFETY: an overlay of ours, registered by our caller, as long as the buffer at most.
-            unsafe { mapped::map_back(&self.uffd, &run, attributes, &mut self.buffer) }?;
-            self.overlays.remove(&run);
-        }
-        Ok(())
-    }
-
-    fn restore_all(&mut self) -> io::Result<()> {
-        self.restore(&(0..usize::MAX))?;
-        self.unregister_all();
-        Ok(())
-    }
-
-    /// Without overlays and while paused, guest memory is as the VMM made it.
-    pub fn unregister_all(&mut self) {
-        if !self.overlays.is_empty() || self.undoing > 0 {
-            return;
-        }
-        for range in self.ready_ranges() {
-            let _ = self.uffd.unregister(&range);
-        }
-        self.suitability
-            .retain(|_, s| matches!(s, Suitability::Refused(_)));
-        self.look_away();
-    }
-
     /// Gives back what comparing with the store has cost: for when nothing is compared for a
     /// while.
     pub fn look_away(&mut self) {
@@ -572,10 +396,6 @@ impl Memory {
             store.look_away();
         }
     }
-}
-
-fn stray_overlay() -> io::Error {
-    io::Error::other("an overlay outside of guest memory")
 }
 
 pub(super) fn host_error(what: &str, error: &io::Error) -> Refusal {

@@ -22,6 +22,7 @@ mod overcommit;
 mod overlays;
 mod pagemap;
 mod regions;
+mod restore;
 mod ring;
 mod shared_memory;
 mod sharing;

@@ -22,6 +22,9 @@ use super::waiters::Waiters;
 use crate::protocol::{FileKey, FileSpan, Undo};
 use crate::store::{PageStore, StoreError};
 
+/// All addresses.
+const ALL: std::ops::Range<usize> = 0..usize::MAX;
+
 /// A run that a guest has reported: `pages` pages of `file` from `page` on lie at `gfn`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReportedRun {
@@ -122,7 +125,7 @@ impl Sharing {
     ) -> Result<(), StoreError> {
         let mut store = lock(&self.store);
         if !self.memory().has_store(&view) {
-            self.make_ordinary(&(0..usize::MAX));
+            self.make_ordinary(&ALL);
         }
         let holdings = {
             let mut memory = self.memory();
@@ -156,7 +159,7 @@ impl Sharing {
 
     /// Turns every overlay back into ordinary memory and gives the store pages back.
     pub fn undo_all(&self) -> std::io::Result<()> {
-        self.undo_range(0..usize::MAX)?;
+        self.undo_range(ALL)?;
         self.memory().unregister_all();
         Ok(())
     }
@@ -180,7 +183,7 @@ impl Sharing {
             if ranges.is_empty() {
                 return Ok(());
             }
-            memory.begin_undo()?;
+            memory.begin_undo(&ranges)?;
             ranges
         };
         let result = ranges.iter().try_for_each(|range| self.restore(range));
@@ -194,7 +197,7 @@ impl Sharing {
 
     /// As [`Sharing::undo_all`] for addresses of this process.
     pub fn undo_range(&self, range: std::ops::Range<usize>) -> std::io::Result<()> {
-        self.begin_undo()?;
+        self.memory().begin_undo(std::slice::from_ref(&range))?;
         let result = self.restore(&range);
         self.end_undo();
         result
@@ -211,7 +214,7 @@ impl Sharing {
             let mut memory = self.memory();
             let mut regions = memory.regions_in(range);
             regions.retain(|region| memory.overlays().intersects(region));
-            if regions.is_empty() || memory.begin_undo().is_err() {
+            if regions.is_empty() || memory.begin_undo(&regions).is_err() {
                 return;
             }
             for region in &regions {
@@ -229,13 +232,13 @@ impl Sharing {
 
     /// Prepares for [`Sharing::undo_some`]; [`Sharing::end_undo`] must follow.
     pub(super) fn begin_undo(&self) -> std::io::Result<()> {
-        self.memory().begin_undo()
+        self.memory().begin_undo(std::slice::from_ref(&ALL))
     }
 
     /// Undoes at most so many windows; whether there may be more.
     pub(super) fn undo_some(&self, windows: usize) -> std::io::Result<bool> {
         for _ in 0..windows {
-            if !self.memory().restore_some(&(0..usize::MAX))? {
+            if !self.memory().restore_some(&ALL)? {
                 return Ok(false);
             }
         }

@@ -387,3 +387,35 @@ fn to_range(range: &Range<usize>) -> UffdioRange {
         len: range.len() as u64,
     }
 }
+
+/// Whether the kernel of this release may lift the protection of a page of zeros by itself: when
+/// Linux 6.12 to 6.17 splits a large folio it puts the one page of zeros that all have in the place
+/// of such a page, and loses the mark (mended by "mm/rmap: fix soft-dirty and uffd-wp bit loss when
+/// remapping zero-filled mTHP subpage to shared zeropage").
+pub(super) fn zeros_lose_protection(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut next = || numbers.next().and_then(|it| it.parse::<u32>().ok());
+    let (major, minor) = (next(), next());
+    major == Some(6) && minor.is_some_and(|minor| (12..18).contains(&minor))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::zeros_lose_protection;
+
+    #[test]
+    fn kernels_that_lift_protection_of_zeros_are_known_by_their_release() {
+        let affected = ["6.12.1", "6.12.57+deb13-amd64", "6.17-rc1"];
+        assert!(affected.into_iter().all(zeros_lose_protection));
+        let others = [
+            "6.11.9",
+            "6.1.0-41-amd64",
+            "6.18.44",
+            "7.3.4",
+            "5.15",
+            "",
+            "x",
+        ];
+        assert!(!others.into_iter().any(zeros_lose_protection));
+    }
+}

@@ -270,7 +270,11 @@ impl Memory {
                 continue;
             };
             // SAFETY: as when it was looked at; the store is still mapped.
-            let equal = unsafe { mapped::compare(piece.address, expected, piece.pages) };
+            let mut equal = unsafe { mapped::compare(piece.address, expected, piece.pages) };
+            if self.zeros_lose_protection {
+                // SAFETY: as above; nobody writes to what the store has.
+                equal &= !unsafe { mapped::zeros(expected, piece.pages) };
+            }
             for (first, count) in ones(equal, piece.pages) {
                 let at = piece.address + first * PAGE;
                 let from = piece.overlay.store + first as StorePage;

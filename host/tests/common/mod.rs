@@ -120,16 +120,25 @@ impl GuestRam {
 
     /// Whether any of it is registered for missing pages, as it is during an undo only.
     pub(crate) fn waits_for_missing_pages(&self) -> bool {
+        self.mappings().iter().any(|(_, waits)| *waits)
+    }
+
+    /// Pages of each mapping that begins in it, and whether it is registered for missing pages.
+    pub(crate) fn mappings(&self) -> Vec<(usize, bool)> {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut inside = false;
-        smaps.lines().any(|line| {
-            let start = line.split_once('-').map(|(start, _)| start);
-            if let Some(Ok(start)) = start.map(|start| usize::from_str_radix(start, 16)) {
-                inside = (self.at(0)..self.at(self.pages)).contains(&start);
+        let mut found = Vec::new();
+        let mut pages = None;
+        for line in smaps.lines() {
+            let bounds = line.split(' ').next().and_then(|it| it.split_once('-'));
+            let number = |text| usize::from_str_radix(text, 16).ok();
+            if let Some((Some(start), Some(end))) = bounds.map(|(a, b)| (number(a), number(b))) {
+                let inside = (self.at(0)..self.at(self.pages)).contains(&start);
+                pages = inside.then_some((end - start) / PAGE);
+            } else if let (Some(pages), Some(flags)) = (pages, line.strip_prefix("VmFlags:")) {
+                found.push((pages, flags.split(' ').any(|flag| flag == "um")));
             }
-            let flags = line.strip_prefix("VmFlags:").unwrap_or_default();
-            inside && flags.split(' ').any(|flag| flag == "um")
-        })
+        }
+        found
     }
 
     /// Puts a page of a file in the place of a page, which a VMM would not do.

@@ -4,9 +4,13 @@
 
 #![expect(unsafe_code, reason = "does to its own memory what VMMs do to theirs")]
 
+use crate::common::{Random, Vm, file, fill};
 use crate::support::{Equal, PAGES, READ_WRITE, is_refused, maps_of};
 use pagefusion_abi::wire::reason;
-use pagefusion_host::store::PAGE;
+use pagefusion_host::engine::ReportedRun;
+use pagefusion_host::store::{Group, PAGE};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 #[test]
 fn memory_that_is_being_changed_is_left_alone_and_looked_at_anew() {
@@ -54,6 +58,97 @@ fn a_userfaultfd_of_the_vmm_gets_the_memory_and_gives_it_back() {
     memory().give_userfaultfd_back(&range);
     assert_eq!(equal.share(), (PAGES, reason::NONE));
     equal.check();
+}
+
+#[test]
+fn a_userfaultfd_that_is_closed_gives_the_memory_back() {
+    let equal = Equal::new();
+    equal.write_all();
+    assert_eq!(equal.share(), (PAGES, reason::NONE));
+    let (sharing, range) = (&equal.vm.sharing, equal.range());
+    let look = || sharing.look_for_userfaultfds_after(Duration::ZERO).unwrap();
+    sharing.memory().take_userfaultfd(&range).unwrap();
+    let foreign = pagefusion_host::engine::Uffd::open(None).unwrap();
+    foreign.register_missing(&range).unwrap();
+    look();
+    is_refused(&equal, "userfaultfd");
+    assert!(!sharing.memory().take_untold());
+    // As QEMU does that only looks whether it could make a snapshot.
+    drop(foreign);
+    sharing.look_for_userfaultfds().unwrap();
+    is_refused(&equal, "userfaultfd");
+    look();
+    assert!(sharing.memory().take_untold(), "the guest is to tell again");
+    assert!(!sharing.memory().take_untold());
+    assert_eq!(equal.share(), (PAGES, reason::NONE));
+    equal.check();
+}
+
+#[test]
+fn memory_that_somebody_lets_go_of_and_never_had_keeps_its_overlays() {
+    let equal = Equal::new();
+    equal.write_all();
+    assert_eq!(equal.share(), (PAGES, reason::NONE));
+    equal
+        .vm
+        .sharing
+        .memory()
+        .give_userfaultfd_back(&equal.range());
+    assert!(!equal.vm.sharing.memory().take_untold());
+    equal.vm.sharing.undo_all().unwrap();
+    assert_eq!(equal.vm.sharing.memory().overlays().pages(), 0);
+    equal.check();
+}
+
+#[test]
+fn what_a_change_has_ended_is_told_again_when_all_changes_are_over() {
+    let equal = Equal::new();
+    equal.write_all();
+    let memory = || equal.vm.sharing.memory();
+    let some = equal.vm.ram.at(3)..equal.vm.ram.at(5);
+    memory().begin_change(&some).unwrap();
+    memory().end_change(&some);
+    assert!(!memory().take_untold(), "there was nothing");
+    assert_eq!(equal.share(), (PAGES, reason::NONE));
+    memory().begin_change(&some).unwrap();
+    memory().begin_change(&equal.range()).unwrap();
+    memory().end_change(&some);
+    assert!(!memory().take_untold(), "one is under way");
+    memory().end_change(&equal.range());
+    assert!(memory().take_untold());
+    assert!(!memory().take_untold(), "once");
+    // Refused meanwhile, though nothing was shared.
+    memory().begin_change(&some).unwrap();
+    assert_eq!(equal.share(), (0, reason::UNSUITABLE_MEMORY));
+    memory().end_change(&some);
+    assert!(memory().take_untold());
+}
+
+#[test]
+fn zeros_are_left_alone_where_the_kernel_may_lift_their_protection() {
+    const ZERO: usize = 7;
+    let group = Arc::new(Mutex::new(Group::anonymous().unwrap()));
+    let mut bytes = Random(1).bytes(PAGES * PAGE);
+    bytes[ZERO * PAGE..][..PAGE].fill(0);
+    let _held = fill(&group, file(1), &bytes);
+    for distrusts in [false, true] {
+        let vm = Vm::new(&group, 5 + u32::from(distrusts), PAGES, false);
+        if distrusts {
+            vm.sharing.memory().distrust_zeros();
+        }
+        for (page, bytes) in bytes.chunks_exact(PAGE).enumerate() {
+            vm.ram.write_page(page, bytes);
+        }
+        let run = ReportedRun {
+            file: file(1),
+            page: 0,
+            gfn: 0,
+            pages: PAGES as u32,
+        };
+        let shared = usize::from(vm.sharing.share(&[run])[0].shared);
+        assert_eq!(shared, PAGES - usize::from(distrusts));
+        assert_eq!(vm.ram.read_page(ZERO), bytes[ZERO * PAGE..][..PAGE]);
+    }
 }
 
 #[test]

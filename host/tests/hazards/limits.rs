@@ -11,6 +11,7 @@ use pagefusion_host::engine::mappings_now;
 use pagefusion_host::store::PAGE;
 use std::fs;
 use std::ptr;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 #[test]
@@ -18,11 +19,7 @@ fn mappings_are_left_for_the_vmm_and_no_call_fails() {
     if !alone("limits::mappings_are_left_for_the_vmm_and_no_call_fails") {
         return;
     }
-    let limit: usize = fs::read_to_string("/proc/sys/vm/max_map_count")
-        .unwrap()
-        .trim()
-        .parse()
-        .unwrap();
+    let limit = mappings_limit();
     if limit > 1 << 20 {
         eprintln!("skipped: vm.max_map_count is too high to be reached");
         return;
@@ -46,6 +43,42 @@ fn mappings_are_left_for_the_vmm_and_no_call_fails() {
     equal.check();
     equal.vm.sharing.undo_all().unwrap();
     equal.check();
+}
+
+#[test]
+fn an_undo_between_written_pages_takes_no_mappings_that_are_the_vmms() {
+    if !alone("limits::an_undo_between_written_pages_takes_no_mappings_that_are_the_vmms") {
+        return;
+    }
+    let limit = mappings_limit();
+    if limit > 1 << 20 {
+        eprintln!("skipped: vm.max_map_count is too high to be reached");
+        return;
+    }
+    const ALL: usize = 4096;
+    let equal = Equal::with(GuestRam::new(ALL, false));
+    equal.write_all();
+    for page in (0..ALL).step_by(64) {
+        assert_eq!(equal.share_some(page, 64), (64, reason::NONE));
+    }
+    // Each a page of its own, with the same content.
+    for page in (0..ALL).step_by(2) {
+        let word = equal.vm.ram.word(page, 0);
+        word.store(word.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+    let ballast = Ballast::up_to(limit - limit / 8 - 100);
+    std::thread::sleep(Duration::from_millis(1100));
+    equal.vm.sharing.undo_all().unwrap();
+    let mapped = mappings_now().unwrap();
+    assert!(mapped <= limit - limit / 8, "{mapped} of {limit} mappings");
+    assert_eq!(equal.vm.sharing.memory().overlays().pages(), 0);
+    drop(ballast);
+    equal.check();
+}
+
+fn mappings_limit() -> usize {
+    let limit = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    limit.trim().parse().unwrap()
 }
 
 /// Mappings that no neighbour joins.

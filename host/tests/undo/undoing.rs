@@ -117,7 +117,10 @@ fn a_page_that_was_never_touched_is_there_before_an_undo_ends() {
         pages: 1,
     };
     assert_eq!(sharing.share(&[run])[0].shared, 1);
-    sharing.memory().begin_undo().unwrap();
+    sharing
+        .memory()
+        .begin_undo(std::slice::from_ref(&(0..usize::MAX)))
+        .unwrap();
     std::thread::scope(|scope| {
         let mut memory = sharing.memory();
         let touch = || untouched.ram.word(PAGES, 0).fetch_add(1, Ordering::Relaxed);
@@ -243,7 +246,10 @@ fn untouched_pages_are_shared_while_an_undo_is_under_way() {
     let _held = fill(&group, file(1), &vec![0; 64 * PAGE]);
     let vm = Vm::new(&group, 1, 128, false);
     vm.sharing.memory().check(vm.ram.at(0)).unwrap();
-    vm.sharing.memory().begin_undo().unwrap();
+    vm.sharing
+        .memory()
+        .begin_undo(std::slice::from_ref(&(0..usize::MAX)))
+        .unwrap();
     let sharing = vm.sharing.clone();
     let (done, outcome) = std::sync::mpsc::channel();
     let worker = std::thread::spawn(move || {
@@ -264,4 +270,45 @@ fn untouched_pages_are_shared_while_an_undo_is_under_way() {
     assert_eq!(shared, 64);
     worker.join().unwrap();
     vm.sharing.memory().end_undo();
+}
+
+/// What is registered is mapped anew by KVM.
+#[test]
+fn an_undo_of_a_part_concerns_no_other_memory_and_leaves_no_mapping_behind() {
+    const ALL: usize = 4096;
+    let group = Arc::new(Mutex::new(Group::anonymous().unwrap()));
+    let bytes = Random(3).bytes(16 * PAGE);
+    let _held = fill(&group, file(1), &bytes);
+    let vm = Vm::new(&group, 1, ALL, false);
+    for frame in 0..ALL {
+        vm.ram
+            .write_page(frame, &bytes[frame % 16 * PAGE..][..PAGE]);
+    }
+    let share = |gfn| {
+        let run = ReportedRun {
+            file: file(1),
+            page: 0,
+            gfn,
+            pages: 16,
+        };
+        assert_eq!(vm.sharing.share(&[run])[0].shared, 16);
+    };
+    share(3200);
+    let before = vm.ram.mappings();
+    share(160);
+    let part = vm.ram.at(160)..vm.ram.at(176);
+    vm.sharing
+        .memory()
+        .begin_undo(std::slice::from_ref(&part))
+        .unwrap();
+    let registered = vm.ram.mappings().into_iter().filter(|(_, waits)| *waits);
+    assert_eq!(registered.map(|(pages, _)| pages).sum::<usize>(), 18);
+    vm.sharing.memory().end_undo();
+    vm.sharing.undo_range(part).unwrap();
+    assert_eq!(vm.ram.mappings(), before);
+    assert_eq!(vm.sharing.memory().overlays().pages(), 16);
+    for frame in 0..ALL {
+        let expected = &bytes[frame % 16 * PAGE..][..PAGE];
+        assert_eq!(vm.ram.read_page(frame), expected);
+    }
 }
