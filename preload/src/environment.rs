@@ -84,10 +84,17 @@ const ALLOCATORS: [(&CStr, &str); 3] = [
     (c"mi_version", "mimalloc"),
 ];
 
-/// The allocator of this process, if it is one of those; `is_there` finds symbols.
-pub(crate) fn allocator(is_there: impl Fn(&CStr) -> bool) -> Option<&'static str> {
-    let found = ALLOCATORS.iter().find(|(symbol, _)| is_there(symbol));
-    found.map(|(_, name)| *name)
+/// The allocator of this process, if it is not glibc's. `object_of` finds where symbols are.
+pub(crate) fn allocator(object_of: impl Fn(&CStr) -> Option<String>) -> Option<String> {
+    if let Some((_, name)) = ALLOCATORS.iter().find(|(it, _)| object_of(it).is_some()) {
+        return Some((*name).to_owned());
+    }
+    let libc = object_of(c"__libc_start_main");
+    [c"malloc", c"free"]
+        .into_iter()
+        .map(&object_of)
+        .find(|it| *it != libc)
+        .map(|it| it.unwrap_or_else(|| "unknown".to_owned()))
 }
 
 /// Takes our variables out of the environment, and our library out of `LD_PRELOAD`.
@@ -125,10 +132,21 @@ mod tests {
 
     #[test]
     fn allocators_that_call_through_the_library_are_told_by_their_symbols() {
-        assert_eq!(allocator(|_| false), None);
-        assert_eq!(allocator(crate::interpose::is_there), None);
-        assert_eq!(allocator(|name| name == c"mallctl"), Some("jemalloc"));
-        assert_eq!(allocator(|name| name == c"tc_version"), Some("tcmalloc"));
+        assert_eq!(allocator(crate::interpose::object_of), None);
+        let with = |name, object: &'static str| {
+            allocator(move |it| match it.to_str() {
+                Ok(it) if it == name => Some(object.to_owned()),
+                Ok("malloc" | "free" | "__libc_start_main") => Some("libc.so.6".to_owned()),
+                _ => None,
+            })
+        };
+        assert_eq!(with("mallctl", "qemu").as_deref(), Some("jemalloc"));
+        assert_eq!(with("tc_version", "tc.so").as_deref(), Some("tcmalloc"));
+        assert_eq!(
+            with("malloc", "hardened.so").as_deref(),
+            Some("hardened.so")
+        );
+        assert_eq!(with("free", "hardened.so").as_deref(), Some("hardened.so"));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "symbols of libc, called by C")]
 
 use std::ffi::{CStr, c_int, c_long, c_ulong, c_void};
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use crate::kvm::{self, Watched};
@@ -36,10 +37,20 @@ pub(crate) unsafe fn find_next<F: Copy>(name: &CStr) -> Option<F> {
     (!symbol.is_null()).then(|| unsafe { std::mem::transmute_copy(&symbol) })
 }
 
-/// Whether the program or a library of it has a symbol.
-pub(crate) fn is_there(name: &CStr) -> bool {
+/// The file of the program or library whose symbol of this name is used.
+pub(crate) fn object_of(name: &CStr) -> Option<String> {
     // SAFETY: a lookup by a valid name.
-    !unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }.is_null()
+    let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    let mut found = MaybeUninit::<libc::Dl_info>::zeroed();
+    // SAFETY: `found` is as large as it must be, and any address may be asked about.
+    if symbol.is_null() || unsafe { libc::dladdr(symbol, found.as_mut_ptr()) } == 0 {
+        return None;
+    }
+    // SAFETY: filled above; all zeros are a value, too.
+    let file = unsafe { found.assume_init() }.dli_fname;
+    // SAFETY: the name of an object that stays loaded, or none.
+    let file = (!file.is_null()).then(|| unsafe { CStr::from_ptr(file) });
+    file.map(|file| file.to_string_lossy().into_owned())
 }
 
 fn next_ioctl() -> Ioctl {

@@ -128,7 +128,7 @@ pub(crate) fn start() {
     )
     .format_target(false)
     .init();
-    if let Some(allocator) = crate::environment::allocator(crate::interpose::is_there) {
+    if let Some(allocator) = crate::environment::allocator(crate::interpose::object_of) {
         log::warn!(
             "this VM shares nothing: its memory allocator is {allocator}, which calls mmap and madvise where \
              waiting for the engine would wait for ever; use one with glibc's"
@@ -151,13 +151,19 @@ pub(crate) fn before_slot(slot: &MemoryRegion) {
     let Some(runtime) = current().filter(|_| slot.is_main_address_space()) else {
         return;
     };
-    let mut slots = runtime.slots();
     let key = u64::from(slot.slot);
-    let old = slots.regions.get(&key).copied();
-    if let Some(old) = old.filter(|old| region(slot) != Some(*old)) {
+    let replaced = |slots: &Slots| {
+        let old = slots.regions.get(&key).copied();
+        old.filter(|old| region(slot) != Some(*old))
+    };
+    let Some(old) = replaced(&runtime.slots()) else {
+        return;
+    };
+    make_ordinary(&old.addresses());
+    let mut slots = runtime.slots();
+    if replaced(&slots) == Some(old) {
         slots.regions.remove(&key);
         if let Some(sharing) = &slots.sharing {
-            sharing.make_ordinary(&old.addresses());
             report(sharing.memory().remove_region(key), "removing guest memory");
         }
     }
@@ -196,12 +202,15 @@ pub(crate) fn disable(why: &'static str) -> io::Result<()> {
     let Some(runtime) = current() else {
         return Ok(());
     };
+    if runtime.slots().disabled.is_some() {
+        return Ok(());
+    }
+    make_ordinary(&(0..usize::MAX));
     let mut slots = runtime.slots();
     if slots.disabled.is_some() {
         return Ok(());
     }
     if let Some(sharing) = &slots.sharing {
-        sharing.make_ordinary(&(0..usize::MAX));
         sharing.memory().disable(why)?;
     }
     log::warn!("sharing ends: {why}");
@@ -216,12 +225,10 @@ pub(crate) fn take_userfaultfd(range: &UffdRange) -> io::Result<()> {
         return Ok(());
     };
     let range = range.addresses();
+    make_ordinary(&range);
     let mut slots = runtime.slots();
     match &slots.sharing {
-        Some(sharing) => {
-            sharing.make_ordinary(&range);
-            sharing.memory().take_userfaultfd(&range)
-        }
+        Some(sharing) => sharing.memory().take_userfaultfd(&range),
         None => {
             slots.userfaultfd.push((range, true));
             Ok(())
@@ -245,10 +252,10 @@ pub(crate) fn change<T>(range: &Range<usize>, change: impl FnOnce() -> T) -> io:
     let Some(runtime) = current() else {
         return Ok(change());
     };
+    make_ordinary(range);
     {
         let mut slots = runtime.slots();
         if let Some(sharing) = &slots.sharing {
-            sharing.make_ordinary(range);
             sharing.memory().begin_change(range)?;
         }
         slots.changing.push(range.clone());
@@ -342,6 +349,14 @@ pub(crate) fn unmap_and_move<T>(
         }
     }
     Ok(result)
+}
+
+/// Makes `range` ordinary memory while others of this VMM go on: whatever they unmap, protect or
+/// discard needs the slots, which are locked for the rest only.
+fn make_ordinary(range: &Range<usize>) {
+    if let Some(sharing) = sharing() {
+        sharing.make_ordinary(range);
+    }
 }
 
 fn sharing() -> Option<Arc<Sharing>> {

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use pagefusion_host::engine::{
     Guest, Memory, Progressed, SharedMemory, Sharing, StoreView, Tidier, Uffd, audit, file_uses,
@@ -40,8 +40,9 @@ const RECONNECT: Duration = Duration::from_millis(100);
 /// Between tries where the daemon answers and refuses, as one of another version does for good.
 const REFUSED: Duration = Duration::from_secs(5);
 /// Between two looks at what nobody rings for.
-const LOOK: Timespec = Timespec {
-    tv_sec: 5,
+const LOOK: Duration = Duration::from_secs(5);
+const LOOK_TIMESPEC: Timespec = Timespec {
+    tv_sec: LOOK.as_secs() as i64,
     tv_nsec: 0,
 };
 /// By how much the engine's work gives way to the VMM's: as much as KSM's thread does. That of
@@ -220,7 +221,12 @@ impl Service {
         let mut counter = [0_u8; 8];
         let mut retry = false;
         let mut search = Search::new();
+        let mut looked_at = Instant::now();
         loop {
+            if looked_at.elapsed() >= LOOK {
+                looked_at = Instant::now();
+                self.look();
+            }
             match rustix::io::read(&self.from_guest, &mut counter) {
                 Ok(_) => {}
                 Err(Errno::AGAIN) => {
@@ -228,7 +234,7 @@ impl Service {
                         &self.from_guest,
                         rustix::event::PollFlags::IN,
                     )];
-                    let limit = if retry { RETRY } else { LOOK };
+                    let limit = if retry { RETRY } else { LOOK_TIMESPEC };
                     let waited = rustix::event::poll(&mut fd, Some(&limit)) == Ok(0);
                     if !waited || !(retry || lock(&self.guest).has_news()) {
                         continue;
@@ -255,6 +261,18 @@ impl Service {
             if !self.sharing.is_connected() {
                 self.reconnect();
             }
+        }
+    }
+
+    /// Has the guest report again what was not shared for something that the VMM did and has ended.
+    fn look(&self) {
+        if let Err(e) = self.sharing.look_for_userfaultfds() {
+            log::debug!("mappings cannot be read: {e}");
+        }
+        let untold = self.sharing.memory().take_untold();
+        if untold {
+            lock(&self.guest).request_rescan();
+            self.ring_guest();
         }
     }
 

@@ -86,6 +86,16 @@ impl Guest {
         self.report(&[Record::Run(run)])[0]
     }
 
+    /// How often the host has asked for something.
+    pub(crate) fn requests(&self) -> u64 {
+        self.host(host_area::REQUEST_HEAD).load(Ordering::SeqCst)
+    }
+
+    /// Waits until it has more often than `before`.
+    pub(crate) fn wait_for_request(&self, before: u64) {
+        self.wait("a request", |guest| guest.requests() > before);
+    }
+
     /// Reports and waits for the acknowledgement.
     fn report(&mut self, records: &[Record<'_>]) -> Vec<Outcome> {
         let mut positions = Vec::new();

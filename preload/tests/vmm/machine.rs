@@ -208,6 +208,10 @@ impl Machine {
         self.monitor.as_ref().expect("booted")
     }
 
+    pub(crate) fn guest(&self) -> &Guest {
+        self.guest.as_ref().expect("booted")
+    }
+
     /// The guest reports the file at `gfn` under one of its two names.
     pub(crate) fn report(&mut self, name: u32, gfn: usize) -> Outcome {
         let guest = self.guest.as_mut().expect("booted");

@@ -308,7 +308,10 @@ fn a_userfaultfd_of_the_vmm_gets_the_memory_and_sharing_comes_back() {
         assert_eq!((vmm.overlaid(0..PAGES), vmm.share()), (0, 0));
         assert!(vmm.refusal().contains("userfaultfd"), "{}", vmm.refusal());
         vmm.check(0..PAGES);
+        let asked = vmm.guest().requests();
         assert_eq!(ioctl(UFFDIO_UNREGISTER, [start, length, 0, 0]), 0);
+        // What was reported before the guest would not report again by itself.
+        vmm.guest().wait_for_request(asked);
         vmm.share_all();
         // One that is not to be had is not waited for.
         assert_eq!(ioctl(UFFDIO_REGISTER, [start, length, 1 << 20, 0]), -1);
