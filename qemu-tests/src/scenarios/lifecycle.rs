@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     Stage,
-    steps::{hold, release, write},
+    steps::{answered, hold, release, write},
 };
 use crate::{guest::Guest, protocol::Op, settle::settle};
 
@@ -226,20 +226,6 @@ pub(super) fn a_third_guest_shares_at_once(stage: &mut Stage) -> Result<()> {
         "the store grew from {store} to {grown} pages for a third guest of the same image"
     );
     stage.files_are_right()
-}
-
-/// Waits until the host has answered all that a guest has reported.
-fn answered(guest: &mut Guest) -> Result<()> {
-    let deadline = Instant::now() + PASS_LIMIT;
-    while guest.counter("pages_in_flight")? > 0 {
-        ensure!(
-            Instant::now() < deadline,
-            "the host does not answer what was reported"
-        );
-        crate::interrupt::check()?;
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }
 
 pub(super) fn a_guest_killed_while_sharing(stage: &mut Stage) -> Result<()> {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Stage,
     shared_files::{SharedFiles, with_disk},
-    steps::has_another_host,
+    steps::{has_another_host, with_reports_in_flight},
 };
 use crate::{
     guest::Guest,
@@ -53,13 +53,17 @@ pub(super) fn migrated_while_it_runs(stage: &mut Stage) -> Result<()> {
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
         let uri = format!("unix:{}", world.directory().join("migration").display());
-        // There and back again.
-        for _ in 0..2 {
+        // There and back again, the second time with reports in flight.
+        for busy in [false, true] {
+            let standstill = busy.then(|| with_reports_in_flight(world, &mut files));
+            let standstill = standstill.transpose()?;
             let mut before = world.guests.remove(0);
             let instance = before.counter("host_instance")?;
             let mut guest = incoming(world, &small)?;
             guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
             migrate(&mut before, &uri)?;
+            // Its engine answers reports of a guest that is gone.
+            drop(standstill);
             before.kill()?;
             guest.take_over(&before);
             world.guests.insert(0, guest);

@@ -13,7 +13,7 @@ use super::{
     Stage,
     filesystems::image,
     shared_files::{SharedFiles, with_disk},
-    steps::{has_another_host, unit},
+    steps::{answered, has_another_host, unit, wait_until, with_reports_in_flight},
 };
 use crate::{
     guest::{Guest, Pending},
@@ -34,8 +34,6 @@ const SWAP: &str = "vdb";
 const TALKATIVE: &str = "loglevel=7";
 /// What it says when processes are frozen and threads like the module's are to be.
 const FREEZES: &str = "Freezing remaining freezable tasks";
-/// The thread of the engine that answers.
-const RING: &str = "pf-ring";
 
 pub(super) fn suspended_to_memory(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
@@ -135,35 +133,6 @@ pub(super) fn suspended_while_the_host_stands_still(stage: &mut Stage) -> Result
         files.add(world)?;
         files.are_right(world)
     })
-}
-
-/// Something is reported to the first guest's engine, which stands still and has not answered.
-fn with_reports_in_flight(world: &mut World, files: &mut SharedFiles) -> Result<Standstill> {
-    answered(&mut world.guests[0])?;
-    let standstill = Standstill::of(world.guests[0].pid(), RING)?;
-    files.add_unshared(world)?;
-    let sleeper = &mut world.guests[0];
-    wait_until("reports are in flight", || {
-        Ok(sleeper.counter("pages_in_flight")? > 0)
-    })?;
-    Ok(standstill)
-}
-
-/// Waits until the host has answered all that was reported.
-fn answered(guest: &mut Guest) -> Result<()> {
-    wait_until("the host has answered", || {
-        Ok(guest.counter("pages_in_flight")? == 0)
-    })
-}
-
-fn wait_until(what: &str, mut has_come: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + LIMIT;
-    while !has_come()? {
-        crate::interrupt::check()?;
-        ensure!(Instant::now() < deadline, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }
 
 /// Reports of a guest that nobody has answered and nobody will.

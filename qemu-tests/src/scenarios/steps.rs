@@ -5,15 +5,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
+use super::shared_files::SharedFiles;
 use crate::{
     guest::Guest,
     interrupt,
     protocol::{MountSpec, Op},
+    standstill::Standstill,
     world::World,
 };
 
 /// How long a guest may believe in a host that has ended.
 const NOTICED: Duration = Duration::from_secs(30);
+/// How long something may take to come.
+const LIMIT: Duration = Duration::from_secs(120);
+/// The thread of the engine that answers.
+const RING: &str = "pf-ring";
 
 pub(super) fn spec(kind: &str, source: &str, target: &str, data: &str) -> MountSpec {
     MountSpec {
@@ -108,4 +114,37 @@ pub(super) fn has_another_host(guest: &mut Guest, before: u64) -> Result<()> {
         );
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// Something is reported to the first guest's engine, which stands still and has not answered.
+pub(super) fn with_reports_in_flight(
+    world: &mut World,
+    files: &mut SharedFiles,
+) -> Result<Standstill> {
+    answered(&mut world.guests[0])?;
+    let standstill = Standstill::of(world.guests[0].pid(), RING)?;
+    files.add_unshared(world)?;
+    let sleeper = &mut world.guests[0];
+    wait_until("reports are in flight", || {
+        Ok(sleeper.counter("pages_in_flight")? > 0)
+    })?;
+    Ok(standstill)
+}
+
+/// Waits until the host has answered all that was reported.
+pub(super) fn answered(guest: &mut Guest) -> Result<()> {
+    wait_until("the host has answered", || {
+        Ok(guest.counter("pages_in_flight")? == 0)
+    })
+}
+
+/// Waits until something has come.
+pub(super) fn wait_until(what: &str, mut has_come: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    while !has_come()? {
+        interrupt::check()?;
+        ensure!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
