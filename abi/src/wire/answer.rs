@@ -61,7 +61,7 @@ pub mod reason {
     pub const MAPPING_LIMIT: u8 = 6;
     /// The store is full.
     pub const STORE_FULL: u8 = 7;
-    /// Sharing is paused by the operator, or the VM has no trust group.
+    /// Sharing is paused by the operator, or disabled for this VM.
     pub const PAUSED: u8 = 8;
     /// The store cannot be reached now; the page may be reported again.
     pub const NO_STORE: u8 = 9;
