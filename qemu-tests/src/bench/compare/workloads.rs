@@ -78,6 +78,9 @@ impl Workload {
     }
 }
 
+/// Guests that boot side by side; more of them would each take longer than a guest may.
+const AT_A_TIME: usize = 8;
+
 /// The disks of all workloads, each made when it is needed first.
 #[derive(Debug)]
 pub(super) struct Disks {
@@ -133,6 +136,7 @@ impl Workload {
             Self::Boot { .. } | Self::Aged | Self::Mixed => {
                 let image = world.artifacts.guest_image.clone();
                 cached(&image)?;
+                let mut booted = 0;
                 for number in 0..self.guests() {
                     if self == Self::Mixed && number == 1 {
                         let other = disks.other(&image)?;
@@ -140,9 +144,13 @@ impl Workload {
                         world.artifacts.guest_image = other;
                     }
                     world.start_guest()?;
+                    if world.guests.len() - booted == AT_A_TIME {
+                        world.wait_booted(booted)?;
+                        booted = world.guests.len();
+                    }
                 }
                 world.artifacts.guest_image = image;
-                world.wait_booted(0)?;
+                world.wait_booted(booted)?;
                 // Whether they come to rest or not: all systems get what they are then.
                 services::wait_quiet(&mut world.guests)?;
                 Ok(())
