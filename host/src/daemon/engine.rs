@@ -3,11 +3,11 @@
 //! One connection of an engine, on a thread of its own.
 
 use super::gate::Gate;
-use super::registry::Registry;
+use super::registry::{Pause, Registry};
 use super::vm::{Asker, Vm};
 use crate::protocol::{
-    Connection, Encoding, EngineReply, EngineRequest, Hello, HelloReply, MAX_PUBLISH_PAGES, Role,
-    VERSION, Welcome,
+    Connection, ControlRequest, Encoding, EngineReply, EngineRequest, Hello, HelloReply,
+    MAX_PUBLISH_PAGES, Role, VERSION, Welcome,
 };
 use crate::store::batches::pages_of;
 use crate::store::{PAGE, StoreError};
@@ -37,8 +37,11 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
             Some(Role::Control) => {
                 vm.control.connect(connection)?;
                 // Asked for after the connection is in use: an operator's request that came
-                // before it has been noted.
-                if let Some(request) = vm.pause().request() {
+                // before it has been noted. One that comes meanwhile may have been asked first.
+                let mut told = Pause::Running;
+                while vm.pause() != told {
+                    told = vm.pause();
+                    let request = told.request().unwrap_or(ControlRequest::Resume);
                     vm.control.ask(request);
                 }
                 vm.tell_split_huge_pages();

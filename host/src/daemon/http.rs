@@ -36,9 +36,9 @@ impl Client for TcpStream {
 }
 
 /// Answers one question and closes.
-pub(super) fn serve(registry: &Registry, mut client: impl Client) {
+pub(super) fn serve(registry: &Registry, client: &mut impl Client) {
     if let Err(error) = client.set_limit(LIMIT).and_then(|()| {
-        answer(&mut client, || {
+        answer(client, || {
             metrics::text(&status::collect(registry)).map_err(io::Error::other)
         })
     }) {

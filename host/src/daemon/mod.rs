@@ -186,13 +186,15 @@ impl Daemon {
     }
 
     /// A few clients at a time; more are sent away.
-    fn give_metrics(&self, client: impl http::Client) {
+    fn give_metrics(&self, mut client: impl http::Client) {
         if self.metrics_clients.fetch_add(1, Ordering::Relaxed) < MAX_METRICS_CLIENTS {
             let registry = self.registry.clone();
             let leaving = Leaving(self.metrics_clients.clone());
             spawn("metrics", move || {
-                let _leaving = leaving;
-                http::serve(&registry, client);
+                http::serve(&registry, &mut client);
+                // Whoever sees the end finds the place free.
+                drop(leaving);
+                drop(client);
             });
         } else {
             self.metrics_clients.fetch_sub(1, Ordering::Relaxed);
