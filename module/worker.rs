@@ -61,7 +61,8 @@ impl Worker {
         })
     }
 
-    fn pass(&mut self) {
+    /// Makes a pass; returns whether it came to its end.
+    fn pass(&mut self) -> bool {
         let began = thread::now_us();
         let scans = CONTROL.full_scans.get() + 1;
         let rules = Rules::now();
@@ -71,11 +72,10 @@ impl Worker {
         let result = pass::run(session, workshop, scans, rules, self.are_new);
         let now = thread::now_ms();
         let took = thread::now_us().saturating_sub(began);
-        let mut due = None;
+        let (mut due, ended) = (None, result.is_ok());
         let news = match result {
             Ok(findings) => {
                 self.are_new &= !findings.has_judged;
-                CONTROL.full_scans.set(scans);
                 CONTROL.last_pass_usecs.set(took);
                 CONTROL.max_pass_usecs.raise(took);
                 CONTROL.pages_seen.set(findings.pages);
@@ -88,7 +88,7 @@ impl Worker {
                     .raise(findings.seen.longest_hold_ns);
                 if findings.again {
                     self.schedule.hurry();
-                    return;
+                    return true;
                 }
                 let skipped = (findings.seen.skipped != 0).then_some(policy::SKIPPED_MS);
                 due = [findings.due_ms, skipped].into_iter().flatten().min();
@@ -104,6 +104,7 @@ impl Worker {
         if let Some(due) = due {
             self.schedule.due_in(now, due);
         }
+        ended
     }
 
     /// How long nothing needs to be done, unless somebody wakes us.
@@ -287,9 +288,11 @@ impl Work for Worker {
             }
             let runs = CONTROL.run.get() == 1 && self.session.is_open();
             if runs && self.schedule.wait_ms(now) == 0 {
-                self.pass();
+                let ended = self.pass();
                 self.publish_tracker();
                 self.publish_statistics();
+                // Last: who sees it sees what it brought.
+                CONTROL.full_scans.add(u64::from(ended));
             } else {
                 self.publish_statistics();
                 let idle = self.idle_ms(now);
