@@ -347,12 +347,13 @@ mod tests {
     use crate::protocol::{EngineReply, EngineRequest};
     use std::io::Write;
 
-    const SHORT: Duration = Duration::from_millis(50);
+    /// What ends by itself only when a test fails.
+    const LIMIT: Duration = Duration::from_secs(10);
 
     fn pair() -> (Connection, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         (
-            Connection::new(ours, Encoding::Postcard, SHORT).unwrap(),
+            Connection::new(ours, Encoding::Postcard, LIMIT).unwrap(),
             theirs,
         )
     }
@@ -360,7 +361,7 @@ mod tests {
     #[test]
     fn messages_payload_and_descriptors_arrive() {
         let (mut ours, theirs) = pair();
-        let mut theirs = Connection::new(theirs, Encoding::Postcard, SHORT)
+        let mut theirs = Connection::new(theirs, Encoding::Postcard, LIMIT)
             .unwrap()
             .accepting_descriptors();
         let file = tempfile::tempfile().unwrap();
@@ -407,6 +408,7 @@ mod tests {
     #[test]
     fn a_message_that_does_not_end_is_not_waited_for() {
         let (mut ours, mut theirs) = pair();
+        ours.set_limit(Duration::from_millis(50)).unwrap();
         theirs.write_all(&[9, 0]).unwrap();
         let error = ours.receive_when_it_comes::<EngineRequest>().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
@@ -423,7 +425,7 @@ mod tests {
     #[test]
     fn descriptors_nobody_asked_for_are_closed() {
         let (mut ours, theirs) = pair();
-        let mut theirs = Connection::new(theirs, Encoding::Postcard, SHORT).unwrap();
+        let mut theirs = Connection::new(theirs, Encoding::Postcard, LIMIT).unwrap();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         theirs
             .send_with_descriptors(&EngineReply::Done, &[writer.as_fd()])

@@ -70,7 +70,9 @@ fn an_undo_between_written_pages_takes_no_mappings_that_are_the_vmms() {
     std::thread::sleep(Duration::from_millis(1100));
     equal.vm.sharing.undo_all().unwrap();
     let mapped = mappings_now().unwrap();
-    assert!(mapped <= limit - limit / 8, "{mapped} of {limit} mappings");
+    // A few of the process's own; without a guard it would be thousands.
+    let most = limit - limit / 8 + 64;
+    assert!(mapped <= most, "{mapped} of {limit} mappings");
     assert_eq!(equal.vm.sharing.memory().overlays().pages(), 0);
     drop(ballast);
     equal.check();
