@@ -123,7 +123,14 @@ pub(super) fn host_side_gone(stage: &mut Stage) -> Result<()> {
     integrity.services(guest, stage.world.load)?;
     integrity.verdict()?;
     guest.unload_module()?;
-    guest.output(&["systemctl", "poweroff", "--force"])?;
+    // Who would answer may be gone before.
+    let _unanswered = guest.begin(Op::Run {
+        argv: ["systemctl", "poweroff", "--force"]
+            .map(str::to_owned)
+            .into(),
+        timeout_ms: 60_000,
+        stream: false,
+    })?;
     guest.wait_end(Duration::from_secs(60))?;
     stage.world.guests.clear();
     Ok(())

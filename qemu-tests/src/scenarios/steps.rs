@@ -99,6 +99,12 @@ pub(super) fn unit(guest: &mut Guest, op: Op) -> Result<()> {
     guest.request::<Value>(op).map(drop)
 }
 
+/// By itself the module's thread would wait for a moment when nobody else wants to run.
+pub(super) fn renice(guest: &mut Guest, nice: i32) -> Result<()> {
+    let name = "pagefusion".to_owned();
+    unit(guest, Op::Renice { name, nice })
+}
+
 /// The guest has noticed that its host is another one now.
 pub(super) fn has_another_host(guest: &mut Guest, before: u64) -> Result<()> {
     let deadline = Instant::now() + NOTICED;
@@ -121,6 +127,8 @@ pub(super) fn with_reports_in_flight(
     world: &mut World,
     files: &mut SharedFiles,
 ) -> Result<Standstill> {
+    // Nothing is under way in the thread: it may have locked what others wait for.
+    world.guests[0].wait_passes(2, LIMIT)?;
     answered(&mut world.guests[0])?;
     let standstill = Standstill::of(world.guests[0].pid(), RING)?;
     files.add_unshared(world)?;

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     Stage,
-    steps::{each, hold, spec, unit},
+    steps::{each, hold, renice, spec, unit},
 };
 use crate::{
     console,
@@ -171,12 +171,6 @@ pub(super) fn everything_at_once_leaves_no_trace(stage: &mut Stage) -> Result<()
         settle(world, Instant::now())?;
         files_are_right(world)
     })
-}
-
-/// By itself the module's thread would wait for a moment when nobody else wants to run.
-fn renice(guest: &mut Guest, nice: i32) -> Result<()> {
-    let name = "pagefusion".to_owned();
-    unit(guest, Op::Renice { name, nice })
 }
 
 /// How many each guest has made.
