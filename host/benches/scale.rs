@@ -140,10 +140,9 @@ fn join(group: &Arc<Mutex<Group>>, number: u32) -> (LocalStore, Cost) {
             let mut verdicts = Vec::new();
             let (done, time) = took(|| vm.sight(vec![sighting], &mut verdicts));
             done.expect("the store answers");
-            assert!(
-                verdicts.iter().all(|it| *it == Verdict::Remembered),
-                "nobody else has it"
-            );
+            // Of so many, a few are taken for equal by what is kept of their hashes.
+            let remembered = verdicts.iter().filter(|it| **it == Verdict::Remembered);
+            assert!(remembered.count() > HASHES - HASHES / 100);
             cost.own += time;
             cost.longest = cost.longest.max(time);
         }

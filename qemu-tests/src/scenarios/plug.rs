@@ -55,9 +55,10 @@ pub(super) fn device_taken_away_and_found_again(stage: &mut Stage) -> Result<()>
         files.add(world)?;
         let guest = &mut world.guests[0];
         guest.wait_passes(1, LIMIT)?;
+        // What was not known any more was told again, which is less: nothing is asked for twice.
         let sum = guest.counter("pages_reported")?;
         ensure!(
-            sum > reported + reported / 2,
+            sum > reported,
             "{reported} pages had been reported with the device before, and {sum} in all"
         );
         files.are_right(world)
