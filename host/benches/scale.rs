@@ -5,7 +5,8 @@
 //!
 //! The store is asked what 1,000 engines would ask of it; there is no guest memory. Pages in common
 //! are in it with their bytes; of the others there is nothing but a hash, as in a daemon. Engines are
-//! looked at after that: so many in one process, with less memory each.
+//! looked at after that: so many in one process, with less memory each. An engine reads about all
+//! mappings of its process once, which here are those of all others as well.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
