@@ -87,6 +87,11 @@ impl Changes {
         self.taken.iter().any(|it| intersect(&it.range, range))
     }
 
+    fn is_taken_since(&self, range: &Range<usize>, moment: Instant) -> bool {
+        let mut taken = self.taken.iter();
+        taken.any(|it| it.looked_at >= moment && intersect(&it.range, range))
+    }
+
     /// What is due to be looked at, `believed` being [`BELIEVED`].
     fn doubtful(&mut self, believed: Duration) -> Vec<Range<usize>> {
         let due = |it: &&mut Taken| it.looked_at.elapsed() >= believed * it.times;
@@ -210,8 +215,12 @@ impl Memory {
     fn make_ordinary(&mut self, range: &Range<usize>) -> io::Result<()> {
         for (key, region) in self.keys_of(range) {
             self.restore(&region.addresses())?;
-            if let Some(Suitability::Ready(_)) = self.suitability.remove(&key) {
+            let known = self.suitability.remove(&key);
+            if let Some(Suitability::Ready(_)) = known {
                 let _ = self.uffd.unregister(&region.addresses());
+            }
+            // What was refused may not be when this has ended.
+            if known.is_some() {
                 self.changes.lose();
             }
         }
@@ -244,12 +253,16 @@ impl Sharing {
         if doubtful.is_empty() {
             return Ok(());
         }
+        let began = Instant::now();
         // Without the lock: it takes as long as the process has memory.
         let smaps = fs::read("/proc/self/smaps")?;
         let smaps = String::from_utf8_lossy(&smaps);
         for range in doubtful {
-            if !has_userfaultfd(&smaps, &range) {
-                self.memory().give_userfaultfd_back(&range);
+            let mut memory = self.memory();
+            // Somebody may have taken it since.
+            let is_new = memory.changes.is_taken_since(&range, began);
+            if !is_new && !has_userfaultfd(&smaps, &range) {
+                memory.give_userfaultfd_back(&range);
             }
         }
         Ok(())
@@ -274,6 +287,18 @@ mod tests {
             changes.doubtful(Duration::ZERO);
         }
         assert_eq!(changes.taken[0].times, MOST_TIMES);
+    }
+
+    #[test]
+    fn what_is_taken_again_while_it_is_looked_at_stays_taken() {
+        let mut changes = Changes::default();
+        changes.take(&(100..200));
+        changes.doubtful(Duration::ZERO);
+        let began = Instant::now();
+        assert!(!changes.is_taken_since(&(100..200), began));
+        changes.take(&(150..160));
+        assert!(changes.is_taken_since(&(100..200), began));
+        assert!(!changes.is_taken_since(&(170..200), began));
     }
 
     #[test]

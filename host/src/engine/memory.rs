@@ -180,8 +180,8 @@ impl Memory {
             let both =
                 range.start.max(region.addresses().start)..range.end.min(region.addresses().end);
             // Not if it is unmapped already; then nothing can be shared there.
-            if !both.is_empty() && self.uffd.register(&both).is_ok() && self.undoing > 0 {
-                let _ = self.register_missing(both);
+            if !both.is_empty() {
+                let _ = self.register_as_before(&both);
             }
         }
         Ok(())

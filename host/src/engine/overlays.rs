@@ -90,6 +90,13 @@ impl Overlays {
         !range.is_empty() && last.is_some_and(|(a, o)| end_of(*a, o) > range.start)
     }
 
+    /// All of the overlay that `address` is in.
+    pub(super) fn around(&self, address: usize) -> Option<Range<usize>> {
+        let (start, overlay) = self.at_or_before(address)?;
+        let end = end_of(start, &overlay);
+        (address < end).then_some(start..end)
+    }
+
     fn at_or_before(&self, address: usize) -> Option<(usize, Overlay)> {
         self.by_address
             .range(..=address)

@@ -50,10 +50,7 @@ impl Memory {
                 self.overlays.remove(&piece);
                 self.written.remove(&piece);
                 if known.is_some() {
-                    self.uffd.register(&piece)?;
-                    if self.undoing > 0 {
-                        self.register_missing(piece)?;
-                    }
+                    self.register_as_before(&piece)?;
                 }
             }
         }
@@ -123,28 +120,43 @@ impl Memory {
     /// `range` within `region`, with all mappings of ours that follow each other on either side of
     /// it, which would be cut otherwise, and a page beyond.
     fn with_borders(&self, range: Range<usize>, region: &Range<usize>) -> Range<usize> {
-        let mut start = range.start.max(region.start);
+        // By whole overlays: they may be large, and the lock is held.
+        let ours = |at| self.overlays.around(at).or_else(|| self.written.around(at));
+        let (mut start, mut end) = (range.start.max(region.start), range.end.min(region.end));
         while start > region.start {
-            start -= PAGE;
-            if !self.is_cut(&(start..start + PAGE)) {
+            let Some(before) = ours(start - PAGE) else {
+                start -= PAGE;
                 break;
-            }
+            };
+            start = before.start.max(region.start);
         }
-        let mut end = range.end.min(region.end);
         while end < region.end {
-            end += PAGE;
-            if !self.is_cut(&(end - PAGE..end)) {
+            let Some(after) = ours(end) else {
+                end += PAGE;
                 break;
-            }
+            };
+            end = after.end.min(region.end);
         }
         start..end
     }
 
     /// Until the undos that are under way have ended.
-    pub(super) fn register_missing(&mut self, range: Range<usize>) -> io::Result<()> {
+    fn register_missing(&mut self, range: Range<usize>) -> io::Result<()> {
         let registered = self.uffd.register_missing(&range);
         self.undone.push(range);
         Ok(registered?)
+    }
+
+    /// New memory at `range` is registered as what was there: where undos under way reach it.
+    pub(super) fn register_as_before(&self, range: &Range<usize>) -> io::Result<()> {
+        self.uffd.register(range)?;
+        for undone in &self.undone {
+            let both = range.start.max(undone.start)..range.end.min(undone.end);
+            if !both.is_empty() {
+                self.uffd.register_missing(&both)?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends what [`Memory::begin_undo`] began.

@@ -33,6 +33,12 @@ impl Written {
         self.intersects(&(address..address + 1))
     }
 
+    /// All of the memory of one kind that `address` is in.
+    pub(super) fn around(&self, address: usize) -> Option<Range<usize>> {
+        let (start, (end, _)) = self.by_address.range(..=address).next_back()?;
+        (address < *end).then_some(*start..*end)
+    }
+
     /// Those in `range`, cut to it.
     pub(super) fn in_range(&self, range: &Range<usize>) -> Vec<(Range<usize>, Attributes)> {
         let first = self.by_address.range(..=range.start).next_back();

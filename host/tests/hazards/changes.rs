@@ -31,10 +31,15 @@ fn memory_that_is_being_changed_is_left_alone_and_looked_at_anew() {
     assert_eq!(equal.share(), (0, reason::UNSUITABLE_MEMORY));
     memory().end_change(&equal.range());
     is_refused(&equal, "mlock");
+    assert!(memory().take_untold());
     // SAFETY: as above.
     unsafe { libc::munlock(equal.vm.ram.at(0) as *const _, PAGE) };
     memory().begin_change(&some).unwrap();
     memory().end_change(&some);
+    assert!(
+        memory().take_untold(),
+        "it was refused, and is not any more"
+    );
     assert_eq!(equal.share(), (PAGES, reason::NONE));
     equal.check();
 }
