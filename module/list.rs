@@ -4,7 +4,14 @@
 //! need. `list_std.rs` is its twin for `cargo test`; both include `list_ops.rs`.
 
 use kernel::alloc::flags::{__GFP_NOWARN, GFP_KERNEL};
-use kernel::alloc::KVVec;
+use kernel::alloc::{Flags, KVVec};
+use kernel::bindings;
+
+/// Rather no memory than that somebody is killed for it, which `GFP_KERNEL` alone may do.
+// SAFETY: As large as a `u32`, which the compiler checks, and with a `u32` in it, `Flags` is nothing
+// but that; any value of it may be. The crate has no name for this flag.
+const NORETRY: Flags =
+    unsafe { core::mem::transmute::<u32, Flags>(1 << bindings::___GFP_NORETRY_BIT) };
 
 /// Memory could not be had. The caller drops what it was about to remember.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +32,8 @@ impl<T> List<T> {
 
     /// Makes the capacity exactly `capacity`, which must hold all items.
     fn reallocate(&mut self, capacity: usize) -> Result<(), NoMemory> {
-        let mut items =
-            KVVec::with_capacity(capacity, GFP_KERNEL | __GFP_NOWARN).map_err(|_| NoMemory)?;
+        let flags = GFP_KERNEL | __GFP_NOWARN | NORETRY;
+        let mut items = KVVec::with_capacity(capacity, flags).map_err(|_| NoMemory)?;
         for item in self.items.drain_all() {
             // `capacity` holds all of them.
             let _ = items.push_within_capacity(item);
