@@ -61,6 +61,16 @@ mod barriers {
 }
 pub(crate) use barriers::{mb, rmb, wmb};
 
+/// The value of a parameter of the module, to which older kernels give a reference.
+#[cfg(not(before_7_3))]
+pub(crate) const fn parameter<T>(value: T) -> T {
+    value
+}
+#[cfg(before_7_3)]
+pub(crate) const fn parameter<T: Copy>(value: &T) -> T {
+    *value
+}
+
 /// `EOPNOTSUPP`, which has no name of its own in older kernels.
 pub(crate) fn not_supported() -> Error {
     Error::from_errno(-(bindings::EOPNOTSUPP as c_int))

@@ -92,6 +92,15 @@ impl Knob {
         }
     }
 
+    /// Sets it; refuses what is out of range and then changes nothing.
+    pub(crate) fn set(&self, value: u64) -> Result {
+        if !self.allowed.contains(&value) {
+            return Err(EINVAL);
+        }
+        self.value.set(value);
+        Ok(())
+    }
+
     /// Sets a knob that has its default, which does not suit this kernel.
     pub(crate) fn replace_default(&self, value: u64) {
         let _ = self.value.0.cmpxchg(self.default, value, Relaxed);
@@ -108,12 +117,7 @@ impl Value for Knob {
     }
 
     fn store(&self, text: &[u8]) -> Result {
-        let value = values::number(text)?;
-        if !self.allowed.contains(&value) {
-            return Err(EINVAL);
-        }
-        self.value.set(value);
-        Ok(())
+        self.set(values::number(text)?)
     }
 }
 

@@ -3,6 +3,7 @@
 //! pagefusion: tells the host which pages of this guest hold what read-only file mappings show,
 //! so that virtual machines can share them.
 
+use control::CONTROL;
 use kernel::driver::Registration;
 use kernel::pci;
 use kernel::prelude::*;
@@ -58,6 +59,12 @@ module! {
     authors: ["pagefusion contributors"],
     description: "Page fusion for Linux guests: reports shareable pages to the host",
     license: "GPL v2",
+    params: {
+        run: u8 {
+            default: 1,
+            description: "The knob `run` at first: 0 stops, 1 runs, 2 stops and withdraws everything",
+        },
+    },
 }
 
 /// The module. Fields are dropped in order: first the driver with its worker, then the knobs, then
@@ -77,11 +84,15 @@ impl kernel::InPlaceModule for PageFusion {
             compat::not_supported()
         });
         try_pin_init!(Self {
-            exclusions: allowed.map(|()| {
+            exclusions: allowed.and_then(|()| {
+                let run = compat::parameter(module_parameters::run.value());
+                CONTROL.run.set(run.into()).inspect_err(|_| {
+                    pr_err!("refused: run is {run}, and may be 0, 1 or 2\n");
+                })?;
                 // SAFETY: Once for each time the module is loaded, before anything else is set up.
                 unsafe { thread::init() };
                 // SAFETY: As above.
-                unsafe { control::Exclusions::new() }
+                Ok(unsafe { control::Exclusions::new() })
             })?,
             directory: sysfs::Directory::new()?,
             driver <- Registration::new(<Self as kernel::ModuleMetadata>::NAME, module),

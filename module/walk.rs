@@ -25,7 +25,7 @@ use kernel::prelude::*;
 /// Most file references held at a time.
 pub(crate) const BATCH: usize = 64;
 /// VMAs looked at under one hold of an mmap lock.
-const VMAS_PER_HOLD: usize = 32;
+const VMAS_PER_HOLD: usize = 16;
 /// Processes whose mmap lock was taken that are tried again at the end of a walk.
 const MOST_SKIPPED: usize = 256;
 
@@ -160,8 +160,13 @@ impl Walk {
     fn next(&mut self) -> Option<(AddressSpace, usize)> {
         if let Some(place) = self.place.take() {
             let found = AddressSpace::first_from(place.pid);
-            if let Some(found) = found.filter(|found| found.pid() == place.pid) {
-                let same = found.key() == place.mm;
+            let found = found.filter(|found| found.pid() == place.pid);
+            let same = found.as_ref().is_some_and(|it| it.key() == place.mm);
+            if !same {
+                // Whoever else has that one leads to the rest of it.
+                self.forget_shared(place.mm);
+            }
+            if let Some(found) = found {
                 return Some((found, if same { place.address } else { 0 }));
             }
         }
@@ -177,15 +182,16 @@ impl Walk {
                 None
             };
             let Some(found) = found else { continue };
-            if found.is_shared() {
-                if self.shared.contains(&found.key()) {
-                    continue;
-                }
-                // Without memory to remember it, it is visited once for each of its processes.
-                let _ = self.shared.push(found.key());
+            if found.is_shared() && self.shared.contains(&found.key()) {
+                continue;
             }
-            self.seen.mms += 1;
             return Some((found, 0));
+        }
+    }
+
+    fn forget_shared(&mut self, mm: usize) {
+        if let Some(at) = self.shared.iter().position(|it| *it == mm) {
+            self.shared.remove(at, at + 1);
         }
     }
 
@@ -203,6 +209,9 @@ impl Walk {
             return true;
         };
         let began = thread::now_ns();
+        if address == 0 {
+            self.seen.mms += 1;
+        }
         let mut vmas = locked.vmas(address);
         self.place = None;
         let mut has_place = true;
@@ -234,8 +243,14 @@ impl Walk {
                 let _ = batch.list.push(candidate);
             }
         }
+        drop(vmas);
+        drop(locked);
         let held = thread::now_ns().saturating_sub(began);
         self.seen.longest_hold_ns = self.seen.longest_hold_ns.max(held);
+        if address == 0 && found.is_shared() {
+            // Without memory to remember it, it is visited once for each of its processes.
+            let _ = self.shared.push(found.key());
+        }
         has_place
     }
 

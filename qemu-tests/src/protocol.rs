@@ -242,6 +242,8 @@ pub enum Op {
     Restless {
         /// The file; without one the process ends.
         path: Option<String>,
+        /// Another process has the same address space.
+        shared: bool,
     },
     /// What all frames hold. The reply is a list of the number of frames and their [`FrameKind`], from frame 0 on.
     Census,

@@ -66,15 +66,16 @@ impl Herd {
         })
     }
 
-    /// Starts one process that maps a file and takes its own mmap lock for writing about half of the time.
-    pub(super) fn restless(path: &str) -> Result<Self> {
+    /// Starts one process that maps a file and takes its own mmap lock for writing about half of the time, with another one
+    /// in the same address space if that is to be shared.
+    pub(super) fn restless(path: &str, shared: bool) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("open {path}"))?;
         let length = usize::try_from(file.metadata()?.len())?;
         // SAFETY: the child calls nothing but `restless`, which keeps to async-signal-safe functions.
         let pid = unsafe { libc::fork() };
         ensure!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
         let Some(child) = Pid::from_raw(pid) else {
-            restless(&file, length)
+            restless(&file, length, shared)
         };
         Ok(Self {
             members: vec![child],
@@ -133,9 +134,18 @@ fn end_with_parent() {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }
 
+/// Does nothing, in the address space of its parent.
+extern "C" fn sharer(_: *mut libc::c_void) -> libc::c_int {
+    end_with_parent();
+    loop {
+        // SAFETY: sleeps until a signal ends this process.
+        unsafe { libc::pause() };
+    }
+}
+
 /// Maps and touches a file of `length` bytes, and changes the protection of other memory for ever, with as much time between
 /// two changes as one takes.
-fn restless(file: &File, length: usize) -> ! {
+fn restless(file: &File, length: usize, shared: bool) -> ! {
     /// Of memory whose protection changes, which takes milliseconds.
     const BYTES: usize = 32 << 20;
     let map = |length, protection, flags, file| {
@@ -152,13 +162,31 @@ fn restless(file: &File, length: usize) -> ! {
     end_with_parent();
     map(length, libc::PROT_READ, populated, file.as_raw_fd());
     let own = map(BYTES, both, populated | libc::MAP_ANONYMOUS, -1);
+    if shared {
+        /// Of the process that shares this memory.
+        const STACK: usize = 1 << 16;
+        let stack = map(STACK, both, populated | libc::MAP_ANONYMOUS, -1);
+        // SAFETY: `sharer` has a stack of its own, whose end this is, and uses no other memory.
+        let pid = unsafe {
+            libc::clone(
+                sharer,
+                stack.wrapping_byte_add(STACK),
+                libc::CLONE_VM,
+                ptr::null_mut(),
+            )
+        };
+        if pid < 0 {
+            // SAFETY: a plain system call.
+            unsafe { libc::_exit(1) };
+        }
+    }
     loop {
         let began = Instant::now();
         for protection in [libc::PROT_READ, both] {
             // SAFETY: memory that nobody uses.
             unsafe { libc::mprotect(own, BYTES, protection) };
         }
-        let end = began + 2 * began.elapsed();
+        let end = began + began.elapsed() * 5 / 4;
         while Instant::now() < end {
             std::hint::spin_loop();
         }

@@ -232,8 +232,9 @@ impl Agent {
                 self.writer = path.map(open).transpose()?;
                 Ok(Value::Null)
             }
-            Op::Restless { path } => {
-                self.restless = path.as_deref().map(Herd::restless).transpose()?;
+            Op::Restless { path, shared } => {
+                let start = |path| Herd::restless(path, shared);
+                self.restless = path.as_deref().map(start).transpose()?;
                 Ok(Value::Null)
             }
             Op::Census => Ok(serde_json::to_value(census::take()?)?),

@@ -306,9 +306,14 @@ impl Guest {
 
     /// Loads the module.
     pub fn load_module(&mut self) -> Result<()> {
+        self.load_module_with("")
+    }
+
+    /// Loads the module with these parameters.
+    pub fn load_module_with(&mut self, params: &str) -> Result<()> {
         self.request(Op::LoadModule {
             path: MODULE_PATH.into(),
-            params: String::new(),
+            params: params.into(),
         })
     }
 

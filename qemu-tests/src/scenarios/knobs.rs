@@ -95,6 +95,15 @@ pub(super) fn as_in_the_manual(stage: &mut Stage) -> Result<()> {
         check(&mut guest, entry).with_context(|| entry.name.to_owned())?;
     }
     guest.unload_module()?;
+
+    let refused = guest.load_module_with("run=3").unwrap_err();
+    ensure!(
+        format!("{refused:#}").contains("Invalid argument"),
+        "run=3 was refused: {refused:#}"
+    );
+    guest.load_module_with("run=0")?;
+    ensure!(guest.knob("run")? == "0", "loaded to stand still, it runs");
+    guest.unload_module()?;
     guest.healthy()?;
     guest.kill()
 }
@@ -108,6 +117,7 @@ fn module_says_who_it_is(stage: &Stage) -> Result<()> {
         "author=",
         "description=Page fusion",
         "alias=pci:v00001AF4d00001110",
+        "parm=run:",
     ] {
         let found = image
             .windows(wanted.len())
@@ -390,35 +400,38 @@ fn seen_by_host(world: &World) -> Result<u64> {
 
 /// A process whose mmap lock cannot be had when the scope changes keeps what it shares.
 pub(super) fn what_cannot_be_looked_at_stays(stage: &mut Stage) -> Result<()> {
-    const CHANGES: usize = 6;
+    const CHANGES: usize = 4;
     const PATH: &str = "/tmp/pf-restless";
     const BYTES: u64 = 8 << 20;
     let seed = stage.seed();
     stage.with_small_pair(&Small::default(), |world| {
         let guest = &mut world.guests[0];
         write(guest, PATH, seed, 0, BYTES)?;
-        let path = Some(PATH.to_owned());
-        unit(guest, Op::Restless { path })?;
-        guest.request::<u64>(Op::WaitCounter {
-            path: format!("{SYSFS}/pages_tracked"),
-            at_least: BYTES / 4096,
-            timeout_ms: LIMIT.as_millis() as u64,
-        })?;
-        for _ in 0..CHANGES {
-            let before = guest.counter("pages_retracted")?;
-            // Nothing that belongs to `readonly` does not belong to it.
-            guest.set("scope", "cached")?;
-            // The first one may have begun before.
-            guest.wait_passes(2, LIMIT)?;
-            let retracted = guest.counter("pages_retracted")? - before;
-            ensure!(
-                retracted < BYTES / 4096,
-                "{retracted} pages were withdrawn when the scope grew"
-            );
-            guest.set("scope", "readonly")?;
-            guest.wait_passes(2, LIMIT)?;
+        for shared in [false, true] {
+            let path = Some(PATH.to_owned());
+            unit(guest, Op::Restless { path, shared })?;
+            guest.request::<u64>(Op::WaitCounter {
+                path: format!("{SYSFS}/pages_tracked"),
+                at_least: BYTES / 4096,
+                timeout_ms: LIMIT.as_millis() as u64,
+            })?;
+            for _ in 0..CHANGES {
+                let before = guest.counter("pages_retracted")?;
+                // Nothing that belongs to `readonly` does not belong to it.
+                guest.set("scope", "cached")?;
+                // The first one may have begun before.
+                guest.wait_passes(2, LIMIT)?;
+                let retracted = guest.counter("pages_retracted")? - before;
+                ensure!(
+                    retracted < BYTES / 4096,
+                    "{retracted} pages were withdrawn when the scope grew"
+                );
+                guest.set("scope", "readonly")?;
+                guest.wait_passes(2, LIMIT)?;
+            }
+            unit(guest, Op::Restless { path: None, shared })?;
         }
-        unit(guest, Op::Restless { path: None })
+        Ok(())
     })
 }
 
