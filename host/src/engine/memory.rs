@@ -16,7 +16,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagefusion_abi::wire::reason;
 use roaring::RoaringBitmap;
@@ -24,6 +23,7 @@ use rustix::io::Errno;
 
 use super::attributes::{AttributeMap, Unsuitable, examine};
 use super::changes::Changes;
+use super::errors::HostErrors;
 use super::files::Files;
 use super::huge_pages::HugePages;
 use super::mapped;
@@ -76,6 +76,7 @@ pub struct Memory {
     pub(super) undone: Vec<Range<usize>>,
     disabled: Option<String>,
     overcommit: Overcommit,
+    pub(super) errors: HostErrors,
     /// Whether this kernel may lift the protection of a page of zeros by itself.
     pub(super) zeros_lose_protection: bool,
     pub(super) buffer: Vec<u8>,
@@ -104,6 +105,7 @@ impl Memory {
             undone: Vec::new(),
             disabled: None,
             overcommit: Overcommit::now(),
+            errors: HostErrors::default(),
             zeros_lose_protection: uffd::zeros_lose_protection(
                 &rustix::system::uname().release().to_string_lossy(),
             ),
@@ -316,12 +318,14 @@ impl Memory {
             None => {}
         }
         let is_ours = |at: usize| self.overlays.contains(at) || self.written.contains(at);
-        let examined =
-            examine(&range, is_ours).map_err(|e| host_error("looking at guest memory", &e))?;
+        let examined = examine(&range, is_ours)
+            .map_err(|e| self.errors.refuse("looking at guest memory", &e))?;
         let prepared = examined.and_then(|attributes| match self.uffd.register(&range) {
             Ok(()) => Ok(Ok(attributes)),
             Err(Errno::BUSY) => Err(Unsuitable::Userfaultfd),
-            Err(e) => Ok(Err(host_error("registering guest memory", &e.into()))),
+            Err(e) => Ok(Err(self
+                .errors
+                .refuse("registering guest memory", &e.into()))),
         });
         match prepared {
             Ok(attributes) => {
@@ -396,14 +400,4 @@ impl Memory {
             store.look_away();
         }
     }
-}
-
-pub(super) fn host_error(what: &str, error: &io::Error) -> Refusal {
-    static TIMES: AtomicU64 = AtomicU64::new(0);
-    let times = TIMES.fetch_add(1, Ordering::Relaxed) + 1;
-    // Guests decide how often they come here.
-    if times.is_power_of_two() {
-        log::warn!("{what}: {error} ({times} such errors so far)");
-    }
-    reason::HOST_ERROR
 }

@@ -10,6 +10,7 @@
 mod attributes;
 mod audit;
 mod changes;
+mod errors;
 mod faults;
 mod files;
 mod guest;

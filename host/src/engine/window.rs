@@ -19,7 +19,7 @@ use pagefusion_abi::wire::reason;
 use super::attributes::Attributes;
 use super::huge_pages::HUGE_PAGE;
 use super::mapped::{self, mask};
-use super::memory::{Memory, Refusal, Suitability, WINDOW_PAGES, host_error};
+use super::memory::{Memory, Refusal, Suitability, WINDOW_PAGES};
 use super::overlays::Overlay;
 use super::uffd::Uffd;
 use crate::protocol::StorePage;
@@ -133,7 +133,7 @@ impl Memory {
         let store = self.store.as_mut().ok_or(reason::NO_STORE)?;
         store
             .look_at(overlay.store, pages)
-            .map_err(|e| host_error("looking at the store", &e))?;
+            .map_err(|e| self.errors.refuse("looking at the store", &e))?;
         let expected = store.address_of(overlay.store).ok_or(reason::NO_STORE)?;
         // SAFETY: overlays are part of a region, which is mapped guest memory; the store is mapped.
         Ok(unsafe { mapped::compare(wanted.address, expected, pages) })
@@ -181,7 +181,7 @@ impl Memory {
         let store = self.store.as_mut().ok_or(reason::NO_STORE)?;
         store
             .look_at(overlay.store, pages)
-            .map_err(|e| host_error("looking at the store", &e))?;
+            .map_err(|e| self.errors.refuse("looking at the store", &e))?;
         let expected = store.address_of(overlay.store).ok_or(reason::NO_STORE)?;
         let equal = if look {
             // SAFETY: part of a region, which is mapped guest memory, and of the mapped store.
@@ -242,7 +242,7 @@ impl Memory {
             // An overlay is a mapping of its own, which lost the registration.
             self.uffd
                 .register(&range)
-                .map_err(|e| host_error("registering an overlay", &e.into()))?;
+                .map_err(|e| self.errors.refuse("registering an overlay", &e.into()))?;
         }
         if !attributes.no_huge_page {
             self.split_huge_pages(&range, next);
@@ -251,12 +251,12 @@ impl Memory {
             // A page that KSM merges loses its protection, and who writes to it then stops nowhere.
             // SAFETY: guest memory.
             unsafe { mapped::set_mergeable(&range, false) }
-                .map_err(|e| host_error("keeping memory from KSM", &e))?;
+                .map_err(|e| self.errors.refuse("keeping memory from KSM", &e))?;
         }
         let store = self.store.as_ref().ok_or(reason::NO_STORE)?;
         self.uffd
             .protect(&range)
-            .map_err(|e| host_error("write-protecting", &e.into()))?;
+            .map_err(|e| self.errors.refuse("write-protecting", &e.into()))?;
         // Whoever restores the machine writes its memory, and waits for us to end.
         if !pinned() {
             lift(&self.uffd, &range);
@@ -299,7 +299,7 @@ impl Memory {
         }
         self.note(stretch, mapped);
         match failure {
-            Some(e) if mapped == 0 => Err(host_error("mapping over guest memory", &e)),
+            Some(e) if mapped == 0 => Err(self.errors.refuse("mapping over guest memory", &e)),
             _ => Ok(mapped),
         }
     }
