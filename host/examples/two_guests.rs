@@ -13,9 +13,7 @@
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use pagefusion_host::engine::{
-    Memory, Region, ReportedRun, Sharing, StoreView, Uffd, audit, serve_faults,
-};
+use pagefusion_host::engine::{Memory, ReportedRun, Sharing, StoreView, Uffd, audit, serve_faults};
 use pagefusion_host::protocol::FileKey;
 use pagefusion_host::store::{Group, LocalStore, PAGE};
 use std::error::Error;
@@ -102,12 +100,7 @@ impl Guest {
         let uffd = Uffd::open(None)?;
         let events = uffd.try_clone()?;
         let mut engine = Memory::new(uffd)?;
-        let region = Region {
-            gfn: 0,
-            pages: PAGES as u64,
-            hva,
-        };
-        engine.insert_region(0, region)?;
+        engine.set_guest_memory(&memory)?;
         let sharing = Arc::new(Sharing::new(engine));
         let (until, stop) = rustix::pipe::pipe()?;
         let served = sharing.clone();

@@ -27,24 +27,25 @@
 //!
 //! ```no_run
 //! use pagefusion_host::device::PagefusionDevice;
-//! use pagefusion_host::engine::{Memory, Region, Sharing, StoreView, Uffd, serve_faults};
+//! use pagefusion_host::engine::{Memory, Sharing, StoreView, Uffd, serve_faults};
 //! use pagefusion_host::store::{Group, LocalStore};
 //! use std::os::fd::{AsFd, OwnedFd};
 //! use std::sync::{Arc, Mutex};
+//! use vm_memory::GuestMemoryMmap;
 //!
 //! # fn wait_for(_: std::os::fd::BorrowedFd<'_>) {}
 //! fn share(
 //!     group: Arc<Mutex<Group>>,
 //!     vm: u32,
-//!     guest_memory: Region,
+//!     guest_memory: &GuestMemoryMmap,
 //!     device: &PagefusionDevice,
 //!     stop: OwnedFd,
 //! ) -> Result<(), Box<dyn std::error::Error>> {
-//!     // Guest memory: private and anonymous, and nobody else's.
+//!     // Guest memory: private and anonymous, and nobody else's. It is kept mapped.
 //!     let uffd = Uffd::open(None)?;
 //!     let events = uffd.try_clone()?;
 //!     let mut memory = Memory::new(uffd)?;
-//!     memory.insert_region(0, guest_memory)?;
+//!     memory.set_guest_memory(guest_memory)?;
 //!     let sharing = Arc::new(Sharing::new(memory));
 //!
 //!     // Faults first: who undoes an overlay waits for them.

@@ -4,6 +4,8 @@
 //!
 //! What the interposed functions and the engine's threads have in common.
 
+#![expect(unsafe_code, reason = "tells the engine where guest memory is")]
+
 use std::collections::BTreeMap;
 use std::env;
 use std::io;
@@ -60,10 +62,7 @@ impl Runtime {
     pub(crate) fn attach(&self, sharing: &Arc<Sharing>) {
         let mut slots = self.slots();
         for (slot, region) in &slots.regions {
-            report(
-                sharing.memory().insert_region(*slot, *region),
-                "adding guest memory",
-            );
+            insert(sharing, *slot, *region);
         }
         for range in &slots.changing {
             report(sharing.memory().begin_change(range), "leaving memory alone");
@@ -179,11 +178,16 @@ pub(crate) fn after_slot(slot: &MemoryRegion) {
     let key = u64::from(slot.slot);
     slots.regions.insert(key, region);
     if let Some(sharing) = &slots.sharing {
-        report(
-            sharing.memory().insert_region(key, region),
-            "adding guest memory",
-        );
+        insert(sharing, key, region);
     }
+}
+
+/// A memory slot that KVM has.
+fn insert(sharing: &Sharing, slot: u64, region: Region) {
+    // SAFETY: KVM has taken it as the memory of a guest. The VMM's calls that unmap, move or
+    // replace memory come by this library, which tells the engine before.
+    let inserted = unsafe { sharing.memory().insert_region(slot, region) };
+    report(inserted, "adding guest memory");
 }
 
 fn region(slot: &MemoryRegion) -> Option<Region> {

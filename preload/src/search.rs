@@ -3,6 +3,8 @@
 //! Where guest memory is in a QEMU without KVM, which tells nobody: its monitor is asked, again
 //! when the guest speaks of memory that is not known.
 
+#![expect(unsafe_code, reason = "tells the engine where guest memory is")]
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -80,7 +82,10 @@ impl Search {
                         .all(|it| it.end <= there.start || there.end <= it.start)
                 };
                 let there: Vec<Region> = regions.into_iter().filter(is_there).collect();
-                memory.set_regions(&there).unwrap_or_else(|e| {
+                // SAFETY: QEMU says that they are guest memory, and what it has unmapped since it was
+                // asked is left out; while `memory` is locked it unmaps nothing. Its calls that
+                // unmap, move or replace memory come by this library, which tells the engine before.
+                unsafe { memory.set_regions(&there) }.unwrap_or_else(|e| {
                     log::error!("taking over guest memory: {e}");
                     false
                 })

@@ -25,6 +25,7 @@ use super::attributes::{AttributeMap, Unsuitable, examine};
 use super::changes::Changes;
 use super::errors::HostErrors;
 use super::files::Files;
+use super::guest_memory::Kept;
 use super::huge_pages::HugePages;
 use super::mapped;
 use super::mappings::MappingBudget;
@@ -58,6 +59,8 @@ pub(super) enum Suitability {
 pub struct Memory {
     pub(super) uffd: Uffd,
     pub(super) regions: Regions,
+    /// Regions that are kept mapped.
+    pub(super) kept: Vec<Kept>,
     pub(super) suitability: HashMap<u64, Suitability>,
     pub(super) overlays: Overlays,
     pub(super) written: Written,
@@ -85,11 +88,13 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Guest memory of this process; regions are added as the VMM makes them known.
+    /// Guest memory of this process; regions are added as the VMM makes them known, by
+    /// [`Memory::set_guest_memory`].
     pub fn new(uffd: Uffd) -> io::Result<Self> {
         Ok(Self {
             uffd,
             regions: Regions::default(),
+            kept: Vec::new(),
             suitability: HashMap::new(),
             overlays: Overlays::default(),
             written: Written::default(),
@@ -137,8 +142,21 @@ impl Memory {
         Ok(())
     }
 
-    /// Adds or replaces the region `key`.
-    pub fn insert_region(&mut self, key: u64, region: Region) -> io::Result<()> {
+    /// Adds or replaces the region `key`. [`Memory::set_guest_memory`] is the safe way.
+    ///
+    /// # Safety
+    ///
+    /// From now on, until the region is removed ([`Memory::remove_region`], [`Memory::set_regions`]
+    /// without it, or [`Memory::unmapped`] once it is unmapped) or this is dropped,
+    ///
+    /// * `region` must be memory of this process that is a guest's: all of it mapped, on whole
+    ///   pages, and not seen through Rust references other than to atomics;
+    /// * who unmaps, moves or replaces any of it must say so first, as [`Memory::before_unmap`]
+    ///   and [`Memory::before_move`] describe.
+    ///
+    /// The second holds longer for pages that the guest has written to while they were shared:
+    /// until [`Memory::unmapped`] is told that they have gone, or this is dropped.
+    pub unsafe fn insert_region(&mut self, key: u64, region: Region) -> io::Result<()> {
         if self.regions.get(key) == Some(region) {
             return Ok(());
         }
@@ -149,7 +167,11 @@ impl Memory {
 
     /// Makes these all of guest memory, each with its first frame as its key; whether there is
     /// one that was not known.
-    pub fn set_regions(&mut self, regions: &[Region]) -> io::Result<bool> {
+    ///
+    /// # Safety
+    ///
+    /// As for [`Memory::insert_region`], for each of them.
+    pub unsafe fn set_regions(&mut self, regions: &[Region]) -> io::Result<bool> {
         let gone = |(key, _): &(u64, Region)| regions.iter().all(|it| it.gfn != *key);
         let gone: Vec<_> = self.regions.with_keys().filter(gone).collect();
         for (key, _) in gone {
@@ -158,7 +180,8 @@ impl Memory {
         let mut new = false;
         for region in regions {
             new |= self.regions.get(region.gfn) != Some(*region);
-            self.insert_region(region.gfn, *region)?;
+            // SAFETY: by contract.
+            unsafe { self.insert_region(region.gfn, *region) }?;
         }
         Ok(new)
     }

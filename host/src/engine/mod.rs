@@ -14,6 +14,7 @@ mod errors;
 mod faults;
 mod files;
 mod guest;
+mod guest_memory;
 mod huge_pages;
 mod mapped;
 mod mappings;

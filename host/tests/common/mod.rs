@@ -221,7 +221,9 @@ impl Vm {
         let uffd = Uffd::open(None).expect("userfaultfd (root, or vm.unprivileged_userfaultfd)");
         let events = uffd.try_clone().unwrap();
         let mut memory = Memory::new(uffd).unwrap();
-        memory.insert_region(0, ram.region()).unwrap();
+        // SAFETY: `Vm` owns the memory, has all of it ordinary before it goes, and reaches it
+        // through atomics.
+        unsafe { memory.insert_region(0, ram.region()) }.unwrap();
         let sharing = Arc::new(Sharing::new(memory));
         let local = LocalStore::new(group.clone(), vm);
         let view = StoreView::new(local.read_only().unwrap()).unwrap();

@@ -2,6 +2,8 @@
 
 //! What a guest has written to what it shared, and what it gives up.
 
+#![expect(unsafe_code, reason = "tells the engine where guest memory is")]
+
 use crate::common::file;
 use pagefusion_host::protocol::Undo;
 use pagefusion_host::store::PAGE;
@@ -137,21 +139,22 @@ fn memory_that_two_regions_have_is_undone_and_shared_like_any_other() {
         gfn: 10_000,
         ..region
     };
-    {
-        let mut memory = shared.vm.sharing.memory();
-        memory.remove_region(0).unwrap();
-        memory.insert_region(5, region).unwrap();
-    }
+    let insert = |key, region| {
+        // SAFETY: the memory that it has anyway.
+        unsafe { shared.vm.sharing.memory().insert_region(key, region) }.unwrap();
+    };
+    shared.vm.sharing.memory().remove_region(0).unwrap();
+    insert(5, region);
     shared.share();
     // Found first from here on, and nothing is known of it.
-    shared.vm.sharing.memory().insert_region(0, other).unwrap();
+    insert(0, other);
     shared.vm.sharing.undo_all().unwrap();
     assert_eq!(shared.uses(), [0, 0]);
     shared.check();
     // Known by both, and the one goes.
     shared.vm.sharing.memory().remove_region(0).unwrap();
     shared.share();
-    shared.vm.sharing.memory().insert_region(0, other).unwrap();
+    insert(0, other);
     shared.share();
     shared.vm.sharing.memory().check(region.hva).unwrap();
     shared.vm.sharing.memory().remove_region(0).unwrap();
