@@ -11,6 +11,7 @@ mod host_packages;
 mod images;
 mod kernel;
 mod key;
+mod library;
 mod module;
 mod namespace;
 mod pins;

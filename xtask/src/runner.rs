@@ -16,7 +16,7 @@ use anyhow::{Context, Result};
 use crate::{
     counts::Counts,
     kernel::{DEBUG, SECOND, USUAL},
-    module,
+    library, module,
     process::{bound_in_group, stop_if_interrupted},
     provision::Project,
     sanitizers,
@@ -298,6 +298,9 @@ pub(crate) fn check(project: &Project) -> Result<ExitCode> {
             ])
             .env("RUSTDOCFLAGS", "-D warnings"),
     )?;
+    for (name, mut command) in library::lints(|| cargo(project)) {
+        run(name, &mut command)?;
+    }
     let has_deny = cargo(project)
         .args(["deny", "--version"])
         .stdout(Stdio::null())
@@ -308,6 +311,11 @@ pub(crate) fn check(project: &Project) -> Result<ExitCode> {
         run("cargo deny", cargo(project).args(["deny", "check"]))?;
     } else {
         eprintln!("cargo deny: skipped, it is not installed (cargo install cargo-deny)");
+    }
+    if let Err(error) = library::check_dependencies(cargo(project)) {
+        stop_if_interrupted()?;
+        eprintln!("error: {error:#}");
+        failed.push("the library's dependencies");
     }
     if let Err(error) = lint_module(project) {
         stop_if_interrupted()?;
