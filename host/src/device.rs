@@ -4,6 +4,7 @@
 //! the shared memory of QEMU's `ivshmem-doorbell`, as `docs/abi.md` describes them.
 
 use crate::engine::{Guest, SharedMemory};
+use crate::protocol::DeviceDescriptors;
 use pagefusion_abi::wire::{self, Layout, header};
 use rustix::event::EventfdFlags;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -87,11 +88,9 @@ fn new_event() -> io::Result<OwnedFd> {
 /// use vm_device::{DeviceMmio, bus::MmioAddress};
 ///
 /// let device = PagefusionDevice::new()?;
-/// let guest = device.guest(1, 16_384)?;
 /// // The guest rings peer 1, vector 0.
 /// device.mmio_write(MmioAddress(0xfe00_0000), 12, &(1_u32 << 16).to_le_bytes());
 /// assert!(device.take_doorbell()?);
-/// # drop(guest);
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug)]
@@ -168,6 +167,17 @@ impl PagefusionDevice {
             .layout()
             .map_err(|error| io::Error::other(format!("the device's memory: {error:?}")))?;
         Ok(Guest::new(memory, layout, instance, max_inflight_pages))
+    }
+}
+
+/// The device that a daemon has made for this VM.
+impl From<DeviceDescriptors> for PagefusionDevice {
+    fn from(descriptors: DeviceDescriptors) -> Self {
+        Self {
+            memory: descriptors.memory,
+            doorbell: descriptors.from_guest,
+            interrupt: descriptors.to_guest,
+        }
     }
 }
 

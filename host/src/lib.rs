@@ -18,63 +18,54 @@
 //! # In a VMM of your own
 //!
 //! Without the feature `cli` (`default-features = false`) there is no command line, no set-up
-//! of a logger and no global state, and no thread is started. Two are needed, and are yours:
-//! one that serves faults, which must run before anything is shared, and one that looks after
-//! the guest's ring.
+//! of a logger and no global state, and no thread is started. [`engine::Engine`] is what shares
+//! the memory of one VM, and takes five steps:
 //!
-//! The guest finds its device by PCI id. [`device::PagefusionDevice`] has the registers and
-//! the shared memory, which `docs/abi.md` describes, and the VMM shows it to the guest.
+//! 1. Guest memory is a [`vm_memory::GuestMemoryMmap`], private and anonymous, and nobody else's.
+//!    The engine keeps its regions mapped as long as something lies over them.
+//! 2. The guest's module finds its device by PCI id. [`device::PagefusionDevice`] has the registers
+//!    and the shared memory, which `docs/abi.md` describes; the VMM shows them to the guest.
+//! 3. A store: [`engine::Engine::join`] for one in this process, which all VMs of a trust group
+//!    join, or [`engine::Engine::connect`] for that of a daemon.
+//! 4. Two threads of the VMM serve faults and the guest's ring. An event loop can take the place of
+//!    the second.
+//! 5. In the end [`engine::Engine::stop`].
 //!
 //! ```no_run
 //! use pagefusion_host::device::PagefusionDevice;
-//! use pagefusion_host::engine::{Memory, Sharing, StoreView, Uffd, serve_faults};
-//! use pagefusion_host::store::{Group, LocalStore};
-//! use std::os::fd::{AsFd, OwnedFd};
+//! use pagefusion_host::engine::{Engine, Uffd};
+//! use pagefusion_host::store::Group;
 //! use std::sync::{Arc, Mutex};
-//! use vm_memory::GuestMemoryMmap;
+//! use vm_memory::{GuestAddress, GuestMemoryMmap};
 //!
-//! # fn wait_for(_: std::os::fd::BorrowedFd<'_>) {}
-//! fn share(
-//!     group: Arc<Mutex<Group>>,
-//!     vm: u32,
-//!     guest_memory: &GuestMemoryMmap,
-//!     device: &PagefusionDevice,
-//!     stop: OwnedFd,
-//! ) -> Result<(), Box<dyn std::error::Error>> {
-//!     // Guest memory: private and anonymous, and nobody else's. It is kept mapped.
-//!     let uffd = Uffd::open(None)?;
-//!     let events = uffd.try_clone()?;
-//!     let mut memory = Memory::new(uffd)?;
-//!     memory.set_guest_memory(guest_memory)?;
-//!     let sharing = Arc::new(Sharing::new(memory));
-//!
-//!     // Faults first: who undoes an overlay waits for them.
-//!     let faults = sharing.clone();
-//!     std::thread::spawn(move || serve_faults(&events, &faults, stop.as_fd()));
-//!
-//!     // The store: in this process here; `protocol::StoreClient` reaches a daemon's.
-//!     let store = LocalStore::new(group, vm);
-//!     let (view, seed) = (StoreView::new(store.read_only()?)?, store.hash_seed());
-//!     sharing.connect(Box::new(store), view, seed)?;
-//!
-//!     // The guest's reports.
-//!     let mut guest = device.guest(1, 16_384)?;
-//!     loop {
-//!         let done = guest.progress(&sharing);
-//!         if done.ring {
-//!             device.ring_guest()?;
-//!         }
-//!         if !done.busy {
-//!             // After `done.retry` for a tenth of a second at most.
-//!             wait_for(device.doorbell());
-//!             device.take_doorbell()?;
-//!         }
-//!     }
+//! # fn run_the_guest(_: &GuestMemoryMmap, _: &PagefusionDevice) {}
+//! fn run(group: &Arc<Mutex<Group>>, vm: u32) -> Result<(), Box<dyn std::error::Error>> {
+//!     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 30)])?;
+//!     let device = Arc::new(PagefusionDevice::new()?);
+//!     let engine = Engine::new(Uffd::open(None)?, &memory, device.clone())?;
+//!     engine.join(group, vm)?;
+//!     std::thread::scope(|threads| {
+//!         threads.spawn(|| engine.serve_faults());
+//!         threads.spawn(|| engine.serve_ring());
+//!         // With KVM, BAR0 on a bus of `vm-device`, BAR2 in a memory slot, and MSI-X.
+//!         run_the_guest(&memory, &device);
+//!         engine.stop()
+//!     })?;
+//!     Ok(())
 //! }
 //! ```
 //!
-//! Before the VMM discards guest memory (a balloon, free page reporting), unmaps it, or gives
-//! it to a device that holds on to pages, it must say so:
+//! `examples/two_guests.rs` is a VMM that does all of it.
+//!
+//! Whatever changes what guest memory is made of goes through the engine:
+//! [`engine::Engine::discard`] (a balloon, free page reporting), [`engine::Engine::change`] (locks,
+//! protection, advice), [`engine::Engine::set_guest_memory`] (memory that is plugged in or out), and
+//! [`engine::Engine::disable`] before a device gets hold of guest pages.
+//!
+//! A VMM whose memory is none of `vm-memory`'s, or that others change behind its back, puts the parts
+//! together itself, as the library for QEMU does: [`engine::Memory::insert_region`], which is
+//! `unsafe`, [`engine::Sharing`], [`engine::serve_faults`] and [`engine::Guest`]. It must say so before
+//! it discards guest memory, unmaps it, or gives it to a device that holds on to pages:
 //! [`engine::Memory::before_discard`], [`engine::Memory::remove_region`] and
 //! [`engine::Memory::disable`]. The lock of [`engine::Sharing::memory`] must be held until it
 //! has discarded or unmapped the memory. Where that is much of the guest's memory,
@@ -84,8 +75,9 @@
 //!
 //! Semantic versioning holds for what is public without the feature `cli`; while the version
 //! begins with 0, the second number is the major one. `daemon` and `operator` are there for
-//! the binaries and may change with every release. A newer compiler may be asked for with
-//! a minor version. What is said between processes has versions of its own: the wire format
+//! the binaries and may change with every release. The types of `vm-memory`
+//! ([`vm_memory`]) and `vm-device` ([`vm_device`]) are part of it: a new major version of theirs is
+//! one of this crate. A newer compiler may be asked for with a minor version. What is said between processes has versions of its own: the wire format
 //! ([`pagefusion_abi::wire::VERSION_MAJOR`], minor versions only add) and the protocol
 //! ([`protocol::VERSION`], which both sides must share).
 
@@ -99,3 +91,6 @@ pub mod engine;
 pub mod operator;
 pub mod protocol;
 pub mod store;
+
+pub use vm_device;
+pub use vm_memory;

@@ -233,6 +233,12 @@ impl Memory {
         regions.map(|(_, region)| region.addresses()).collect()
     }
 
+    /// All regions but those that stay.
+    pub(super) fn regions_but(&self, stays: impl Fn(&Region) -> bool) -> Vec<Range<usize>> {
+        let gone = self.regions.iter().filter(|region| !stays(region));
+        gone.map(Region::addresses).collect()
+    }
+
     fn keys_of(&self, range: &Range<usize>) -> Vec<(u64, Region)> {
         let inside = |(_, region): &(u64, Region)| intersect(&region.addresses(), range);
         self.regions.with_keys().filter(inside).collect()

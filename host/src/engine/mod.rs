@@ -2,14 +2,17 @@
 
 //! The engine: guest reports in, overlays out.
 //!
+//! [`Engine`] is all of it for one VM, for VMMs that have `vm-memory`. What it is made of:
+//!
 //! [`Sharing`] works on the memory of the process it is in: it asks a
 //! [`PageStore`](crate::store::PageStore), compares, and maps canonical pages over guest
-//! memory. [`Guest`] drives it from the device's ring. Neither starts threads, logs anywhere
+//! memory. [`Guest`] drives it from the device's ring. None starts threads, logs anywhere
 //! but to [`log`], or keeps global state.
 
 mod attributes;
 mod audit;
 mod changes;
+mod embedded;
 mod errors;
 mod faults;
 mod files;
@@ -45,6 +48,7 @@ mod primitives {
 
 pub use attributes::{Attributes, Unsuitable};
 pub use audit::{Audit, audit};
+pub use embedded::Engine;
 pub use faults::serve_faults;
 pub use guest::{Guest, Progressed};
 pub use huge_pages::{Spared, WORTHWHILE_PAGES};

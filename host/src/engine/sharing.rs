@@ -142,9 +142,18 @@ impl Sharing {
         lock(&self.store).is_some()
     }
 
-    /// Forgets the store; overlays stay.
+    /// Forgets the store; overlays stay. One in this process takes back what it has granted: with
+    /// that, everything must have been undone before.
     pub fn disconnect(&self) {
         *lock(&self.store) = None;
+    }
+
+    /// Forgets the store without letting go of what it has granted: overlays stay, and nobody will
+    /// undo them.
+    pub(super) fn keep_store(&self) {
+        if let Some(store) = lock(&self.store).take() {
+            std::mem::forget(store.pages);
+        }
     }
 
     /// Tells the store that the guest does not have these file pages any more.

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The guest's side of a ring, in the test's own memory.
+//! The guest's side of a ring, in the test's own memory or in a device's.
 
+use std::borrow::Borrow;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pagefusion_abi::wire::{
     EMPTY_RECORD, Layout, Outcome, Record, Request, guest_area, guest_state, host_area,
 };
-use pagefusion_host::engine::RingConsumer;
+use pagefusion_host::device::PagefusionDevice;
+use pagefusion_host::engine::{RingConsumer, SharedMemory};
 
 /// Shared memory, and the guest's side of it.
-pub(crate) struct Shared {
-    pub(crate) words: Vec<AtomicU64>,
+pub(crate) struct Shared<W = Vec<AtomicU64>> {
+    pub(crate) words: W,
     pub(crate) layout: Layout,
 }
 
@@ -27,9 +29,19 @@ impl Shared {
     pub(crate) fn host(&self) -> RingConsumer<&[AtomicU64]> {
         RingConsumer::new(&self.words, self.layout, 77, 1024)
     }
+}
 
+impl Shared<SharedMemory> {
+    pub(crate) fn of(device: &PagefusionDevice) -> Self {
+        let words = SharedMemory::map(device.memory()).unwrap();
+        let layout = words.layout().unwrap();
+        Self { words, layout }
+    }
+}
+
+impl<W: Borrow<[AtomicU64]>> Shared<W> {
     pub(crate) fn at(&self, offset: u64) -> &AtomicU64 {
-        &self.words[(offset / 8) as usize]
+        &self.words.borrow()[(offset / 8) as usize]
     }
 
     pub(crate) fn guest(&self, field: usize) -> &AtomicU64 {

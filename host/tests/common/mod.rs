@@ -33,6 +33,12 @@ pub(crate) fn file(inode: u64) -> FileKey {
     }
 }
 
+/// Discards guest memory.
+pub(crate) fn discard(address: usize, bytes: usize) {
+    // SAFETY: memory of a guest of these tests, not seen through references for longer than a word.
+    unsafe { madvise(address as *mut _, bytes, Advice::LinuxDontNeed) }.unwrap();
+}
+
 /// Anonymous memory that stands for a guest's.
 pub(crate) struct GuestRam {
     pub(crate) base: usize,
@@ -80,9 +86,7 @@ impl GuestRam {
 
     /// As a balloon does, after the engine was told.
     pub(crate) fn discard(&self, pages: std::ops::Range<usize>) {
-        let (at, bytes) = (self.at(pages.start), pages.len() * PAGE);
-        // SAFETY: the memory that `new` mapped, not seen through references for longer than a word.
-        unsafe { madvise(at as *mut _, bytes, Advice::LinuxDontNeed) }.unwrap();
+        discard(self.at(pages.start), pages.len() * PAGE);
     }
 
     /// As QEMU sets its guests' memory up.
