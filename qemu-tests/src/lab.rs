@@ -36,6 +36,8 @@ const PROGRAMS: [&str; 5] = [
     "libpagefusion_preload.so",
     "pf-init",
 ];
+/// The library's example: a VMM of two guests, which needs nothing but KVM.
+const EXAMPLE: &str = "two_guests";
 
 /// A running lab host.
 #[derive(Debug)]
@@ -92,6 +94,20 @@ impl Lab {
         let own = [&*program, "--artifacts", &description, "--nested"];
         let words = own.iter().chain(arguments);
         let argv = words.map(|&word| word.to_owned()).collect();
+        self.stream(argv, &mut output)
+    }
+
+    /// Whether the library's example has been built, which no build of the workspace does.
+    pub fn has_example(artifacts: &Artifacts) -> bool {
+        example(artifacts).is_ok()
+    }
+
+    /// Runs the library's example inside; its lines go to `output`. Returns its exit status.
+    pub fn run_example(&mut self, mut output: impl FnMut(&str)) -> Result<i32> {
+        self.stream(vec![format!("{PAYLOAD}/bin/{EXAMPLE}")], &mut output)
+    }
+
+    fn stream(&mut self, argv: Vec<String>, output: &mut dyn FnMut(&str)) -> Result<i32> {
         let mut at = "its start".to_owned();
         let relay = |line: &str| match line.strip_prefix(progress::ALIVE) {
             Some(what) => what.trim().clone_into(&mut at),
@@ -103,7 +119,7 @@ impl Lab {
             !outcome.timed_out,
             "the run in the lab took longer than {LIMIT:?}, at last: {at}"
         );
-        outcome.status.context("the harness in the lab was killed")
+        outcome.status.context("what ran in the lab was killed")
     }
 
     /// Reads a file the harness inside wrote.
@@ -114,12 +130,20 @@ impl Lab {
     }
 }
 
+/// Where cargo puts the example.
+fn example(artifacts: &Artifacts) -> Result<PathBuf> {
+    artifacts.program(&format!("examples/{EXAMPLE}"))
+}
+
 /// A disk with our programs, the guests' kernel and a description of both, made without mounting anything.
 fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
     let staging = directory.join("payload");
     fs::create_dir_all(staging.join("bin")).context("create the payload")?;
     for name in PROGRAMS {
         copy(&artifacts.program(name)?, &staging.join("bin").join(name))?;
+    }
+    if let Ok(example) = example(artifacts) {
+        copy(&example, &staging.join("bin").join(EXAMPLE))?;
     }
     copy(&artifacts.kernel, &staging.join("vmlinuz"))?;
     copy(&artifacts.guest_manifest, &staging.join("manifest"))?;

@@ -182,6 +182,11 @@ impl<'a> Run<'a> {
         runs
     }
 
+    /// Whether the nested host is part of it.
+    fn is_in_lab(&self) -> bool {
+        self.host.map_or(!self.quick, |host| host == "kvm-lab")
+    }
+
     fn command(&self, project: &Project, artifacts: &Path) -> Command {
         let mut command = harness(project, "test", artifacts);
         command.args(["--tier", self.tier]);
@@ -229,7 +234,15 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
     }
 
     // Also when unit tests failed: one run should show all there is to see.
-    match build_release(project) {
+    let in_lab = plan.iter().any(Run::is_in_lab);
+    let built = build_release(project).and_then(|()| {
+        if in_lab {
+            build(project, &EXAMPLE)
+        } else {
+            Ok(())
+        }
+    });
+    match built {
         Ok(()) => {
             for (run, artifacts) in plan.iter().zip(&artifacts) {
                 let what = format!("{} scenarios on kernel {}", run.tier, run.kernel);
@@ -334,31 +347,46 @@ pub(crate) fn lint_module(project: &Project) -> Result<()> {
     module::lint(&project.cache, &project.checkout, &project.build_root()?)
 }
 
+/// The library's example, which the nested host runs.
+const EXAMPLE: [&str; 6] = [
+    "build",
+    "--release",
+    "--package",
+    "pagefusion-host",
+    "--example",
+    "two_guests",
+];
+
 /// The programs that run on hosts and in guests.
 fn build_release(project: &Project) -> Result<()> {
-    let build = |arguments: &[&str]| -> Result<()> {
-        let status = cargo(project)
-            .args(arguments)
-            .status()
-            .context("cannot start cargo")?;
-        stop_if_interrupted()?;
-        anyhow::ensure!(status.success(), "the workspace does not build");
-        Ok(())
-    };
-    build(&["build", "--release", "--workspace", "--exclude", "xtask"])?;
+    let workspace = ["build", "--release", "--workspace", "--exclude", "xtask"];
+    build(project, &workspace)?;
     // Alone in an initramfs, the guests' first program has no shared libraries.
-    build(&[
-        "rustc",
-        "--quiet",
-        "--release",
-        "--package",
-        "qemu-tests",
-        "--bin",
-        "pf-init",
-        "--",
-        "-C",
-        "target-feature=+crt-static",
-    ])
+    build(
+        project,
+        &[
+            "rustc",
+            "--quiet",
+            "--release",
+            "--package",
+            "qemu-tests",
+            "--bin",
+            "pf-init",
+            "--",
+            "-C",
+            "target-feature=+crt-static",
+        ],
+    )
+}
+
+fn build(project: &Project, arguments: &[&str]) -> Result<()> {
+    let status = cargo(project)
+        .args(arguments)
+        .status()
+        .context("cannot start cargo")?;
+    stop_if_interrupted()?;
+    anyhow::ensure!(status.success(), "the workspace does not build");
+    Ok(())
 }
 
 fn cargo(project: &Project) -> Command {
@@ -505,6 +533,20 @@ mod tests {
             kernels(USUAL, false, true, None),
             [(USUAL, "deep"), (SECOND, "smoke"), (DEBUG, "debug")]
         );
+    }
+
+    #[test]
+    fn the_nested_host_is_part_of_a_test_that_is_not_quick_or_names_it() {
+        let in_lab = |kernel, quick, host: Option<&str>| {
+            let (host, deep) = (host.map(str::to_owned), false);
+            let arguments = TestArguments { quick, deep, host };
+            Run::plan(kernel, &arguments).iter().any(Run::is_in_lab)
+        };
+        assert!(in_lab(USUAL, false, None));
+        assert!(in_lab(USUAL, true, Some("kvm-lab")));
+        assert!(!in_lab(USUAL, true, None));
+        assert!(!in_lab(USUAL, false, Some("tcg")));
+        assert!(!in_lab(DEBUG, false, None));
     }
 
     #[test]

@@ -4,10 +4,10 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use qemu_tests::{
     artifacts::Artifacts,
@@ -219,44 +219,23 @@ impl Harness<'_> {
                 kvm::probe(self.artifacts)?;
                 here(Accelerator::Kvm)
             }
-            HostKind::KvmLab => self.report_from_lab(vms, load),
+            HostKind::KvmLab => report_from(&mut self.start_lab()?, vms, load),
         }
     }
 
-    fn report_from_lab(self, vms: u32, load: Load) -> Result<Report> {
-        const REPORT: &str = "/tmp/report.json";
+    fn start_lab(self) -> Result<Lab> {
         eprintln!("boot a lab host with emulated virtualisation");
-        let mut lab = Lab::start(self.artifacts, self.logs)?;
-        let vms = vms.to_string();
-        let mut arguments = vec!["demo", "--host", "kvm", "--vms", &vms, "--json", REPORT];
-        if load == Load::Light {
-            arguments.push("--light");
-        }
-        let mut last = String::new();
-        let status = lab.run(&arguments, |line| {
-            eprintln!("lab: {line}");
-            if !line.trim().is_empty() {
-                line.clone_into(&mut last);
-            }
-        })?;
-        // A report that is there speaks for itself; without one the last line says why.
-        match lab.read(REPORT) {
-            Ok(text) => serde_json::from_str(&text).context("parse the lab's report"),
-            Err(_) => anyhow::bail!("the demo in the lab ended with {status}: {last}"),
-        }
+        Lab::start(self.artifacts, self.logs)
     }
 
     fn test(self, quick: bool, only: Option<HostKind>, choice: Choice<'_>) -> Result<ExitCode> {
         let mut tally = Tally::default();
         let wanted =
             |host: HostKind| only.map_or(host == HostKind::Tcg || !quick, |only| only == host);
-        let in_lab = wanted(HostKind::KvmLab) && choice.wants_called("main_scenario", Tier::Usual);
         self.test_here(&wanted, choice, &mut tally)?;
         // By itself: what is emulated twice and gets half a CPU looks like a machine that hangs.
-        if in_lab {
-            let (verdict, took) = self.lab_verdict();
-            interrupt::check()?;
-            tally.record("kvm-lab", "main_scenario", &verdict, took);
+        if wanted(HostKind::KvmLab) {
+            self.test_in_lab(choice, &mut tally)?;
         }
         println!("{}", tally.line());
         Ok(if tally.good() {
@@ -290,19 +269,32 @@ impl Harness<'_> {
         Ok(())
     }
 
-    /// The main scenario on the nested KVM host.
-    fn lab_verdict(self) -> (Verdict, Duration) {
-        let start = Instant::now();
-        let verdict = if self.artifacts.lab_image.is_none() {
-            Verdict::Skipped("there is no image of the lab host".to_owned())
-        } else {
-            let report = self.report_from_lab(2, Load::Light);
-            match report.and_then(|report| demo::nested_verdict(&report)) {
-                Ok(()) => Verdict::Passed,
-                Err(error) => Verdict::Failed(format!("{error:#}")),
-            }
-        };
-        (verdict, start.elapsed())
+    /// What is run on the nested KVM host.
+    fn test_in_lab(self, choice: Choice<'_>, tally: &mut Tally) -> Result<()> {
+        type Run = fn(&Artifacts, &mut Lab) -> Result<Verdict>;
+        let all: [(&str, Run); 2] = [
+            ("the_example_shares", example_in_lab),
+            ("main_scenario", main_scenario_in_lab),
+        ];
+        let is_wanted = |(name, _): &(&str, Run)| choice.wants_called(name, Tier::Usual);
+        let mut start = Instant::now();
+        let mut lab = None;
+        for (name, run) in all.into_iter().filter(is_wanted) {
+            let verdict = if self.artifacts.lab_image.is_none() {
+                Verdict::Skipped("there is no image of the lab host".to_owned())
+            } else {
+                let lab = lab.get_or_insert_with(|| self.start_lab());
+                let verdict = match lab {
+                    Ok(lab) => run(self.artifacts, lab),
+                    Err(error) => Err(anyhow::anyhow!("{error:#}")),
+                };
+                verdict.unwrap_or_else(|error| Verdict::Failed(format!("{error:#}")))
+            };
+            interrupt::check()?;
+            tally.record("kvm-lab", name, &verdict, start.elapsed());
+            start = Instant::now();
+        }
+        Ok(())
     }
 
     fn host(self, accelerator: Accelerator) -> Host {
@@ -310,6 +302,49 @@ impl Harness<'_> {
             accelerator,
             nested: self.nested,
         }
+    }
+}
+
+/// The VMM that the library's pages show.
+fn example_in_lab(artifacts: &Artifacts, lab: &mut Lab) -> Result<Verdict> {
+    if !Lab::has_example(artifacts) {
+        return Ok(Verdict::Skipped(
+            "cargo build --release -p pagefusion-host --example two_guests was not run".to_owned(),
+        ));
+    }
+    let mut last = String::new();
+    let status = lab.run_example(|line| {
+        eprintln!("lab: {line}");
+        line.clone_into(&mut last);
+    })?;
+    ensure!(status == 0, "it ended with {status}: {last}");
+    Ok(Verdict::Passed)
+}
+
+fn main_scenario_in_lab(_: &Artifacts, lab: &mut Lab) -> Result<Verdict> {
+    let report = report_from(lab, 2, Load::Light)?;
+    demo::nested_verdict(&report).map(|()| Verdict::Passed)
+}
+
+/// The demo inside the lab host.
+fn report_from(lab: &mut Lab, vms: u32, load: Load) -> Result<Report> {
+    const REPORT: &str = "/tmp/report.json";
+    let vms = vms.to_string();
+    let mut arguments = vec!["demo", "--host", "kvm", "--vms", &vms, "--json", REPORT];
+    if load == Load::Light {
+        arguments.push("--light");
+    }
+    let mut last = String::new();
+    let status = lab.run(&arguments, |line| {
+        eprintln!("lab: {line}");
+        if !line.trim().is_empty() {
+            line.clone_into(&mut last);
+        }
+    })?;
+    // A report that is there speaks for itself; without one the last line says why.
+    match lab.read(REPORT) {
+        Ok(text) => serde_json::from_str(&text).context("parse the lab's report"),
+        Err(_) => anyhow::bail!("the demo in the lab ended with {status}: {last}"),
     }
 }
 
