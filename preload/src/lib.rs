@@ -4,8 +4,10 @@
 //!
 //! Without `PAGEFUSION_ENGINE_SOCKET` in the environment nothing happens at all: no thread,
 //! no descriptor, and the interposed functions go straight on. Nor does it in a shell or the like, which
-//! only becomes the VMM, and in any process but `PAGEFUSION_PROCESS`, if that is set.
+//! only becomes the VMM, and in any process but `PAGEFUSION_PROCESS`, if that is set. Where the engine
+//! cannot start, one line on standard error says why, and it is the same from then on.
 
+mod device;
 mod environment;
 mod interpose;
 mod kvm;

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::error::Error;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -76,9 +77,21 @@ impl Runtime {
             }
         }
         if let Some(why) = slots.disabled {
+            log::warn!("sharing ends: {why}");
             report(sharing.memory().disable(why), "ending sharing");
         }
         slots.sharing = Some(sharing.clone());
+    }
+
+    /// There will be no engine, and the operator is told so: from now on every call of the VMM goes
+    /// straight on, and nothing is kept of those before.
+    pub(crate) fn give_up(&self, why: &dyn Error) {
+        let mut slots = self.slots();
+        ACTIVE.store(false, Ordering::Relaxed);
+        let kept = std::mem::take(&mut *slots);
+        drop(slots);
+        drop(kept);
+        log::warn!("pagefusion is off for this VM: {why}");
     }
 
     /// QEMU's monitor is about to be asked where guest memory is.
@@ -106,6 +119,12 @@ pub(crate) fn is_active() -> bool {
 /// The runtime, unless this is a child that the VMM has forked.
 fn current() -> Option<&'static Runtime> {
     RUNTIME.get().filter(|runtime| runtime.process == getpid())
+}
+
+/// The slots, unless there is no engine, nor will be one: what is noted then would be kept for nobody.
+fn slots(runtime: &Runtime) -> Option<MutexGuard<'_, Slots>> {
+    let slots = runtime.slots();
+    is_active().then_some(slots)
 }
 
 /// Starts the engine if the environment asks for one.
@@ -140,9 +159,9 @@ pub(crate) fn start() {
         unmapped: Mutex::default(),
     };
     let runtime = RUNTIME.get_or_init(|| runtime);
-    if service::spawn(config, runtime) {
-        ACTIVE.store(true, Ordering::Relaxed);
-    }
+    // Before the threads, which may find that there is nothing to be active for.
+    ACTIVE.store(true, Ordering::Relaxed);
+    service::spawn(config, runtime);
 }
 
 /// A slot is about to be set: what it replaces becomes ordinary memory first.
@@ -174,7 +193,9 @@ pub(crate) fn after_slot(slot: &MemoryRegion) {
         return;
     };
     let Some(region) = region(slot) else { return };
-    let mut slots = runtime.slots();
+    let Some(mut slots) = slots(runtime) else {
+        return;
+    };
     let key = u64::from(slot.slot);
     slots.regions.insert(key, region);
     if let Some(sharing) = &slots.sharing {
@@ -210,14 +231,14 @@ pub(crate) fn disable(why: &'static str) -> io::Result<()> {
         return Ok(());
     }
     make_ordinary(&(0..usize::MAX));
-    let mut slots = runtime.slots();
-    if slots.disabled.is_some() {
+    let Some(mut slots) = slots(runtime).filter(|slots| slots.disabled.is_none()) else {
         return Ok(());
-    }
+    };
+    // Before there is an engine it is not known whether anything is to end.
     if let Some(sharing) = &slots.sharing {
         sharing.memory().disable(why)?;
+        log::warn!("sharing ends: {why}");
     }
-    log::warn!("sharing ends: {why}");
     slots.disabled = Some(why);
     Ok(())
 }
@@ -230,7 +251,9 @@ pub(crate) fn take_userfaultfd(range: &UffdRange) -> io::Result<()> {
     };
     let range = range.addresses();
     make_ordinary(&range);
-    let mut slots = runtime.slots();
+    let Some(mut slots) = slots(runtime) else {
+        return Ok(());
+    };
     match &slots.sharing {
         Some(sharing) => sharing.memory().take_userfaultfd(&range),
         None => {
@@ -242,9 +265,10 @@ pub(crate) fn take_userfaultfd(range: &UffdRange) -> io::Result<()> {
 
 /// The VMM's `userfaultfd` has let go of memory.
 pub(crate) fn give_userfaultfd_back(range: &UffdRange) {
-    let Some(runtime) = current() else { return };
+    let Some(mut slots) = current().and_then(slots) else {
+        return;
+    };
     let range = range.addresses();
-    let mut slots = runtime.slots();
     match &slots.sharing {
         Some(sharing) => sharing.memory().give_userfaultfd_back(&range),
         None => slots.userfaultfd.push((range, false)),
@@ -257,8 +281,7 @@ pub(crate) fn change<T>(range: &Range<usize>, change: impl FnOnce() -> T) -> io:
         return Ok(change());
     };
     make_ordinary(range);
-    {
-        let mut slots = runtime.slots();
+    if let Some(mut slots) = slots(runtime) {
         if let Some(sharing) = &slots.sharing {
             sharing.memory().begin_change(range)?;
         }
@@ -374,5 +397,50 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn report(result: io::Result<()>, what: &str) {
     if let Err(e) = result {
         log::error!("{what}: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The one test of this process that has an engine in it, or almost.
+    #[test]
+    fn nothing_is_kept_for_an_engine_that_could_not_start() {
+        let runtime = RUNTIME.get_or_init(|| Runtime {
+            process: getpid(),
+            slots: Mutex::default(),
+            unmapped: Mutex::default(),
+        });
+        ACTIVE.store(true, Ordering::Relaxed);
+        let memory = MemoryRegion {
+            slot: 1,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: 4096,
+            userspace_addr: 1 << 40,
+        };
+        let range = UffdRange {
+            start: 1 << 40,
+            length: 4096,
+        };
+        let calls = || {
+            before_slot(&memory);
+            after_slot(&memory);
+            take_userfaultfd(&range).unwrap();
+            give_userfaultfd_back(&range);
+            disable("a device").unwrap();
+            let slots = runtime.slots();
+            let kept = (slots.regions.len(), slots.userfaultfd.len());
+            (kept, slots.disabled.is_some())
+        };
+        assert_eq!(calls(), ((1, 2), true));
+        assert_eq!(calls(), ((1, 4), true));
+        runtime.give_up(&io::Error::from(io::ErrorKind::NotFound));
+        assert!(!is_active());
+        // Whoever was on the way here when it was given up.
+        assert_eq!(calls(), ((0, 0), false));
+        let changing = || runtime.slots().changing.len();
+        assert_eq!(change(&(0..4096), changing).unwrap(), 0);
     }
 }

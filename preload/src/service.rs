@@ -7,11 +7,13 @@
 //! the connection to it, one the events of `userfaultfd`.
 
 use std::error::Error;
+use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -28,6 +30,7 @@ use pagefusion_host::store::StoreError;
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
+use crate::device::Device;
 use crate::runtime::{Config, Runtime};
 use crate::search::Search;
 
@@ -82,23 +85,40 @@ struct Service {
     cpu: [AtomicU64; 3],
 }
 
-/// Starts the engine's threads; whether they could be.
-pub(crate) fn spawn(config: Config, runtime: &'static Runtime) -> bool {
-    spawn_quiet("pf-control", move || {
+/// Starts the engine's threads.
+pub(crate) fn spawn(config: Config, runtime: &'static Runtime) {
+    let control = move || {
         if let Err(e) = start(config, runtime) {
-            log::warn!("pagefusion is off for this VM: {e}");
+            runtime.give_up(&*e);
         }
-    })
+    };
+    if let Err(e) = spawn_quiet("pf-control", control) {
+        runtime.give_up(&e);
+    }
 }
 
 /// Starts a thread that takes none of the VMM's signals.
-fn spawn_quiet(name: &str, run: impl FnOnce() + Send + 'static) -> bool {
+fn spawn_quiet(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let started = crate::signals::without(|| thread::Builder::new().name(name.into()).spawn(run));
-    started
-        .inspect_err(|e| log::warn!("no thread for pagefusion: {e}"))
-        .is_ok()
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("no thread {name}: {e}"));
+    started.map(drop).map_err(named)
 }
 
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A thread that waits for its work, and ends if none comes: all are there before a guest is told
+/// that it has a host.
+fn spawn_waiting(name: &str) -> io::Result<Sender<Work>> {
+    let (give, take) = mpsc::channel::<Work>();
+    spawn_quiet(name, move || {
+        if let Ok(work) = take.recv() {
+            work();
+        }
+    })?;
+    Ok(give)
+}
+
+/// Serves as long as the process lives, once everything has been had that may not be there.
 fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>> {
     let (client, welcome) = StoreClient::connect(&config.engine_socket)?;
     let WelcomeWithFds {
@@ -115,6 +135,7 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
     else {
         return Err("the daemon was started after this VM's device".into());
     };
+    let mut device = Device::new(&memory)?;
     let shared = SharedMemory::map(memory)?;
     let layout = shared
         .layout()
@@ -126,10 +147,12 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
     memory.set_split_huge_pages(welcome.split_huge_pages);
     let sharing = Arc::new(Sharing::new(memory));
     sharing.connect(Box::new(client), StoreView::new(store)?, welcome.hash_seed)?;
-    let mut guest = Guest::new(shared, layout, instance(), MAX_INFLIGHT_PAGES);
-    guest.set_paused(welcome.paused);
     // Never readable: events are served as long as the process lives.
     let never = rustix::pipe::pipe()?;
+    let (faults_thread, ring_thread) = (spawn_waiting("pf-faults")?, spawn_waiting("pf-ring")?);
+    // Nothing fails from here on.
+    let mut guest = Guest::new(shared, layout, instance(), MAX_INFLIGHT_PAGES);
+    guest.set_paused(welcome.paused);
     runtime.attach(&sharing);
     let service = Arc::new(Service {
         config,
@@ -147,12 +170,10 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
     // Events first: undoing an overlay waits for them.
     let faults = service.clone();
     let ring = service.clone();
-    let started = spawn_quiet("pf-faults", move || faults.serve_faults(&events, &never))
-        && spawn_quiet("pf-ring", move || ring.serve_ring());
-    if started {
-        give_way();
-        service.serve_control();
-    }
+    let _ = faults_thread.send(Box::new(move || faults.serve_faults(&events, &never)));
+    let _ = ring_thread.send(Box::new(move || ring.serve_ring(&mut device)));
+    give_way();
+    service.serve_control();
     Ok(())
 }
 
@@ -209,14 +230,16 @@ impl Service {
                         .memory()
                         .disable("userfaultfd events cannot be read");
                 };
-                spawn_quiet("pf-undo", disable);
+                if let Err(e) = spawn_quiet("pf-undo", disable) {
+                    log::error!("what is shared cannot be undone: {e}");
+                }
             }
             std::thread::sleep(RETRY_EVENTS);
         }
         self.note_cpu(Thread::Faults);
     }
 
-    fn serve_ring(&self) {
+    fn serve_ring(&self, device: &mut Device) {
         give_way();
         let mut counter = [0_u8; 8];
         let mut retry = false;
@@ -226,6 +249,12 @@ impl Service {
             if looked_at.elapsed() >= LOOK {
                 looked_at = Instant::now();
                 self.look();
+                if device.is_missing(looked_at) {
+                    log::warn!(
+                        "this VM shares nothing so far: it has no pagefusion device, which \
+                         pagefusionctl run adds to QEMU's command line"
+                    );
+                }
             }
             match rustix::io::read(&self.from_guest, &mut counter) {
                 Ok(_) => {}
@@ -352,7 +381,7 @@ impl Service {
         Ok(())
     }
 
-    fn serve_one_connection(&self) -> std::io::Result<()> {
+    fn serve_one_connection(&self) -> io::Result<()> {
         let mut control = ControlConnection::connect(&self.config.engine_socket)?;
         *lock(&self.control) = Some(control.try_clone_stream()?);
         loop {
@@ -435,7 +464,7 @@ impl Service {
         self.ring_guest();
     }
 
-    fn status(&self) -> std::io::Result<EngineStatus> {
+    fn status(&self) -> io::Result<EngineStatus> {
         let audit = audit(&self.sharing)?;
         let mut status = EngineStatus {
             memory_source: (*self.source.get().unwrap_or(&"none")).to_owned(),
@@ -466,7 +495,7 @@ mod tests {
     fn a_daemon_that_refuses_is_asked_seldom_and_one_that_is_gone_often() {
         let refused: Box<dyn Error> = StoreError::Refused("another version".into()).into();
         assert!(pause_after(&*refused) >= Duration::from_secs(1));
-        let gone = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let gone = io::Error::from(io::ErrorKind::NotFound);
         let gone: Box<dyn Error> = StoreError::Unreachable(gone).into();
         assert!(pause_after(&*gone) <= Duration::from_millis(100));
     }

@@ -136,7 +136,7 @@ fn become_vmm(test: &str, runtime: &Path) -> std::io::Error {
 }
 
 /// The library as cargo has just built it.
-fn library() -> OsString {
+pub(crate) fn library() -> OsString {
     let test = std::env::current_exe().unwrap();
     let directories = test.ancestors().skip(1).take(2);
     let found = directories

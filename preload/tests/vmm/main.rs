@@ -8,6 +8,7 @@
 mod errno;
 mod guest;
 mod machine;
+mod starts;
 mod supervisor;
 
 use machine::{PAGE, PAGES, Ram, in_each_vmm, in_vmm, in_vmm_by_script, in_vmm_of};
