@@ -5,7 +5,7 @@
 
 use super::status;
 use crate::protocol::{Connection, ControlReply, ControlRequest, FileSpan, HelloReply};
-use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
@@ -15,8 +15,8 @@ use std::time::Duration;
 pub(super) const QUICK: Duration = Duration::from_secs(2);
 /// Longest wait for all overlays of a VM to be undone.
 pub(super) const SLOW: Duration = Duration::from_secs(120);
-/// Most spans kept for an engine that is not connected or slow; older ones are lost, and
-/// their pages are shared when the guest reports them for another reason.
+/// Most spans kept for an engine that is not connected or slow; where there would be more, its
+/// guest is asked for everything instead.
 const MAX_REPORTS: usize = 4096;
 
 pub(super) type Answer = Result<ControlReply, String>;
@@ -30,7 +30,37 @@ enum Job {
 #[derive(Debug, Default)]
 pub(super) struct Control {
     link: Arc<Mutex<Option<Link>>>,
-    reports: Arc<Mutex<VecDeque<FileSpan>>>,
+    reports: Arc<Mutex<Reports>>,
+    /// Whether sharing is paused, so that nothing need be reported until it goes on.
+    paused: Arc<AtomicBool>,
+}
+
+/// What the guest is to report again.
+#[derive(Debug)]
+enum Reports {
+    Spans(Vec<FileSpan>),
+    Everything,
+}
+
+impl Default for Reports {
+    fn default() -> Self {
+        Self::Spans(Vec::new())
+    }
+}
+
+impl Reports {
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Spans(spans) if spans.is_empty())
+    }
+
+    fn add(&mut self, more: Self) {
+        match (&mut *self, more) {
+            (Self::Spans(spans), Self::Spans(more)) if spans.len() + more.len() <= MAX_REPORTS => {
+                spans.extend(more);
+            }
+            _ => *self = Self::Everything,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -53,7 +83,7 @@ impl Control {
     pub(super) fn connect(&self, mut connection: Connection) -> std::io::Result<()> {
         let (jobs, inbox) = mpsc::channel();
         let stream = connection.stream().try_clone()?;
-        let reports = self.reports.clone();
+        let (reports, paused) = (self.reports.clone(), self.paused.clone());
         let held = Arc::downgrade(&self.link);
         // Not before the link is there may its thread end.
         let mut link = lock(&self.link);
@@ -65,7 +95,7 @@ impl Control {
                     drop(lock(&link));
                 }
                 match connection.send(&HelloReply::Ready) {
-                    Ok(()) => serve(connection, &inbox, &reports),
+                    Ok(()) => serve(connection, &inbox, &reports, &paused),
                     Err(error) => log::debug!("an engine has gone: {error}"),
                 }
                 if let Some(link) = held.upgrade() {
@@ -99,11 +129,16 @@ impl Control {
         Some(answer)
     }
 
+    /// Notes whether sharing is paused, before the engine is told.
+    pub(super) fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::SeqCst);
+    }
+
     /// Has the guest report these pages again, as soon as the engine listens.
     pub(super) fn report(&self, spans: Vec<FileSpan>) {
         let mut reports = lock(&self.reports);
         let begins = reports.is_empty();
-        add(&mut reports, spans);
+        reports.add(Reports::Spans(spans));
         drop(reports);
         if begins {
             wake(&self.link);
@@ -131,13 +166,6 @@ fn leave(link: &Mutex<Option<Link>>) {
     wake(link);
 }
 
-/// Adds spans, and drops the oldest where there are too many.
-fn add(reports: &mut VecDeque<FileSpan>, spans: Vec<FileSpan>) {
-    reports.extend(spans);
-    let excess = reports.len().saturating_sub(MAX_REPORTS);
-    reports.drain(..excess);
-}
-
 /// Waits for an answer.
 pub(super) fn wait(answer: &Receiver<Answer>, limit: Duration) -> Answer {
     answer
@@ -145,7 +173,12 @@ pub(super) fn wait(answer: &Receiver<Answer>, limit: Duration) -> Answer {
         .unwrap_or_else(|_| Err("the engine does not answer".into()))
 }
 
-fn serve(mut connection: Connection, inbox: &Receiver<Job>, reports: &Mutex<VecDeque<FileSpan>>) {
+fn serve(
+    mut connection: Connection,
+    inbox: &Receiver<Job>,
+    reports: &Mutex<Reports>,
+    paused: &AtomicBool,
+) {
     while let Ok(job) = inbox.recv() {
         let answer = match job {
             Job::Ask(request, answer_to) => {
@@ -159,15 +192,21 @@ fn serve(mut connection: Connection, inbox: &Receiver<Job>, reports: &Mutex<VecD
                 continue;
             }
             Job::Report => {
-                let spans: Vec<_> = std::mem::take(&mut *lock(reports)).into();
-                if spans.is_empty() {
-                    continue;
-                }
-                let request = ControlRequest::Report { spans };
+                let taken = std::mem::take(&mut *lock(reports));
+                let request = match &taken {
+                    Reports::Spans(spans) if spans.is_empty() => continue,
+                    Reports::Spans(spans) => ControlRequest::Report {
+                        spans: spans.clone(),
+                    },
+                    // An engine that goes on has its guest report everything. Whoever pauses it
+                    // after this look tells it behind us.
+                    Reports::Everything if paused.load(Ordering::SeqCst) => continue,
+                    Reports::Everything => ControlRequest::Resume,
+                };
                 let answer = exchange(&mut connection, &request);
-                if let (Err(_), ControlRequest::Report { spans }) = (&answer, request) {
+                if answer.is_err() {
                     // The next connection asks for them. To ask twice does no harm.
-                    add(&mut lock(reports), spans);
+                    lock(reports).add(taken);
                 }
                 answer
             }
@@ -224,6 +263,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::registry::{Caller, Pause, Registry};
+    use super::super::runtime::Runtime;
+    use super::super::vm::Vm;
     use super::*;
     use crate::protocol::{Encoding, EngineStatus, FileKey};
     use std::os::unix::net::UnixStream;
@@ -238,9 +280,8 @@ mod tests {
         engine
     }
 
-    #[test]
-    fn what_an_engine_did_not_answer_is_asked_of_the_next_connection() {
-        let control = Control::default();
+    /// So many spans.
+    fn spans(count: usize) -> Vec<FileSpan> {
         let file = FileKey {
             fs_uuid: [0; 16],
             inode: 1,
@@ -249,11 +290,74 @@ mod tests {
             generation: 0,
             kind: 0,
         };
-        let spans = vec![FileSpan {
+        let span = |page| FileSpan {
             file,
-            page: 3,
-            pages: 4,
-        }];
+            page,
+            pages: 1,
+        };
+        (0..count as u64).map(span).collect()
+    }
+
+    #[test]
+    fn more_than_is_kept_for_an_engine_is_asked_for_as_everything() {
+        let control = Control::default();
+        let all = spans(MAX_REPORTS);
+        control.report(all.clone());
+        let mut engine = connected(&control);
+        let wanted = ControlRequest::Report { spans: all };
+        assert_eq!(engine.receive::<ControlRequest>().unwrap(), wanted);
+        // It answers nothing, and what comes then would be too much.
+        control.report(spans(1));
+        control.report(spans(MAX_REPORTS));
+        drop(engine);
+        for _ in 0..2 {
+            let mut engine = connected(&control);
+            let request = engine.receive::<ControlRequest>().unwrap();
+            assert_eq!(request, ControlRequest::Resume);
+            // Not answered either at first.
+        }
+        let mut engine = connected(&control);
+        engine.receive::<ControlRequest>().unwrap();
+        engine.send(&ControlReply::Done).unwrap();
+        control.report(spans(1));
+        let wanted = ControlRequest::Report { spans: spans(1) };
+        assert_eq!(engine.receive::<ControlRequest>().unwrap(), wanted);
+    }
+
+    #[test]
+    fn a_vm_that_is_paused_is_not_resumed_to_be_asked_for_everything() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let of = |name| directory.path().join(name);
+        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
+        let registry = Registry::adopt(runtime, None).unwrap();
+        let caller = Caller {
+            pid: std::process::id() as i32,
+            uid: rustix::process::geteuid().as_raw(),
+        };
+        let first = |vm: &Vm| {
+            vm.control.report(spans(MAX_REPORTS + 1));
+            let mut engine = connected(&vm.control);
+            let _answer = vm.control.ask(ControlRequest::Status).unwrap();
+            engine.receive::<ControlRequest>().unwrap()
+        };
+        let vm = registry.create(caller, None, Some("g".into())).unwrap();
+        assert_eq!(first(&vm), ControlRequest::Resume);
+        vm.set_pause(registry.runtime(), Pause::Paused).unwrap();
+        assert_eq!(first(&vm), ControlRequest::Status);
+        vm.set_pause(registry.runtime(), Pause::Running).unwrap();
+        assert_eq!(first(&vm), ControlRequest::Resume);
+        // One that was paused before this daemon.
+        vm.set_pause(registry.runtime(), Pause::Paused).unwrap();
+        drop((vm, registry));
+        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
+        let registry = Registry::adopt(runtime, None).unwrap();
+        assert_eq!(first(&registry.vms()[0]), ControlRequest::Status);
+    }
+
+    #[test]
+    fn what_an_engine_did_not_answer_is_asked_of_the_next_connection() {
+        let control = Control::default();
+        let spans = spans(1);
         let wanted = ControlRequest::Report {
             spans: spans.clone(),
         };

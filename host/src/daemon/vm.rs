@@ -114,6 +114,8 @@ impl Vm {
         } else {
             None
         };
+        let control = Control::default();
+        control.set_paused(record.paused);
         Ok(Self {
             number: record.number,
             name: record.name.clone(),
@@ -127,7 +129,7 @@ impl Vm {
             pace: Pace::default(),
             limits: Mutex::default(),
             huge_pages: Mutex::default(),
-            control: Control::default(),
+            control,
             heard: Mutex::default(),
             undone_files: Mutex::new(Arc::new(keys(&record.undone_files))),
             record: Mutex::new(record),
@@ -351,6 +353,7 @@ impl Vm {
         change(&mut changed);
         if changed != *record {
             runtime.save_record(&changed)?;
+            self.control.set_paused(changed.paused);
             *record = changed;
         }
         Ok(())
