@@ -7,6 +7,7 @@
 //! only becomes the VMM, and in any process but `PAGEFUSION_PROCESS`, if that is set. Where the engine
 //! cannot start, one line on standard error says why, and it is the same from then on.
 
+mod blkio;
 mod device;
 mod environment;
 mod interpose;

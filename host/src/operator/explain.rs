@@ -153,7 +153,7 @@ fn stopped(vm: &VmStatus) -> Option<Cause> {
 
 /// Reasons name what is wrong in the VMM; most end only with the VM.
 fn cure_of_disabled(reason: &str) -> &'static str {
-    const CURES: [(&str, &str); 8] = [
+    const CURES: [(&str, &str); 9] = [
         // This one says it itself.
         ("overcommit_memory", ""),
         (
@@ -174,6 +174,10 @@ fn cure_of_disabled(reason: &str) -> &'static str {
             "start the VM without assigned devices; those that are hold on to its memory",
         ),
         ("vfio", "start the VM without assigned devices"),
+        (
+            "libblkio",
+            "start the VM without QEMU's blkio drivers (-blockdev driver=io_uring, nvme-io_uring or virtio-blk-…)",
+        ),
         (
             "userfaultfd",
             "end what uses userfaultfd in the VMM (postcopy migration, background snapshot), \

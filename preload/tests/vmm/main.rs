@@ -5,6 +5,7 @@
 
 #![expect(unsafe_code, reason = "makes the calls that VMMs make")]
 
+mod blkio;
 mod errno;
 mod guest;
 mod machine;
