@@ -28,9 +28,14 @@ impl MemoryRegion {
         self.slot >> 16 == 0
     }
 
-    /// Whether guest memory of the kind that can be shared begins to exist here.
-    pub(crate) fn is_ordinary(&self) -> bool {
-        self.memory_size != 0 && self.flags & (READONLY | GUEST_MEMFD) == 0
+    /// Whether guest memory begins to exist here that is more than read.
+    pub(crate) fn is_memory(&self) -> bool {
+        self.memory_size != 0 && self.flags & READONLY == 0
+    }
+
+    /// Whether the guest has pages of it that the VMM cannot map.
+    pub(crate) fn is_private(&self) -> bool {
+        self.flags & GUEST_MEMFD != 0
     }
 }
 
@@ -150,7 +155,7 @@ mod tests {
             memory_size: 4096,
             userspace_addr: 0x1000,
         };
-        assert!(slot.is_ordinary() && slot.is_main_address_space());
+        assert!(slot.is_memory() && !slot.is_private() && slot.is_main_address_space());
         assert!(
             !MemoryRegion {
                 slot: 1 << 16,
@@ -163,24 +168,24 @@ mod tests {
                 flags: READONLY,
                 ..slot
             }
-            .is_ordinary()
+            .is_memory()
         );
         assert!(
-            !MemoryRegion {
+            MemoryRegion {
                 flags: GUEST_MEMFD,
                 ..slot
             }
-            .is_ordinary()
+            .is_private()
         );
         assert!(
             !MemoryRegion {
                 memory_size: 0,
                 ..slot
             }
-            .is_ordinary()
+            .is_memory()
         );
         assert!(
-            MemoryRegion { flags: 1, ..slot }.is_ordinary(),
+            MemoryRegion { flags: 1, ..slot }.is_memory(),
             "dirty logging changes nothing"
         );
     }

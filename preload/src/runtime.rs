@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use pagefusion_host::engine::{Memory, Region, Sharing};
+use pagefusion_host::engine::{Memory, Region, Sharing, Unsuitable};
 use rustix::process::{Pid, getpid};
 
 use crate::kvm::{MemoryRegion, UffdRange};
@@ -44,7 +44,7 @@ pub(crate) struct Runtime {
 /// Memory slots as KVM knows them; kept from the first on, before there is an engine.
 #[derive(Debug, Default)]
 struct Slots {
-    regions: BTreeMap<u64, Region>,
+    regions: BTreeMap<u64, Slot>,
     disabled: Option<&'static str>,
     sharing: Option<Arc<Sharing>>,
     /// What the VMM is doing to its memory now.
@@ -52,6 +52,39 @@ struct Slots {
     /// What its own `userfaultfd` has got (`true`) and let go since the beginning; kept until
     /// there is an engine to be told.
     userfaultfd: Vec<(Range<usize>, bool)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Slot {
+    region: Region,
+    /// Whether it is left alone, since the guest has pages of it that are nowhere in this process.
+    private: bool,
+}
+
+impl Slot {
+    /// Guest memory of this slot, if it is some.
+    fn of(slot: &MemoryRegion) -> Option<Self> {
+        const PAGE: u64 = 4096;
+        let aligned = (slot.guest_phys_addr | slot.memory_size | slot.userspace_addr) % PAGE == 0;
+        let region = Region {
+            gfn: slot.guest_phys_addr / PAGE,
+            pages: slot.memory_size / PAGE,
+            hva: slot.userspace_addr as usize,
+        };
+        let private = slot.is_private();
+        (slot.is_memory() && aligned).then_some(Self { region, private })
+    }
+
+    fn add_to(&self, memory: &mut Memory, key: u64) {
+        let added = if self.private {
+            memory.leave_out(key, self.region, Unsuitable::GuestMemfd)
+        } else {
+            // SAFETY: KVM has taken it as the memory of a guest. The VMM's calls that unmap, move or
+            // replace memory come by this library, which tells the engine before.
+            unsafe { memory.insert_region(key, self.region) }
+        };
+        report(added, "adding guest memory");
+    }
 }
 
 impl Runtime {
@@ -62,8 +95,8 @@ impl Runtime {
     /// Gives the engine what KVM has said so far, and everything after it.
     pub(crate) fn attach(&self, sharing: &Arc<Sharing>) {
         let mut slots = self.slots();
-        for (slot, region) in &slots.regions {
-            insert(sharing, *slot, *region);
+        for (key, slot) in &slots.regions {
+            slot.add_to(&mut sharing.memory(), *key);
         }
         for range in &slots.changing {
             report(sharing.memory().begin_change(range), "leaving memory alone");
@@ -172,12 +205,12 @@ pub(crate) fn before_slot(slot: &MemoryRegion) {
     let key = u64::from(slot.slot);
     let replaced = |slots: &Slots| {
         let old = slots.regions.get(&key).copied();
-        old.filter(|old| region(slot) != Some(*old))
+        old.filter(|old| Slot::of(slot) != Some(*old))
     };
     let Some(old) = replaced(&runtime.slots()) else {
         return;
     };
-    make_ordinary(&old.addresses());
+    make_ordinary(&old.region.addresses());
     let mut slots = runtime.slots();
     if replaced(&slots) == Some(old) {
         slots.regions.remove(&key);
@@ -192,33 +225,15 @@ pub(crate) fn after_slot(slot: &MemoryRegion) {
     let Some(runtime) = current().filter(|_| slot.is_main_address_space()) else {
         return;
     };
-    let Some(region) = region(slot) else { return };
+    let key = u64::from(slot.slot);
+    let Some(slot) = Slot::of(slot) else { return };
     let Some(mut slots) = slots(runtime) else {
         return;
     };
-    let key = u64::from(slot.slot);
-    slots.regions.insert(key, region);
+    slots.regions.insert(key, slot);
     if let Some(sharing) = &slots.sharing {
-        insert(sharing, key, region);
+        slot.add_to(&mut sharing.memory(), key);
     }
-}
-
-/// A memory slot that KVM has.
-fn insert(sharing: &Sharing, slot: u64, region: Region) {
-    // SAFETY: KVM has taken it as the memory of a guest. The VMM's calls that unmap, move or
-    // replace memory come by this library, which tells the engine before.
-    let inserted = unsafe { sharing.memory().insert_region(slot, region) };
-    report(inserted, "adding guest memory");
-}
-
-fn region(slot: &MemoryRegion) -> Option<Region> {
-    const PAGE: u64 = 4096;
-    let aligned = (slot.guest_phys_addr | slot.memory_size | slot.userspace_addr) % PAGE == 0;
-    (slot.is_ordinary() && aligned).then_some(Region {
-        gfn: slot.guest_phys_addr / PAGE,
-        pages: slot.memory_size / PAGE,
-        hva: slot.userspace_addr as usize,
-    })
 }
 
 /// Something gets hold of guest pages: share nothing any more. An error means that overlays

@@ -6,6 +6,7 @@ use super::control::{self, QUICK};
 use super::registry::Registry;
 use super::vm::Vm;
 use crate::device::PagefusionDevice;
+use crate::engine::Unsuitable;
 use crate::protocol::{ControlReply, ControlRequest, EngineStatus, GroupStatus, Status, VmStatus};
 use crate::store::PAGE;
 use pagefusion_abi::wire::{self, reason};
@@ -96,10 +97,15 @@ fn vm_status(vm: &Vm, answer: Option<Result<ControlReply, String>>) -> VmStatus 
 /// Names that are ours, numbers that can be counted with and texts without control characters: an engine may say anything, and
 /// others show it to people and programs.
 pub(super) fn tamed(mut engine: EngineStatus) -> EngineStatus {
-    let known = |name: &str| (0..reason::COUNT as u8).any(|code| reason::name(code) == name);
+    let of_reports = |name: &str| (0..reason::COUNT as u8).any(|code| reason::name(code) == name);
+    let of_memory = |name: &str| Unsuitable::ALL.iter().any(|it| it.name() == name);
     let mut refusals = BTreeMap::new();
     for (name, pages) in engine.refusals {
-        let name = if known(&name) { name } else { "unknown".into() };
+        let name = if of_reports(&name) || of_memory(&name) {
+            name
+        } else {
+            "unknown".into()
+        };
         let sum: &mut u64 = refusals.entry(name).or_default();
         *sum = sum.saturating_add(pages);
     }

@@ -61,6 +61,40 @@ pub enum Unsuitable {
     /// A mapping can have one `userfaultfd` only.
     #[error("the VMM uses userfaultfd on guest memory (postcopy, background snapshot)")]
     Userfaultfd,
+    /// Of which the guest has pages that the VMM cannot map.
+    #[error("guest memory is private to the guest (guest_memfd)")]
+    GuestMemfd,
+}
+
+impl Unsuitable {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::SharedMapping,
+        Self::FileBacked,
+        Self::HugeTlb,
+        Self::Locked,
+        Self::Device,
+        Self::NotWritable,
+        Self::WipedOnFork,
+        Self::Userfaultfd,
+        Self::GuestMemfd,
+    ];
+
+    /// Name by which refused pages are counted, as those of
+    /// [`reason::name`](pagefusion_abi::wire::reason::name) are.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SharedMapping => "memory-share-on",
+            Self::FileBacked => "memory-file",
+            Self::HugeTlb => "memory-hugetlbfs",
+            Self::Locked => "memory-locked",
+            Self::Device => "memory-device",
+            Self::NotWritable => "memory-protected",
+            Self::WipedOnFork => "memory-wiped-on-fork",
+            Self::Userfaultfd => "memory-userfaultfd",
+            Self::GuestMemfd => "memory-guest-memfd",
+        }
+    }
 }
 
 /// Attributes of a whole region, which need not be the same everywhere.

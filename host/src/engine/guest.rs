@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use pagefusion_abi::wire::{Layout, MAX_NAME, Outcome, Record, Request, reason};
 
+use super::attributes::Unsuitable;
 use super::ring::{Attachment, Batch, RingConsumer};
 use super::shared_memory::Words;
 use super::sharing::{Progress, ReportedRun, Sharing};
@@ -417,11 +418,8 @@ impl<M: Words> Guest<M> {
             self.counts.remembered += u64::from(outcome.remembered);
             if missing > 0 {
                 self.counts.refused += missing;
-                *self
-                    .counts
-                    .refusals
-                    .entry(reason::name(outcome.reason))
-                    .or_default() += missing;
+                let name = refusal_name(sharing, run, outcome.reason);
+                *self.counts.refusals.entry(name).or_default() += missing;
             }
         }
         if shared > 0 {
@@ -595,6 +593,17 @@ fn shown(name: &[u8]) -> Box<str> {
     let least = name.len().saturating_sub(MAX_NAME);
     let begin = (least..=name.len()).find(|&at| name.is_char_boundary(at));
     name[begin.unwrap_or_default()..].into()
+}
+
+/// By what name pages of this run are counted that were refused for `why`.
+fn refusal_name(sharing: &Sharing, run: &ReportedRun, why: u8) -> &'static str {
+    let unsuitable = match why {
+        reason::UNSUITABLE_MEMORY | reason::OUTSIDE_MEMORY => {
+            sharing.memory().unsuitable(run.gfn, run.pages.into())
+        }
+        _ => None,
+    };
+    unsuitable.map_or(reason::name(why), Unsuitable::name)
 }
 
 fn refused(reason: u8) -> Outcome {

@@ -13,7 +13,7 @@
     reason = "gives guest memory ranges to the operations of `mapped`"
 )]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::ops::Range;
 
@@ -62,6 +62,8 @@ pub struct Memory {
     /// Regions that are kept mapped.
     pub(super) kept: Vec<Kept>,
     pub(super) suitability: HashMap<u64, Suitability>,
+    /// Guest memory that is none of the regions, and why.
+    left_out: BTreeMap<u64, (Region, Unsuitable)>,
     pub(super) overlays: Overlays,
     pub(super) written: Written,
     pub(super) changes: Changes,
@@ -96,6 +98,7 @@ impl Memory {
             regions: Regions::default(),
             kept: Vec::new(),
             suitability: HashMap::new(),
+            left_out: BTreeMap::new(),
             overlays: Overlays::default(),
             written: Written::default(),
             changes: Changes::default(),
@@ -165,6 +168,13 @@ impl Memory {
         Ok(())
     }
 
+    /// Notes that `region`, the one of this `key`, is not to be shared whatever it looks like.
+    pub fn leave_out(&mut self, key: u64, region: Region, why: Unsuitable) -> io::Result<()> {
+        self.remove_region(key)?;
+        self.left_out.insert(key, (region, why));
+        Ok(())
+    }
+
     /// Makes these all of guest memory, each with its first frame as its key; whether there is
     /// one that was not known.
     ///
@@ -188,6 +198,7 @@ impl Memory {
 
     /// Removes the region `key`; its overlays become ordinary memory first.
     pub fn remove_region(&mut self, key: u64) -> io::Result<()> {
+        self.left_out.remove(&key);
         let Some(region) = self.regions.get(key) else {
             return Ok(());
         };
@@ -235,6 +246,20 @@ impl Memory {
             all.then(|| self.suitability.values().find_map(refused))
                 .flatten()
         })
+    }
+
+    /// Why guest frames are left alone while others may be shared, as far as they were looked at.
+    pub(super) fn unsuitable(&self, gfn: u64, pages: u64) -> Option<Unsuitable> {
+        let refused = |piece: Piece| match self.suitability.get(&self.regions.find(piece.hva)?.0)? {
+            Suitability::Refused(why) => Some(*why),
+            Suitability::Ready(_) => None,
+        };
+        let end = gfn.saturating_add(pages);
+        let reached = |(region, _): &&(Region, Unsuitable)| {
+            region.gfn < end && gfn < region.gfn.saturating_add(region.pages)
+        };
+        let left_out = || self.left_out.values().find(reached).map(|(_, why)| *why);
+        self.pieces(gfn, pages).find_map(refused).or_else(left_out)
     }
 
     /// Ends sharing for good, for a reason the operator can read.

@@ -4,6 +4,7 @@
 //! to do about it.
 
 use super::{human_bytes, human_pages};
+use crate::engine::Unsuitable;
 use crate::protocol::{Limits, Mode, Status, VmStatus};
 use serde::Serialize;
 
@@ -153,7 +154,7 @@ fn stopped(vm: &VmStatus) -> Option<Cause> {
 
 /// Reasons name what is wrong in the VMM; most end only with the VM.
 fn cure_of_disabled(reason: &str) -> &'static str {
-    const CURES: [(&str, &str); 9] = [
+    const CURES: [(&str, &str); 10] = [
         // This one says it itself.
         ("overcommit_memory", ""),
         (
@@ -174,6 +175,10 @@ fn cure_of_disabled(reason: &str) -> &'static str {
             "start the VM without assigned devices; those that are hold on to its memory",
         ),
         ("vfio", "start the VM without assigned devices"),
+        (
+            "guest_memfd",
+            "start the VM without memory of its guest's own (confidential guests)",
+        ),
         (
             "libblkio",
             "start the VM without QEMU's blkio drivers (-blockdev driver=io_uring, nvme-io_uring or virtio-blk-…)",
@@ -276,10 +281,21 @@ fn pages(vm: &VmStatus, causes: &mut Vec<Cause>) {
     let mut refusals: Vec<_> = engine.refusals.iter().filter(|it| *it.1 > 0).collect();
     refusals.sort_by_key(|(_, pages)| std::cmp::Reverse(**pages));
     for (reason, &pages) in refusals {
-        let (text, cure) = refusal(reason);
+        let name = format!("refused-{reason}");
+        let unsuitable = Unsuitable::ALL.into_iter().find(|it| it.name() == reason);
+        let cause = match unsuitable.map(|it| it.to_string()) {
+            Some(why) => {
+                let text = format!("lie in memory that is left alone: {why}");
+                cause(&name, text, cure_of_disabled(&why))
+            }
+            None => {
+                let (text, cure) = refusal(reason);
+                self::cause(&name, text, cure)
+            }
+        };
         causes.push(Cause {
             pages: Some(pages),
-            ..cause(&format!("refused-{reason}"), text, cure)
+            ..cause
         });
     }
     if engine.pages_broken > 0 {
@@ -348,9 +364,8 @@ fn refusal(reason: &str) -> (&'static str, &'static str) {
             "none needed: they are reported again when it is back",
         ),
         "unsuitable-memory" => (
-            "lie in guest memory that is shared, locked, huge or file-backed",
-            "start the VM without share=on, -mem-path and mem-lock; QEMU's standard error has \
-             the address and the reason (PAGEFUSION_LOG=warn)",
+            "lie in guest memory that the VMM was changing when they were reported",
+            "none needed: they are reported again when it has ended",
         ),
         "outside-memory" => (
             "lie outside of the guest memory that the engine knows",
@@ -509,6 +524,22 @@ mod tests {
             assert!(find(&status, which).is_some(), "{which}");
         }
         assert!(find(&status, "8").is_none());
+    }
+
+    #[test]
+    fn memory_that_is_left_alone_beside_other_memory_is_named_with_its_cure() {
+        let mut cures = Vec::new();
+        for unsuitable in Unsuitable::ALL {
+            let mut vm = sharing();
+            vm.engine.refusals.insert(unsuitable.name().into(), 1);
+            let causes = explain(&Status::default(), &vm).causes;
+            let cause = causes.iter().find(|it| it.pages == Some(1)).unwrap();
+            assert_eq!(cause.cause, format!("refused-{}", unsuitable.name()));
+            assert!(cause.text.ends_with(&unsuitable.to_string()), "{cause:?}");
+            cures.push(cause.cure.clone().unwrap());
+        }
+        let named = |word: &str| cures.iter().any(|cure| cure.contains(word));
+        assert!(named("without share=on") && named("mem-lock") && named("confidential"));
     }
 
     #[test]

@@ -362,7 +362,8 @@ pub struct EngineStatus {
     pub pages_spared: u64,
     /// Pages refused.
     pub pages_refused: u64,
-    /// Pages refused by [`wire::reason::name`].
+    /// Pages refused by [`wire::reason::name`], or [`Unsuitable::name`](crate::engine::Unsuitable::name)
+    /// where guest memory is known not to be fit.
     pub refusals: std::collections::BTreeMap<String, u64>,
     /// Runs on overlays, now.
     pub overlays: u64,

@@ -9,6 +9,7 @@ mod blkio;
 mod errno;
 mod guest;
 mod machine;
+mod refusals;
 mod starts;
 mod supervisor;
 
