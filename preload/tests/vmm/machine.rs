@@ -23,9 +23,9 @@ pub(crate) const PAGE: usize = 4096;
 pub(crate) const FILE: usize = 64;
 pub(crate) const PAGES: usize = 2 * FILE;
 
-const RUNTIME: &str = "PAGEFUSION_TEST_RUNTIME";
-const DIRECTORY: &str = "PAGEFUSION_TEST_DIRECTORY";
-const NUMBER: &str = "PAGEFUSION_TEST_NUMBER";
+pub(crate) const RUNTIME: &str = "PAGEFUSION_TEST_RUNTIME";
+pub(crate) const DIRECTORY: &str = "PAGEFUSION_TEST_DIRECTORY";
+pub(crate) const NUMBER: &str = "PAGEFUSION_TEST_NUMBER";
 const USER: &str = "PAGEFUSION_TEST_USER";
 const SCRIPT: &str = "PAGEFUSION_TEST_SCRIPT";
 
@@ -73,15 +73,7 @@ fn start(test: &str, user: Option<u32>, number: usize) {
         .prefix("pf")
         .tempdir_in("/dev/shm")
         .unwrap();
-    let daemon = Daemon::start(&Config {
-        runtime_dir: host.path().join("run"),
-        store_dir: host.path().join("store"),
-        max_store: None,
-        tidy: None,
-        metrics: None,
-        pressure: PressureThresholds::default(),
-    })
-    .unwrap();
+    let daemon = Daemon::start(&config(host.path())).unwrap();
     let (stop, stopper) = rustix::pipe::pipe().unwrap();
     let served = std::thread::spawn(move || daemon.run(stop).unwrap());
     let mut program = std::env::current_exe().unwrap();
@@ -105,6 +97,18 @@ fn start(test: &str, user: Option<u32>, number: usize) {
     drop(stopper);
     served.join().unwrap();
     assert!(status.success(), "{test} in VMM {number}: {status}");
+}
+
+/// What a daemon of these tests is told.
+pub(crate) fn config(host: &Path) -> Config {
+    Config {
+        runtime_dir: host.join("run"),
+        store_dir: host.join("store"),
+        max_store: None,
+        tidy: None,
+        metrics: None,
+        pressure: PressureThresholds::default(),
+    }
 }
 
 /// In the process that is to be the VMM: goes on as another program, with the library.
@@ -214,8 +218,13 @@ impl Machine {
 
     /// The guest reports the file at `gfn` under one of its two names.
     pub(crate) fn report(&mut self, name: u32, gfn: usize) -> Outcome {
+        self.report_part(name, gfn, FILE)
+    }
+
+    /// The same with so many pages of it.
+    pub(crate) fn report_part(&mut self, name: u32, gfn: usize, pages: usize) -> Outcome {
         let guest = self.guest.as_mut().expect("booted");
-        guest.run(name, gfn as u64, FILE as u32)
+        guest.run(name, gfn as u64, pages as u32)
     }
 
     /// The guest reports all of it. Answers how many pages are shared then.

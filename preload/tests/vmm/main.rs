@@ -10,6 +10,7 @@ mod errno;
 mod guest;
 mod machine;
 mod refusals;
+mod restarts;
 mod starts;
 mod supervisor;
 
