@@ -427,12 +427,23 @@ pub(crate) enum Foreign {
 impl Foreign {
     /// What to do about it.
     pub(crate) fn cure(&self, path: &Path) -> String {
+        format!("{}, then: {}", self.advice(), self.command(path))
+    }
+
+    /// What only a person can do, before the command.
+    pub(crate) fn advice(&self) -> &'static str {
+        match self {
+            Self::Owner(_) => "look who made it",
+            Self::Mode(_) => "remove from it what you did not put there",
+        }
+    }
+
+    /// The command that ends it.
+    pub(crate) fn command(&self, path: &Path) -> String {
         let path = path.display();
         match self {
-            Self::Owner(_) => format!("mv {path} {path}.foreign, and look who made it"),
-            Self::Mode(_) => {
-                format!("remove from it what you did not put there, then: chmod go-w {path}")
-            }
+            Self::Owner(_) => format!("mv {path} {path}.foreign"),
+            Self::Mode(_) => format!("chmod go-w {path}"),
         }
     }
 }

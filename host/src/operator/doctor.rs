@@ -8,6 +8,8 @@ use serde::Serialize;
 
 /// The first kernel whose `userfaultfd` protects pages that are not there yet.
 const FIRST_KERNEL: (u32, u32) = (6, 4);
+/// Gets one on Debian 12, the oldest release that is supported.
+pub(super) const NEW_KERNEL: &str = "apt install -t bookworm-backports linux-image-amd64 && reboot";
 /// Mappings that a VM of a few GiB can do with.
 const ENOUGH_MAPPINGS: u64 = 262_144;
 
@@ -46,6 +48,7 @@ pub fn judge(facts: &Facts) -> Vec<Finding> {
         facts.overcommit_memory.map(overcommit_memory),
         facts.huge_pages.as_deref().map(huge_pages),
         facts.ksm.map(ksm),
+        facts.pressure.map(pressure),
         store(facts),
         facts.qemu.as_ref().map(qemu),
         facts.ivshmem.map(ivshmem),
@@ -98,22 +101,24 @@ fn kernel(release: &str) -> Finding {
         Some(version) if version < FIRST_KERNEL => mend(
             "kernel",
             Verdict::Bad,
-            format!("{release} cannot protect pages that are not there yet; 6.4 is needed"),
-            "on Debian 12: apt install -t bookworm-backports linux-image-amd64, then reboot",
+            format!(
+                "{release} cannot protect pages that are not there yet; 6.4 is needed, which \
+                 Debian 12 has in its backports"
+            ),
+            NEW_KERNEL,
         ),
         _ => fine("kernel", release),
     }
 }
 
-fn userfaultfd(found: &Result<(), String>) -> Finding {
+fn userfaultfd(found: &Result<(), NoAnswer>) -> Finding {
     match found {
         Ok(()) => fine("userfaultfd", "does all that is needed"),
-        Err(reason) => mend(
+        Err(NoAnswer { reason, cure }) => mend(
             "userfaultfd",
             Verdict::Bad,
-            reason.clone(),
-            "run this as root; if it says so there, boot a kernel with CONFIG_USERFAULTFD and \
-             CONFIG_PTE_MARKER_UFFD_WP",
+            format!("{reason} (CONFIG_USERFAULTFD, CONFIG_PTE_MARKER_UFFD_WP)"),
+            *cure,
         ),
     }
 }
@@ -128,9 +133,10 @@ fn userfaultfd_device(mode: Option<u32>) -> Finding {
         None => mend(
             check,
             Verdict::Advice,
-            "is not there, so only a VMM that runs as root can share".into(),
-            "boot a kernel from 6.1 on with CONFIG_USERFAULTFD and devtmpfs, or: \
-             sysctl -w vm.unprivileged_userfaultfd=1",
+            "is not there (CONFIG_USERFAULTFD, devtmpfs), so only a VMM that runs as root can \
+             share, unless everybody may have a userfaultfd"
+                .into(),
+            "sysctl -w vm.unprivileged_userfaultfd=1",
         ),
     }
 }
@@ -180,8 +186,25 @@ fn ksm(run: u64) -> Finding {
     mend(
         "KSM",
         Verdict::Advice,
-        "runs as well, and spends CPU time on pages that are shared already".into(),
-        "start QEMU with -machine mem-merge=off, or: echo 2 > /sys/kernel/mm/ksm/run",
+        "runs as well, and spends CPU time on pages that are shared already; stopped, or kept from \
+         a QEMU by -machine mem-merge=off, it does not"
+            .into(),
+        "echo 0 > /sys/kernel/mm/ksm/run",
+    )
+}
+
+fn pressure(counted: bool) -> Finding {
+    let check = "PSI";
+    if counted {
+        return fine(check, "the kernel counts who waits for memory");
+    }
+    mend(
+        check,
+        Verdict::Advice,
+        "the kernel does not count who waits for memory (CONFIG_PSI, psi=1), so the policy pressure \
+         goes by what is available alone"
+            .into(),
+        "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&psi=1 /' /etc/default/grub && update-grub && reboot",
     )
 }
 
@@ -193,8 +216,11 @@ fn store(facts: &Facts) -> Option<Finding> {
         return Some(mend(
             check,
             Verdict::Bad,
-            format!("{path} is not a tmpfs, and a store on a disk cannot save memory"),
-            format!("mount -t tmpfs -o size=50%,mode=700 tmpfs {path}, or another --store-dir"),
+            format!(
+                "{path} is not a tmpfs, and a store on a disk cannot save memory; mount one, or \
+                 choose another --store-dir"
+            ),
+            format!("mount -t tmpfs -o size=50%,mode=700 tmpfs {path}"),
         ));
     }
     if let Some((found, cure)) = &store.foreign {
@@ -225,8 +251,8 @@ fn qemu(found: &Result<String, String>) -> Finding {
         Err(reason) => mend(
             "QEMU",
             Verdict::Bad,
-            format!("cannot be run: {reason}"),
-            "apt install qemu-system-x86, or name it with --qemu",
+            format!("cannot be run (another one is named with --qemu): {reason}"),
+            "apt install qemu-system-x86",
         ),
     }
 }
@@ -238,8 +264,10 @@ fn ivshmem(there: bool) -> Finding {
     mend(
         "ivshmem-doorbell",
         Verdict::Bad,
-        "this QEMU does not have the device that guests report through".into(),
-        "apt install qemu-system-x86 (a QEMU built with CONFIG_IVSHMEM_DEVICE)",
+        "this QEMU does not have the device that guests report through (CONFIG_IVSHMEM_DEVICE); \
+         Debian's has it"
+            .into(),
+        "apt install qemu-system-x86",
     )
 }
 
@@ -250,7 +278,7 @@ fn preload(found: &Result<std::path::PathBuf, String>) -> Finding {
             "library",
             Verdict::Bad,
             reason.clone(),
-            "install -D libpagefusion_preload.so /usr/lib/pagefusion/libpagefusion_preload.so",
+            "install -D -m 644 libpagefusion_preload.so -t /usr/lib/pagefusion/",
         ),
     }
 }
@@ -273,6 +301,7 @@ fn daemon(found: &Result<String, NoAnswer>) -> Finding {
 mod tests {
     use super::super::Tmpfs;
     use super::*;
+    use crate::engine::UffdError;
     use crate::protocol::AdminError;
 
     fn good() -> Facts {
@@ -284,6 +313,7 @@ mod tests {
             overcommit_memory: Some(0),
             huge_pages: Some("always".into()),
             ksm: Some(0),
+            pressure: Some(true),
             memory: Some(1 << 34),
             store: Some(Tmpfs {
                 path: "/dev/shm".into(),
@@ -299,6 +329,30 @@ mod tests {
         }
     }
 
+    /// Programs that mend something.
+    const COMMANDS: [&str; 10] = [
+        "apt",
+        "chmod",
+        "echo",
+        "install",
+        "mount",
+        "mv",
+        "sed",
+        "sudo",
+        "sysctl",
+        "systemctl",
+    ];
+
+    /// Whether a shell can do it as it stands.
+    fn is_command(cure: &str) -> bool {
+        let known = cure
+            .split(" && ")
+            .map(|it| it.split(' ').next().unwrap_or_default())
+            .all(|it| COMMANDS.contains(&it) || ["reboot", "update-grub"].contains(&it));
+        let prose = [", ", "; ", ": ", " (", " or "];
+        known && !prose.iter().any(|it| cure.contains(it))
+    }
+
     /// What is not fine after a change to a good host.
     fn broken(change: impl FnOnce(&mut Facts)) -> (&'static str, Verdict) {
         let mut facts = good();
@@ -307,14 +361,15 @@ mod tests {
         findings.retain(|finding| finding.verdict != Verdict::Fine);
         assert_eq!(findings.len(), 1, "{findings:?}");
         let finding = findings.remove(0);
-        assert!(finding.cure.is_some_and(|cure| !cure.is_empty()));
+        let cure = finding.cure.unwrap_or_default();
+        assert!(is_command(&cure), "{}: {cure}", finding.check);
         (finding.check, finding.verdict)
     }
 
     #[test]
     fn a_good_host_is_fine() {
         let findings = judge(&good());
-        assert_eq!(findings.len(), 12);
+        assert_eq!(findings.len(), 13);
         assert!(findings.iter().all(|it| it.verdict == Verdict::Fine));
     }
 
@@ -324,15 +379,19 @@ mod tests {
         let fails = || Some(Err("no".to_owned()));
         let found = [
             broken(|it| it.kernel = "6.1.0-38-amd64".into()),
-            broken(|it| it.userfaultfd = Some(Err("no".into()))),
+            broken(|it| it.userfaultfd = Some(Err(UffdError::Feature("all").into()))),
             broken(|it| it.userfaultfd_mode = None),
             broken(|it| it.max_map_count = Some(65_530)),
             broken(|it| it.overcommit_memory = Some(2)),
             broken(|it| it.ksm = Some(1)),
+            broken(|it| it.pressure = Some(false)),
             broken(|it| it.store.as_mut().unwrap().is_tmpfs = false),
             broken(|it| it.store.as_mut().unwrap().free = 1 << 20),
             broken(|it| {
-                it.store.as_mut().unwrap().foreign = Some(("no".into(), "yes".into()));
+                let path = std::path::Path::new("/dev/shm/pagefusion");
+                let foreign = crate::daemon::foreign(7, 0o700, &[0]).unwrap();
+                let cure = foreign.command(path);
+                it.store.as_mut().unwrap().foreign = Some((foreign.to_string(), cure));
             }),
             broken(|it| it.qemu = fails()),
             broken(|it| it.ivshmem = Some(false)),
@@ -347,6 +406,7 @@ mod tests {
             ("vm.max_map_count", Advice),
             ("vm.overcommit_memory", Bad),
             ("KSM", Advice),
+            ("PSI", Advice),
             ("store", Bad),
             ("store", Advice),
             ("store", Bad),
@@ -357,6 +417,16 @@ mod tests {
             ("pagefusiond", Advice),
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn who_may_not_have_a_userfaultfd_asks_as_root_and_who_could_not_needs_another_kernel() {
+        let cure = |error: UffdError| userfaultfd(&Err(error.into())).cure.unwrap();
+        let open = |kind| UffdError::Open(std::io::Error::from(kind));
+        let denied = cure(open(std::io::ErrorKind::PermissionDenied));
+        assert_eq!(denied, "sudo pagefusionctl doctor");
+        assert_eq!(cure(open(std::io::ErrorKind::Unsupported)), NEW_KERNEL);
+        assert_eq!(cure(UffdError::Feature("all")), NEW_KERNEL);
     }
 
     #[test]

@@ -2,8 +2,9 @@
 
 //! What is so on this host, as far as sharing depends on it.
 
+use super::doctor::NEW_KERNEL;
 use super::launch::find_preload;
-use crate::engine::Uffd;
+use crate::engine::{Uffd, UffdError};
 use crate::protocol::{AdminClient, AdminError};
 use std::ffi::OsStr;
 use std::fs;
@@ -25,7 +26,7 @@ pub struct Tmpfs {
     pub foreign: Option<(String, String)>,
 }
 
-/// Why the daemon does not answer.
+/// Why the daemon, or the kernel, does not do what is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NoAnswer {
     /// Why.
@@ -49,13 +50,29 @@ impl From<AdminError> for NoAnswer {
     }
 }
 
+impl From<UffdError> for NoAnswer {
+    fn from(error: UffdError) -> Self {
+        let cure = match &error {
+            UffdError::Open(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+                "sudo pagefusionctl doctor"
+            }
+            // Debian's has all that is asked for.
+            _ => NEW_KERNEL,
+        };
+        Self {
+            reason: error.to_string(),
+            cure,
+        }
+    }
+}
+
 /// What was found. What could not be found out is `None`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// Release of the kernel.
     pub kernel: String,
     /// Whether `userfaultfd` does all that is needed, or why not.
-    pub userfaultfd: Option<Result<(), String>>,
+    pub userfaultfd: Option<Result<(), NoAnswer>>,
     /// Permission bits of `/dev/userfaultfd`.
     pub userfaultfd_mode: Option<u32>,
     /// `vm.max_map_count`
@@ -66,6 +83,8 @@ pub struct Facts {
     pub huge_pages: Option<String>,
     /// `ksm/run`
     pub ksm: Option<u64>,
+    /// Whether the kernel counts who waits for memory.
+    pub pressure: Option<bool>,
     /// Memory of the host, bytes.
     pub memory: Option<u64>,
     /// Where the store is.
@@ -93,7 +112,7 @@ impl Facts {
         let daemon = AdminClient::connect(runtime_dir).and_then(|mut it| it.status());
         Self {
             kernel: rustix::system::uname().release().to_string_lossy().into(),
-            userfaultfd: Some(Uffd::open(None).map(drop).map_err(|e| e.to_string())),
+            userfaultfd: Some(Uffd::open(None).map(drop).map_err(NoAnswer::from)),
             userfaultfd_mode: mode(Path::new("/dev/userfaultfd")),
             max_map_count: number("/proc/sys/vm/max_map_count"),
             overcommit_memory: number("/proc/sys/vm/overcommit_memory"),
@@ -101,6 +120,10 @@ impl Facts {
                 .ok()
                 .and_then(|text| chosen(&text)),
             ksm: number("/sys/kernel/mm/ksm/run"),
+            pressure: Some(
+                fs::read_to_string("/proc/pressure/memory")
+                    .is_ok_and(|text| text.starts_with("some ")),
+            ),
             memory: fs::read_to_string("/proc/meminfo")
                 .ok()
                 .and_then(|text| total_memory(&text)),
@@ -172,7 +195,8 @@ fn foreign_store(path: &Path) -> Option<(String, String)> {
     let found = fs::symlink_metadata(path).ok()?;
     let users = [0, rustix::process::geteuid().as_raw()];
     let foreign = crate::daemon::foreign(found.uid(), found.mode(), &users)?;
-    Some((foreign.to_string(), foreign.cure(path)))
+    let found = format!("{foreign} ({})", foreign.advice());
+    Some((found, foreign.command(path)))
 }
 
 #[cfg(test)]
