@@ -213,7 +213,7 @@ mod tests {
     use super::super::runtime::Runtime;
     use super::super::{metrics, status};
     use super::*;
-    use crate::protocol::{FileKey, FileSpan};
+    use crate::protocol::{FileKey, FileSpan, Limit, LimitChanges, PolicyChanges, Scope};
     use std::time::Instant;
 
     #[test]
@@ -280,5 +280,97 @@ mod tests {
         };
         assert_eq!(refused, nothing);
         assert_eq!(counted(), MAX_PUBLISH_PAGES as u64);
+    }
+
+    /// A process that is there as long as this.
+    struct Somebody(std::process::Child);
+
+    impl Somebody {
+        fn new() -> Self {
+            let waits = std::process::Command::new("cat")
+                .stdin(std::process::Stdio::piped())
+                .spawn();
+            Self(waits.unwrap())
+        }
+    }
+
+    impl Drop for Somebody {
+        fn drop(&mut self) {
+            drop(self.0.stdin.take());
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn the_rate_of_a_group_is_that_of_all_its_vms_and_of_no_other_group() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let of = |name| directory.path().join(name);
+        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
+        let registry = Registry::adopt(runtime, None).unwrap();
+        let processes = [Somebody::new(), Somebody::new(), Somebody::new()];
+        let names = [("one", "g"), ("two", "g"), ("other", "h")];
+        let create = |(process, (name, group)): (&Somebody, (&str, &str))| {
+            let caller = Caller {
+                pid: process.0.id() as i32,
+                uid: rustix::process::geteuid().as_raw(),
+            };
+            let created = registry.create(caller, Some(name.into()), Some(group.into()));
+            created.unwrap()
+        };
+        let vms: Vec<_> = processes.iter().zip(names).map(create).collect();
+        let slow = LimitChanges {
+            publish_rate: Some(Limit::Bytes(SLOWEST)),
+            ..LimitChanges::default()
+        };
+        let scope = Scope::Group("g".into());
+        let set = registry.set_limits(&scope, &[], false, slow, PolicyChanges::default());
+        set.unwrap();
+
+        let mut pages = 0;
+        let mut publish = |vm: &Arc<Vm>| {
+            let (stream, _engine) = UnixStream::pair().unwrap();
+            let asker = vm.new_asker(&stream).unwrap();
+            let span = FileSpan {
+                file: FileKey {
+                    fs_uuid: [0; 16],
+                    inode: 1,
+                    size: u64::MAX,
+                    mtime_ns: 0,
+                    generation: 0,
+                    kind: 1,
+                },
+                page: pages,
+                pages: MAX_PUBLISH_PAGES as u32,
+            };
+            pages += MAX_PUBLISH_PAGES as u64;
+            let publish = EngineRequest::Publish { spans: vec![span] };
+            let payload = vec![7; MAX_PUBLISH_PAGES * PAGE];
+            answer(&registry, (vm, &asker), &publish, &payload, false).unwrap()
+        };
+        let limited = || {
+            let status = status::collect(&registry);
+            let of = |name| status.vms.iter().find(|vm| vm.name == name).unwrap();
+            names.map(|(name, _)| of(name).pages_limited)
+        };
+        let nothing = EngineReply::Published(vec![None; MAX_PUBLISH_PAGES]);
+        // A second's worth was saved up.
+        assert_ne!(publish(&vms[0]), nothing);
+        assert_eq!(limited(), [0; 3]);
+        // Where a second passes in between, there is room for it again.
+        let refused = (0..20).find_map(|_| {
+            // The one takes all that there is.
+            let taken = (0..1000).take_while(|_| vms[0].group_store.pace.take(PAGE).is_some());
+            assert!(taken.count() < 1000, "the group has no rate");
+            let reply = publish(&vms[1]);
+            (limited()[1] > 0).then_some(reply)
+        });
+        assert_eq!(
+            refused,
+            Some(nothing.clone()),
+            "the group is never too fast"
+        );
+        assert_eq!(limited(), [0, MAX_PUBLISH_PAGES as u64, 0]);
+        assert_ne!(publish(&vms[2]), nothing);
+        assert_eq!(limited()[2], 0);
     }
 }
