@@ -209,6 +209,18 @@ pub const ALL: &[Scenario] = &[
         run: moving::migrated_while_it_runs,
     },
     Scenario {
+        name: "migrated_before_anything_was_shared",
+        tier: Tier::Deep,
+        guests: 0,
+        run: moving::migrated_before_anything_was_shared,
+    },
+    Scenario {
+        name: "migrated_by_postcopy",
+        tier: Tier::Deep,
+        guests: 0,
+        run: moving::migrated_by_postcopy,
+    },
+    Scenario {
         name: "suspended_to_memory",
         tier: Tier::Usual,
         guests: 0,

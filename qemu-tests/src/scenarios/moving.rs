@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     Stage,
     shared_files::{SharedFiles, with_disk},
-    steps::{has_another_host, with_reports_in_flight},
+    steps::{has_another_host, wait_until, with_reports_in_flight},
 };
 use crate::{
     guest::Guest,
@@ -17,6 +17,8 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(180);
+/// Bytes per second of a migration that is to last.
+const SLOW: u64 = 2 << 20;
 /// Between two looks at a migration.
 const SLICE: Duration = Duration::from_millis(50);
 
@@ -76,6 +78,100 @@ pub(super) fn migrated_while_it_runs(stage: &mut Stage) -> Result<()> {
     })
 }
 
+/// The guest has a module in it, and nothing yet that somebody else has.
+pub(super) fn migrated_before_anything_was_shared(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let uri = format!("unix:{}", world.directory().join("migration").display());
+        let mut before = world.guests.remove(0);
+        let instance = before.counter("host_instance")?;
+        let mut guest = incoming(world, &small)?;
+        guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
+        migrate(&mut before, &uri)?;
+        before.kill()?;
+        guest.take_over(&before);
+        world.guests.insert(0, guest);
+        awake(world, instance)?;
+        let mut files = SharedFiles::hold(world, seed)?;
+        files.are_right(world)?;
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
+
+/// The guest runs in the other QEMU before its memory is there, which comes when it is touched. Meanwhile nothing is
+/// shared, and an operator is told why; afterwards everything is.
+pub(super) fn migrated_by_postcopy(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let uri = format!("unix:{}", world.directory().join("migration").display());
+        for busy in [false, true] {
+            if busy {
+                files.add_unshared(world)?;
+            }
+            let mut before = world.guests.remove(0);
+            let instance = before.counter("host_instance")?;
+            let mut guest = incoming(world, &small)?;
+            for side in [&mut before, &mut guest] {
+                let postcopy = json!([{ "capability": "postcopy-ram", "state": true }]);
+                side.monitor(
+                    "migrate-set-capabilities",
+                    json!({ "capabilities": postcopy }),
+                )?;
+            }
+            guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
+            // So slowly that what the guest wants is what comes, for as long as anybody looks.
+            bandwidth(&mut before, SLOW)?;
+            before.monitor("migrate", json!({ "uri": uri }))?;
+            reaches(&mut before, "active")?;
+            before.monitor("migrate-start-postcopy", json!({}))?;
+            reaches(&mut before, "postcopy-active")?;
+            guest.take_over(&before);
+            world.guests.insert(0, guest);
+            awake(world, instance)?;
+            shares_nothing_for_postcopy(world)?;
+            files.are_right(world)?;
+            let state = before.monitor("query-migrate", json!({}))?;
+            ensure!(
+                state["status"] == "postcopy-active",
+                "nothing was left to come: {state}"
+            );
+
+            bandwidth(&mut before, 0)?;
+            reaches(&mut before, "completed")?;
+            before.kill()?;
+            files.are_right(world)?;
+            files.are_shared(world)?;
+            files.add(world)?;
+            files.are_right(world)?;
+        }
+        Ok(())
+    })
+}
+
+/// Bytes per second of what comes unasked, and before the guest leaves; 0 is as many as there can be.
+fn bandwidth(guest: &mut Guest, bytes: u64) -> Result<()> {
+    let limits = json!({ "max-bandwidth": bytes, "max-postcopy-bandwidth": bytes });
+    guest.monitor("migrate-set-parameters", limits).map(drop)
+}
+
+/// The status says that nothing is shared, and why.
+fn shares_nothing_for_postcopy(world: &mut World) -> Result<()> {
+    let name = world.guests[0].name().to_owned();
+    wait_until("the status tells of postcopy", || {
+        let vm = world.status()?.vm(&name)?.clone();
+        ensure!(
+            vm.pages_shared == 0,
+            "{} pages are shared while QEMU has userfaultfd",
+            vm.pages_shared
+        );
+        Ok(vm.disabled.is_some_and(|why| why.contains("postcopy")))
+    })
+}
+
 /// Back to an earlier state without leaving QEMU, with something reported before it was saved and something after.
 pub(super) fn loaded_again_in_the_same_qemu(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
@@ -125,12 +221,17 @@ fn take_in(world: &mut World, small: &Small, uri: &str, saved: &Guest) -> Result
 /// Has a guest leave its QEMU, which stops it in the end.
 fn migrate(guest: &mut Guest, uri: &str) -> Result<()> {
     guest.monitor("migrate", json!({ "uri": uri }))?;
+    reaches(guest, "completed")
+}
+
+/// Waits for this state of a migration.
+fn reaches(guest: &mut Guest, wanted: &str) -> Result<()> {
     let deadline = Instant::now() + LIMIT;
     loop {
         interrupt::check()?;
         let state = guest.monitor("query-migrate", json!({}))?;
         match &state["status"] {
-            Value::String(status) if status == "completed" => return Ok(()),
+            Value::String(status) if status == wanted => return Ok(()),
             Value::String(status) if status == "failed" => bail!("migration failed: {state}"),
             _ if Instant::now() >= deadline => bail!("migration takes too long: {state}"),
             _ => std::thread::sleep(SLICE),
