@@ -18,6 +18,7 @@ mod quiet;
 mod shared_files;
 mod sharing;
 mod steps;
+mod undo;
 
 use std::{path::Path, time::Instant};
 
@@ -219,6 +220,12 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: moving::migrated_by_postcopy,
+    },
+    Scenario {
+        name: "an_undo_leaves_no_overlay",
+        tier: Tier::Deep,
+        guests: 0,
+        run: undo::leaves_no_overlay,
     },
     Scenario {
         name: "suspended_to_memory",

@@ -1,6 +1,6 @@
 //! Files that two small guests share, through whatever happens to one of them.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{
     filesystems::{image, sums},
@@ -22,13 +22,13 @@ pub(super) const DISK: &str = "/fs/disk";
 const IMAGE: [&str; 2] = ["library", "program"];
 
 /// What both guests hold mapped.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct SharedFiles {
     files: Vec<File>,
     seed: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct File {
     path: String,
     sum: String,
@@ -101,6 +101,25 @@ impl SharedFiles {
         unit(&mut world.guests[0], Op::Delete { path })
     }
 
+    /// Writes the beginning of one of the files that were added, in one guest, and looks at it no more. What it is there
+    /// from now on, and what it is elsewhere.
+    pub(super) fn rewrite(
+        &mut self,
+        guest: &mut Guest,
+        path: &str,
+        seed: u64,
+        bytes: u64,
+    ) -> Result<[String; 2]> {
+        let file = self.files.iter().find(|file| file.path == path);
+        let before = file.and_then(|file| file.seed).context("no such file")?;
+        let mut expected = Expected::new(before, BYTES);
+        let elsewhere = expected.sha256();
+        write(guest, path, seed, 0, bytes)?;
+        expected.rewrite(seed, 0, bytes);
+        self.forget(path);
+        Ok([expected.sha256(), elsewhere])
+    }
+
     /// A file is not looked at any more.
     pub(super) fn forget(&mut self, path: &str) {
         self.files.retain(|file| file.path != path);
@@ -115,12 +134,15 @@ impl SharedFiles {
 
     /// Every file is what it was, read, mapped anew and mapped since before.
     pub(super) fn are_right(&self, world: &mut World) -> Result<()> {
+        each(world, |guest| self.are_right_in(guest))
+    }
+
+    /// The same in one guest.
+    pub(super) fn are_right_in(&self, guest: &mut Guest) -> Result<()> {
         let mut integrity = Integrity::default();
         for File { path, sum, .. } in &self.files {
-            each(world, |guest| {
-                integrity.file(guest, path, sum)?;
-                integrity.held(guest, path, sum)
-            })?;
+            integrity.file(guest, path, sum)?;
+            integrity.held(guest, path, sum)?;
         }
         integrity.verdict()
     }
