@@ -148,6 +148,23 @@ impl Site {
         command
     }
 
+    /// The same for a QEMU that runs as another user than root, who finds our library in `directory`.
+    pub fn launcher_of(&self, user: u32, directory: &Path, group: &str, vm: &str) -> Command {
+        let mut command = self.control();
+        command
+            .args(["run", "--user", &user.to_string()])
+            .args(["--group", group, "--name", vm, "--preload"])
+            .arg(directory.join("libpagefusion_preload.so"))
+            // What the harness has asked the kernel for is forgotten with the change of the user.
+            .args(["--", "setpriv", "--pdeathsig", "KILL"]);
+        command
+    }
+
+    /// Our library.
+    pub fn preload(&self) -> &Path {
+        &self.preload
+    }
+
     /// QEMU with our library in it and nothing else of ours.
     pub fn preloaded(&self, qemu: &Path) -> Command {
         let mut command = Command::new(qemu);

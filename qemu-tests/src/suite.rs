@@ -10,7 +10,7 @@ use anyhow::Result;
 use crate::{
     artifacts::Artifacts,
     interrupt, progress,
-    scenarios::{self, Scenario, Stage, Tier},
+    scenarios::{self, Scenario, Skip, Stage, Tier},
     world::Host,
 };
 
@@ -115,6 +115,7 @@ pub fn run(
         interrupt::check()?;
         let verdict = match result {
             Ok(()) => Verdict::Passed,
+            Err(error) if error.is::<Skip>() => Verdict::Skipped(error.to_string()),
             Err(error) => {
                 // Whatever it left behind must not fail the next one.
                 stage = None;

@@ -23,6 +23,9 @@ use crate::{
 /// The trust group the guests are in.
 const GROUP: &str = "tests";
 
+/// What a kernel is called that other users may read.
+pub const KERNEL: &str = "vmlinuz";
+
 /// How long an engine may take until it answers the daemon.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
@@ -97,6 +100,8 @@ pub struct Small {
     pub kernel_arguments: String,
     /// Further QEMU arguments.
     pub arguments: Vec<String>,
+    /// Whose QEMU it is, if not root's, and where this user finds all that is needed.
+    pub user: Option<(u32, PathBuf)>,
 }
 
 /// The whole set-up. Fields are dropped in this order: nothing goes before what uses it.
@@ -255,9 +260,16 @@ impl World {
         }
         config.kernel_arguments = small.kernel_arguments.clone();
         config.arguments = small.arguments.iter().map(Into::into).collect();
-        let launcher = self
-            .site
-            .launcher(GROUP, &config.name, &self.artifacts.qemu);
+        let qemu = &self.artifacts.qemu;
+        let launcher = match &small.user {
+            Some((user, directory)) => {
+                config.kernel = directory.join(KERNEL);
+                let mut launcher = self.site.launcher_of(*user, directory, GROUP, &config.name);
+                launcher.arg(qemu);
+                launcher
+            }
+            None => self.site.launcher(GROUP, &config.name, qemu),
+        };
         Guest::start(&config, launcher, Some(&self.cgroup), &self.logs)
     }
 

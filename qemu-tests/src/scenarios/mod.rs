@@ -19,6 +19,7 @@ mod shared_files;
 mod sharing;
 mod steps;
 mod undo;
+mod users;
 
 use std::{path::Path, time::Instant};
 
@@ -55,6 +56,18 @@ impl Tier {
         }
     }
 }
+
+/// Why a scenario cannot run here, as an error that it ends with.
+#[derive(Debug)]
+pub struct Skip(String);
+
+impl std::fmt::Display for Skip {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
 
 /// One scenario.
 #[derive(Clone, Copy, Debug)]
@@ -226,6 +239,12 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: undo::leaves_no_overlay,
+    },
+    Scenario {
+        name: "a_qemu_of_an_ordinary_user_shares",
+        tier: Tier::Deep,
+        guests: 0,
+        run: users::a_qemu_of_an_ordinary_user_shares,
     },
     Scenario {
         name: "suspended_to_memory",
