@@ -39,6 +39,20 @@ const PROGRAMS: [&str; 5] = [
 /// The library's example: a VMM of two guests, which needs nothing but KVM.
 const EXAMPLE: &str = "two_guests";
 
+/// Ordinary scenarios in which what KVM does to memory, or knows of it, matters.
+pub const SCENARIOS: [&str; 6] = [
+    "memory_plugged_in_and_pulled_out",
+    "a_balloon_takes_what_was_shared",
+    "virtio_mem_brings_and_takes_memory",
+    "loaded_again_in_the_same_qemu",
+    "migrated_while_it_runs",
+    "an_undo_leaves_no_overlay",
+];
+/// Drivers that a guest of some scenario needs; all have the same initramfs.
+const DRIVERS: [&str; 2] = ["virtio_balloon", "virtio_mem"];
+/// What scenarios inside need of the file systems that were made.
+const FILESYSTEMS: [&str; 2] = ["files.sha256", "images/ext4"];
+
 /// A running lab host.
 #[derive(Debug)]
 pub struct Lab {
@@ -147,7 +161,15 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
     }
     copy(&artifacts.kernel, &staging.join("vmlinuz"))?;
     copy(&artifacts.guest_manifest, &staging.join("manifest"))?;
-    initramfs::build_guest(artifacts, &[], &staging.join("guest.cpio"))?;
+    initramfs::build_guest(artifacts, &DRIVERS, &staging.join("guest.cpio"))?;
+    let filesystems = artifacts.filesystems.as_deref();
+    if let Some(made) = filesystems {
+        let target = staging.join("filesystems");
+        fs::create_dir_all(target.join("images")).context("create the payload")?;
+        for file in FILESYSTEMS {
+            copy(&made.join(file), &target.join(file))?;
+        }
+    }
     let inside = |name: &str| Path::new(PAYLOAD).join(name);
     let description = Artifacts {
         kernel: inside("vmlinuz"),
@@ -156,7 +178,7 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
         guest_image: GUEST_DISK.into(),
         qemu: "/usr/bin/qemu-system-x86_64".into(),
         bin_dir: Some(inside("bin")),
-        filesystems: None,
+        filesystems: filesystems.map(|_| inside("filesystems")),
         lab_image: None,
         lab_kernel: None,
         lab_modules_dir: None,
@@ -216,4 +238,19 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to)
         .map(drop)
         .with_context(|| format!("copy {} to the payload", from.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scenarios;
+
+    #[test]
+    fn what_runs_inside_is_one_scenario_each() {
+        for name in SCENARIOS {
+            let chosen = scenarios::ALL.iter().filter(|it| it.name.contains(name));
+            let chosen: Vec<_> = chosen.map(|scenario| scenario.name).collect();
+            assert_eq!(chosen, [name]);
+        }
+    }
 }
