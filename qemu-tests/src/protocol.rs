@@ -250,6 +250,15 @@ pub enum Op {
     /// How what [`FrameKind::Mapped`] calls so lies in memory. The reply is a list: how many of these pages are in runs of
     /// one page, of 2 and 3, of 4 to 7 and so on, where a run is of pages of a file that follow each other in memory.
     MappedRuns,
+    /// Write to the memory and the doorbell of our device what no driver would. The reply is how many records that were.
+    Scribble {
+        /// Its directory in sysfs.
+        device: String,
+        /// Of the random numbers.
+        seed: u64,
+        /// How often, which ends with a ring each time.
+        rounds: u64,
+    },
     /// Gives a kernel thread another priority.
     Renice {
         /// Its name.

@@ -9,6 +9,7 @@ mod herd;
 mod kernel;
 mod mounts;
 mod power;
+mod scribble;
 mod serve;
 
 pub use mounts::{TOUCH, touch};

@@ -16,7 +16,7 @@ use super::{
     census, command, files,
     held::Held,
     herd::Herd,
-    kernel, mounts, power,
+    kernel, mounts, power, scribble,
 };
 use crate::protocol::{Message, Op, Request};
 
@@ -239,6 +239,11 @@ impl Agent {
             }
             Op::Census => Ok(serde_json::to_value(census::take()?)?),
             Op::MappedRuns => Ok(serde_json::to_value(census::mapped_runs()?)?),
+            Op::Scribble {
+                device,
+                seed,
+                rounds,
+            } => Ok(scribble::scribble(&device, seed, rounds)?.into()),
             Op::Renice { name, nice } => {
                 kernel::renice(&name, nice)?;
                 Ok(Value::Null)

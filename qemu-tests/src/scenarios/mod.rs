@@ -6,6 +6,7 @@
 mod crowd;
 mod detectors;
 mod filesystems;
+mod hostile;
 mod isolation;
 mod kernel;
 mod knobs;
@@ -245,6 +246,12 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: users::a_qemu_of_an_ordinary_user_shares,
+    },
+    Scenario {
+        name: "a_hostile_guest_beside_good_ones",
+        tier: Tier::Deep,
+        guests: 0,
+        run: hostile::beside_good_ones,
     },
     Scenario {
         name: "suspended_to_memory",
