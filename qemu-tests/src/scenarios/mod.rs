@@ -9,6 +9,7 @@ mod filesystems;
 mod hostile;
 mod isolation;
 mod kernel;
+mod kills;
 mod knobs;
 mod lifecycle;
 mod machines;
@@ -252,6 +253,12 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Deep,
         guests: 0,
         run: hostile::beside_good_ones,
+    },
+    Scenario {
+        name: "whatever_is_killed_the_rest_is_right",
+        tier: Tier::Deep,
+        guests: 0,
+        run: kills::whatever_is_killed_the_rest_is_right,
     },
     Scenario {
         name: "suspended_to_memory",
