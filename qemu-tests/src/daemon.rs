@@ -241,16 +241,6 @@ impl Daemon {
         self.process.kill()
     }
 
-    /// Stops it where it stands, until [`Daemon::thaw`].
-    pub fn freeze(&self) -> Result<()> {
-        self.process.signal(Signal::STOP)
-    }
-
-    /// Lets it go on.
-    pub fn thaw(&self) -> Result<()> {
-        self.process.signal(Signal::CONT)
-    }
-
     /// SIGTERM; it must end cleanly.
     pub fn stop(mut self) -> Result<()> {
         self.process.signal(Signal::TERM)?;

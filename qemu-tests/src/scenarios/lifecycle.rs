@@ -7,9 +7,17 @@ use serde_json::Value;
 
 use super::{
     Stage,
-    steps::{answered, hold, release, write},
+    shared_files::{DISK, SharedFiles, with_disk},
+    steps::{
+        answered, hold, nothing_is_abandoned, release, spec, unit, unmount, wait_until,
+        with_reports_in_flight, write,
+    },
 };
-use crate::{guest::Guest, protocol::Op, settle::settle};
+use crate::{
+    guest::Guest,
+    protocol::{Op, Unmounts},
+    settle::settle,
+};
 
 /// How long a guest's passes and the answers to them may take on a busy host.
 const PASS_LIMIT: Duration = Duration::from_secs(120);
@@ -62,7 +70,7 @@ fn reload(stage: &mut Stage) -> Result<u64> {
     Ok(after)
 }
 
-pub(super) fn unload_with_a_batch_in_flight(stage: &mut Stage) -> Result<()> {
+pub(super) fn unload_at_any_moment_of_a_pass(stage: &mut Stage) -> Result<()> {
     for round in 0..UNLOADS {
         let guest = &mut stage.world.guests[0];
         guest
@@ -80,23 +88,94 @@ pub(super) fn unload_with_a_batch_in_flight(stage: &mut Stage) -> Result<()> {
             })?;
         }
     }
-    // And with a host that does not answer: its batches stay in flight.
-    let daemon = stage.world.daemon.as_ref().context("no daemon")?;
-    daemon.freeze()?;
-    let guest = &mut stage.world.guests[0];
-    let unloaded = guest
-        .unload_module()
-        .and_then(|()| guest.load_hurried_module())
-        .and_then(|()| guest.unload_module());
-    daemon.thaw()?;
-    unloaded.context("while the daemon stood still")?;
-    guest.load_hurried_module()?;
     settle(&mut stage.world, Instant::now())?;
     ensure!(
         stage.shared_by(0)? > 0,
         "nothing is shared after all the unloading"
     );
     stage.files_are_right()
+}
+
+/// An engine that does not answer keeps neither the module nor what it has reported.
+pub(super) fn unload_with_reports_in_flight(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let standstill = with_reports_in_flight(world, &mut files)?;
+        let guest = &mut world.guests[0];
+        guest.unload_module().context("with reports in flight")?;
+        // Nor does it keep one that has only just come.
+        guest.load_hurried_module()?;
+        guest
+            .unload_module()
+            .context("before the host has answered")?;
+        nothing_is_abandoned(guest)?;
+        files.are_right(world)?;
+        drop(standstill);
+        files.are_right(world)?;
+        world.guests[0].load_hurried_module()?;
+        files.are_shared(world)?;
+        files.add(world)?;
+        files.are_right(world)
+    })
+}
+
+/// Whatever each load would leave open is left as often as the module is loaded. In a guest without services nobody else
+/// opens files.
+pub(super) fn nothing_is_open_after_unloading(stage: &mut Stage) -> Result<()> {
+    const LOADS: u64 = 12;
+    /// The kernel frees what was open a little later.
+    const SLACK: u64 = LOADS / 2;
+    const TMPFS: &str = "/fs/tmpfs";
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let guest = &mut world.guests[0];
+        guest.unload_module()?;
+        let disk = spec("ext4", "/dev/vda", DISK, "ro");
+        unit(guest, Op::Mount(disk.clone()))?;
+        unit(guest, Op::Mount(spec("tmpfs", "tmpfs", TMPFS, "")))?;
+        let (library, own) = (format!("{DISK}/library"), format!("{TMPFS}/own"));
+        write(guest, &own, seed, 0, 1 << 20)?;
+        for path in [&library, &own] {
+            hold(guest, path)?;
+        }
+        let before = open_files(guest)?;
+        for round in 0..LOADS {
+            guest.load_hurried_module()?;
+            // All kinds of walks.
+            if round % 2 == 1 {
+                guest.set("scope", "clean")?;
+            }
+            guest.wait_passes(2, PASS_LIMIT)?;
+            let seen = guest.counter("pages_seen")?;
+            ensure!(seen >= 256, "only {seen} pages were looked at");
+            guest.unload_module()?;
+        }
+        wait_until("files that were open are closed", || {
+            Ok(open_files(guest)? <= before + SLACK)
+        })
+        .with_context(|| format!("{before} files were open before {LOADS} loads"))?;
+        for path in [&library, &own] {
+            release(guest, path)?;
+        }
+        for target in [DISK, TMPFS] {
+            unmount(guest, target)?;
+        }
+        // Looks, too, whether the disk is nobody's afterwards.
+        let op = Op::UnmountOften {
+            mount: disk,
+            file: library,
+            rounds: 1,
+        };
+        let unmounts: Unmounts = guest.request(op)?;
+        ensure!(
+            unmounts.busy == 0,
+            "the file system is in use: {unmounts:?}"
+        );
+        guest.load_hurried_module()
+    })
 }
 
 /// What the kernel itself counts: mappings of each page, open files, and pages that cannot be dropped because somebody

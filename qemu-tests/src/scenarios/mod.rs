@@ -207,6 +207,18 @@ pub const ALL: &[Scenario] = &[
         run: machines::virtio_mem_brings_and_takes_memory,
     },
     Scenario {
+        name: "module_unloads_with_reports_in_flight",
+        tier: Tier::Usual,
+        guests: 0,
+        run: lifecycle::unload_with_reports_in_flight,
+    },
+    Scenario {
+        name: "nothing_is_open_after_unloading",
+        tier: Tier::Usual,
+        guests: 0,
+        run: lifecycle::nothing_is_open_after_unloading,
+    },
+    Scenario {
         name: "loaded_again_in_the_same_qemu",
         tier: Tier::Usual,
         guests: 0,
@@ -381,10 +393,10 @@ pub const ALL: &[Scenario] = &[
         run: lifecycle::unload_and_reload,
     },
     Scenario {
-        name: "module_unloads_with_a_batch_in_flight",
+        name: "module_unloads_at_any_moment_of_a_pass",
         tier: Tier::Usual,
         guests: 2,
-        run: lifecycle::unload_with_a_batch_in_flight,
+        run: lifecycle::unload_at_any_moment_of_a_pass,
     },
     Scenario {
         name: "nothing_is_held_after_unloading",

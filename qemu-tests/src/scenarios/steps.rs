@@ -139,6 +139,14 @@ pub(super) fn with_reports_in_flight(
     Ok(standstill)
 }
 
+/// The module has let go of all that was reported: it leaves behind only what a host has claimed, and says so.
+pub(super) fn nothing_is_abandoned(guest: &mut Guest) -> Result<()> {
+    let log: Vec<String> = guest.request(Op::KernelLog)?;
+    let said = log.iter().find(|line| line.contains("they stay"));
+    ensure!(said.is_none(), "the module has left pages behind: {said:?}");
+    Ok(())
+}
+
 /// Waits until the host has answered all that was reported.
 pub(super) fn answered(guest: &mut Guest) -> Result<()> {
     wait_until("the host has answered", || {
