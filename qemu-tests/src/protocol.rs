@@ -206,6 +206,11 @@ pub enum Op {
         /// The file.
         path: String,
     },
+    /// Which pages of a cached file lie in one folio with the page before. The reply is a list of whether.
+    Tails {
+        /// The file.
+        path: String,
+    },
     /// Make a disk swap space, and swap to it.
     SwapOn {
         /// The disk.
@@ -244,6 +249,13 @@ pub enum Op {
         path: Option<String>,
         /// Another process has the same address space.
         shared: bool,
+    },
+    /// Have tasks that share an address space, in which a file is mapped.
+    Kin {
+        /// What they have in common.
+        kind: Kin,
+        /// The file; without one they end.
+        path: Option<String>,
     },
     /// What all frames hold. The reply is a list of the number of frames and their [`FrameKind`], from frame 0 on.
     Census,
@@ -293,6 +305,20 @@ pub enum FrameKind {
     /// The kernel's own, and what is free.
     #[serde(rename = "o")]
     Other,
+}
+
+/// What tasks with one address space have in common.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kin {
+    /// They are one process.
+    Threads,
+    /// So are these, and the first of them has ended.
+    WithoutLeader,
+    /// Two processes that have it both.
+    Twins,
+    /// The same, one of which waits until the other has it no more, as after `vfork`.
+    Borrower,
 }
 
 /// A file system to mount.

@@ -76,22 +76,37 @@ fn fill(path: &str, singly: bool) -> Result<()> {
 
 /// How many folios hold a file that is in the page cache.
 pub(super) fn folios(path: &str) -> Result<FolioCount> {
-    let frames = Held::map(path)?.touched_frames()?;
-    let flags = File::open("/proc/kpageflags").context("open /proc/kpageflags")?;
     let mut count = FolioCount::default();
     let mut last = None;
-    for frame in &frames {
-        ensure!(*frame != 0, "a page of {path} is not there");
+    each_frame(path, |frame, is_tail| {
+        count.pages += 1;
+        count.folios += u64::from(!is_tail);
+        count.runs += u64::from(last != Some(frame - 1));
+        last = Some(frame);
+    })?;
+    Ok(count)
+}
+
+/// Which of its pages lie in one folio with the page before.
+pub(super) fn tails(path: &str) -> Result<Vec<bool>> {
+    let mut tails = Vec::new();
+    each_frame(path, |_, is_tail| tails.push(is_tail))?;
+    Ok(tails)
+}
+
+/// Calls `found` with the frame of each page of a cached file, and whether it begins no folio.
+fn each_frame(path: &str, mut found: impl FnMut(u64, bool)) -> Result<()> {
+    let frames = Held::map(path)?.touched_frames()?;
+    let flags = File::open("/proc/kpageflags").context("open /proc/kpageflags")?;
+    for frame in frames {
+        ensure!(frame != 0, "a page of {path} is not there");
         let mut entry = [0; 8];
         flags
             .read_exact_at(&mut entry, frame * 8)
             .context("read /proc/kpageflags")?;
-        count.pages += 1;
-        count.folios += u64::from(u64::from_le_bytes(entry) & COMPOUND_TAIL == 0);
-        count.runs += u64::from(last != Some(frame - 1));
-        last = Some(*frame);
+        found(frame, u64::from_le_bytes(entry) & COMPOUND_TAIL != 0);
     }
-    Ok(count)
+    Ok(())
 }
 
 /// Anonymous memory with a hole in every other page. While it is held, what is allocated next finds single frames

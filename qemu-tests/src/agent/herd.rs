@@ -13,6 +13,18 @@ pub(super) struct Herd {
 }
 
 impl Herd {
+    /// A child that was started elsewhere.
+    pub(super) fn of(child: Pid) -> Self {
+        Self {
+            members: vec![child],
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn members(&self) -> &[Pid] {
+        &self.members
+    }
+
     /// Starts `processes` processes, each of which maps every file read-only in `pieces` VMAs, and waits until all
     /// of them have done so. None of them touches what it maps.
     pub(super) fn start(paths: &[String], processes: u64, pieces: usize) -> Result<Self> {
@@ -120,8 +132,13 @@ fn member(files: &[(File, usize)], pieces: usize, ready: i32) -> ! {
             }
         }
     }
+    say_so_and_sleep(ready, well)
+}
+
+/// Writes a byte to whoever waits, and sleeps for ever.
+pub(super) fn say_so_and_sleep(ready: i32, word: u8) -> ! {
     // SAFETY: one byte from this stack.
-    unsafe { libc::write(ready, (&raw const well).cast(), 1) };
+    unsafe { libc::write(ready, (&raw const word).cast(), 1) };
     loop {
         // SAFETY: sleeps until a signal ends this process.
         unsafe { libc::pause() };
@@ -129,7 +146,7 @@ fn member(files: &[(File, usize)], pieces: usize, ready: i32) -> ! {
 }
 
 /// Nothing of the herd outlives the agent.
-fn end_with_parent() {
+pub(super) fn end_with_parent() {
     // SAFETY: a plain system call on this process.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }

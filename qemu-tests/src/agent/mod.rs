@@ -7,6 +7,7 @@ mod files;
 mod held;
 mod herd;
 mod kernel;
+mod kin;
 mod mounts;
 mod power;
 mod scribble;

@@ -16,7 +16,7 @@ use super::{
     census, command, files,
     held::Held,
     herd::Herd,
-    kernel, mounts, power, scribble,
+    kernel, kin, mounts, power, scribble,
 };
 use crate::protocol::{Message, Op, Request};
 
@@ -51,6 +51,7 @@ fn requests(port: fs::File) -> Result<()> {
         herd: None,
         spinner: None,
         restless: None,
+        kin: None,
         writer: None,
         fragments: None,
     };
@@ -93,6 +94,7 @@ struct Agent {
     herd: Option<Herd>,
     spinner: Option<Herd>,
     restless: Option<Herd>,
+    kin: Option<Herd>,
     writer: Option<fs::File>,
     fragments: Option<Fragments>,
 }
@@ -205,6 +207,7 @@ impl Agent {
             Op::KernelLog => Ok(serde_json::to_value(kernel::log()?)?),
             Op::Cache { paths, singly } => cache::fill_all(&paths, singly).map(unit),
             Op::Folios { path } => Ok(serde_json::to_value(cache::folios(&path)?)?),
+            Op::Tails { path } => Ok(serde_json::to_value(cache::tails(&path)?)?),
             Op::Fragment { bytes } => {
                 self.fragments = None;
                 if bytes > 0 {
@@ -235,6 +238,11 @@ impl Agent {
             Op::Restless { path, shared } => {
                 let start = |path| Herd::restless(path, shared);
                 self.restless = path.as_deref().map(start).transpose()?;
+                Ok(Value::Null)
+            }
+            Op::Kin { kind, path } => {
+                self.kin = None;
+                self.kin = path.map(|path| kin::start(kind, &path)).transpose()?;
                 Ok(Value::Null)
             }
             Op::Census => Ok(serde_json::to_value(census::take()?)?),
