@@ -301,16 +301,33 @@ pub(super) fn another_kernel_by_kexec(stage: &mut Stage) -> Result<()> {
     };
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
-        let limit = world.limits.boot;
-        let first = &mut world.guests[0];
-        // It answers only when it failed.
-        let _never = first.begin(Op::Kexec(next))?;
-        first.wait_agent(limit).context("start another kernel")?;
-        first.load_hurried_module()?;
-        files.hold_in(first)?;
-        files.are_right(world)?;
-        files.are_shared(world)?;
-        files.add(world)?;
-        files.are_right(world)
+        start_another_kernel(world, &next, &mut files, false)?;
+        start_another_kernel(world, &next, &mut files, true).context("with reports in flight")
     })
+}
+
+/// With `in_flight`, what the first guest has reported is looked at when another kernel has its memory.
+fn start_another_kernel(
+    world: &mut World,
+    next: &NextKernel,
+    files: &mut SharedFiles,
+    in_flight: bool,
+) -> Result<()> {
+    let standstill = if in_flight {
+        Some(with_reports_in_flight(world, files)?)
+    } else {
+        None
+    };
+    let limit = world.limits.boot;
+    let first = &mut world.guests[0];
+    // It answers only when it failed.
+    let _never = first.begin(Op::Kexec(next.clone()))?;
+    first.wait_agent(limit).context("start another kernel")?;
+    drop(standstill);
+    first.load_hurried_module()?;
+    files.hold_in(first)?;
+    files.are_right(world)?;
+    files.are_shared(world)?;
+    files.add(world)?;
+    files.are_right(world)
 }
