@@ -19,6 +19,7 @@ mod power;
 mod quiet;
 mod shared_files;
 mod sharing;
+mod statistics;
 mod steps;
 mod undo;
 mod users;
@@ -139,6 +140,12 @@ pub const ALL: &[Scenario] = &[
         tier: Tier::Usual,
         guests: 0,
         run: knobs::nothing_more_once_somebody_may_write,
+    },
+    Scenario {
+        name: "statistics_agree_with_each_other_and_the_host",
+        tier: Tier::Usual,
+        guests: 0,
+        run: statistics::agree,
     },
     Scenario {
         name: "unmounting_is_never_busy",
