@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::{
@@ -35,6 +35,7 @@ pub fn run(world: &mut World, integrity: &mut Integrity, seed: u64) -> Result<()
     let subjects = prepare(world, seed)?;
     let [rewritten, deleted, reread, evicted] = &subjects;
     let (first, second) = world.pair()?;
+    let retracted = first.counter("pages_retracted")?;
 
     let mut content = Expected::new(seed, BYTES);
     content.rewrite(seed + 100, 3 * 4096 + 100, 2 * 4096);
@@ -58,6 +59,11 @@ pub fn run(world: &mut World, integrity: &mut Integrity, seed: u64) -> Result<()
     integrity.file(first, &reread.path, &reread.before)?;
     integrity.held(first, &reread.path, &reread.before)?;
 
+    let frames = |guest: &mut Guest| -> Result<Vec<u64>> {
+        let path = evicted.path.clone();
+        guest.request(Op::HeldFrames { path })
+    };
+    let before = frames(first)?;
     unit(
         first,
         Op::Release {
@@ -73,10 +79,24 @@ pub fn run(world: &mut World, integrity: &mut Integrity, seed: u64) -> Result<()
         },
     )?;
 
+    let after = frames(first)?;
+    let moved = before
+        .iter()
+        .zip(&after)
+        .filter(|(one, other)| one != other);
+    ensure!(
+        moved.count() * 2 > before.len(),
+        "{} was read again into the same memory",
+        evicted.path
+    );
+
     second_is_untouched(second, integrity, &subjects)?;
     // What the guest reports now is new content under an old name; sharing must not bring the old bytes back.
     settle(world, Instant::now())?;
+    same_memory(world, &evicted.path).context("evicted and read again")?;
     let (first, second) = world.pair()?;
+    let withdrawn = first.counter("pages_retracted")? - retracted;
+    ensure!(withdrawn > 0, "nothing of what changed was withdrawn");
     integrity.file(first, &rewritten.path, &content.sha256())?;
     integrity.held(first, &rewritten.path, &content.sha256())?;
     integrity.file(first, &deleted.path, &anew)?;
