@@ -12,7 +12,8 @@ use serde_json::Value;
 
 use super::{
     Stage,
-    steps::{renice, unit, write},
+    shared_files::{SharedFiles, with_disk},
+    steps::{each, renice, unit, write},
 };
 use crate::{
     guest::{Guest, SYSFS},
@@ -393,9 +394,32 @@ pub(super) fn nothing_more_once_somebody_may_write(stage: &mut Stage) -> Result<
 }
 
 /// Pages of the first guest that have reached the host: the guest's own counters say it after a pass.
-fn seen_by_host(world: &World) -> Result<u64> {
+pub(super) fn seen_by_host(world: &World) -> Result<u64> {
     let name = world.guests[0].name();
     Ok(world.status()?.vm(name)?.pages_reported)
+}
+
+/// Whoever may see the host's figures need not know what its guests call their files.
+pub(super) fn names_may_be_kept(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let told = files.add(world)?;
+        each(world, |guest| guest.set("report_names", "0"))?;
+        let kept = files.add(world)?;
+        each(world, |guest| guest.set("report_names", "1"))?;
+        let told_later = files.add(world)?;
+        let listed = world.site.ctl(&["files", "--limit", "0"])?;
+        for (path, expected) in [(told, true), (kept, false), (told_later, true)] {
+            let name = path.rsplit('/').next().context("a name")?;
+            ensure!(
+                listed.contains(name) == expected,
+                "{name} should be listed: {expected}; listed are\n{listed}"
+            );
+        }
+        files.are_right(world)
+    })
 }
 
 /// A process whose mmap lock cannot be had when the scope changes keeps what it shares.
@@ -524,15 +548,19 @@ impl<'a> Watched<'a> {
 const HAMMER: &str = r#"
 cd /sys/kernel/pagefusion
 for i in $(seq 400); do
+    echo clean > scope; echo $((i % 4 * 20 + 10)) > max_sleep_millisecs
     echo exec > scope; echo 0 > kernel_text; echo $((i % 3)) > run
     echo '+*.so.6 +/usr/bin/*' > exclude; echo 1 > min_run_pages; echo 1 > max_inflight_pages
-    echo readonly > scope; echo 1 > run; echo 1 > kernel_text; echo $((i % 7 * 1024 + 1)) > pages_to_scan
+    echo cached > scope; echo 1 > run; echo 1 > kernel_text; echo $((i % 7 * 1024 + 1)) > pages_to_scan
     echo 10 > sleep_millisecs; echo $((i % 5 * 10)) > min_age_millisecs; echo 8192 > max_inflight_pages
-    echo > exclude; echo 4096 > min_run_pages; echo 0 > report_names; echo 1 > report_names
+    echo readonly > scope; echo > exclude; echo 4096 > min_run_pages; echo 0 > report_names; echo 1 > report_names
     cat * > /dev/null
 done
 echo 1 > run; echo 1 > min_run_pages; echo 0 > min_age_millisecs; echo 65536 > pages_to_scan
 "#;
+
+/// How long that may take with detectors.
+const HAMMERED: Duration = Duration::from_secs(900);
 
 pub(super) fn in_the_middle_of_a_pass(stage: &mut Stage) -> Result<()> {
     services::stop_joining_pages(&mut stage.world.guests)?;
@@ -541,11 +569,13 @@ pub(super) fn in_the_middle_of_a_pass(stage: &mut Stage) -> Result<()> {
     let passes = guest.counter("full_scans")?;
     // The shell leaves no time for a thread that gives way to it.
     renice(guest, 0)?;
-    guest.output(&["sh", "-c", HAMMER])?;
+    let hammered = guest.run_for(&["sh", "-c", HAMMER], HAMMERED)?;
+    ensure!(hammered.status == Some(0), "{}", hammered.stderr);
     renice(guest, 19)?;
     let made = guest.counter("full_scans")? - passes;
     ensure!(made > 0, "no pass came to its end meanwhile");
     guest.set("sleep_millisecs", "100")?;
+    guest.set("max_sleep_millisecs", "500")?;
     settle(&mut stage.world, Instant::now())?;
     let after = stage.shared_by(0)?;
     services::join_pages_again(&mut stage.world.guests)?;

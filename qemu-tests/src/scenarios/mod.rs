@@ -142,6 +142,12 @@ pub const ALL: &[Scenario] = &[
         run: knobs::nothing_more_once_somebody_may_write,
     },
     Scenario {
+        name: "names_may_be_kept_from_the_host",
+        tier: Tier::Usual,
+        guests: 0,
+        run: knobs::names_may_be_kept,
+    },
+    Scenario {
         name: "statistics_agree_with_each_other_and_the_host",
         tier: Tier::Usual,
         guests: 0,
