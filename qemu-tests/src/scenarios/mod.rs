@@ -46,7 +46,7 @@ pub enum Tier {
     Usual,
     /// Everything.
     Deep,
-    /// What shows that the module works, and what only a kernel with detectors can tell.
+    /// What every change must pass, and what only a kernel with detectors can tell.
     Debug,
 }
 
@@ -54,7 +54,7 @@ impl Tier {
     /// Whether what is of tier `other` is part of this one.
     pub fn includes(self, other: Self) -> bool {
         match self {
-            Self::Debug => matches!(other, Self::Smoke | Self::Debug),
+            Self::Debug => other != Self::Deep,
             _ => other <= self,
         }
     }
@@ -441,6 +441,18 @@ pub const ALL: &[Scenario] = &[
         guests: 1,
         run: isolation::host_side_gone,
     },
+];
+
+/// What cannot be played on a kernel with detectors, and why.
+pub const NOT_WITH_DETECTORS: &[(&str, &str)] = &[
+    (
+        "a_balloon_takes_what_was_shared",
+        "what it leaves to a guest is less than detectors need",
+    ),
+    (
+        "a_new_file_is_reported_at_once",
+        "its time is that of a kernel without detectors",
+    ),
 ];
 
 /// What scenarios play on.
