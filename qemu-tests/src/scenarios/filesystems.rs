@@ -13,7 +13,10 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     Stage,
-    steps::{all_same, each, hold, release, same, spec, unit, unmount, write},
+    knobs::seen_by_host,
+    steps::{
+        all_same, answered, each, hold, release, same, spec, unit, unmount, wait_until, write,
+    },
 };
 use crate::{
     initramfs,
@@ -37,6 +40,8 @@ const FILES: [&str; 3] = ["library", "program", "shell"];
 /// Size of a file of our own; the last page of it has a tail.
 const BYTES: u64 = (1 << 20) + 777;
 const PAGE: u64 = 4096;
+/// How long passes may take.
+const LIMIT: Duration = Duration::from_secs(120);
 const SHM: &str = "memory";
 
 /// What is in the files, as SHA-256.
@@ -287,33 +292,81 @@ fn in_memory(
 }
 
 pub(super) fn unmounting_is_never_busy(stage: &mut Stage) -> Result<()> {
-    const ROUNDS: u32 = 25;
-    with_two(stage, |world, _, _| {
+    const ROUNDS: [(&str, u32); 2] = [("readonly", 20), ("clean", 10)];
+    with_two(stage, |world, _, seed| {
         let (first, _) = world.pair()?;
         // As many passes as possible, each of which finds the file system.
         first.set("sleep_millisecs", "10")?;
         first.set("max_sleep_millisecs", "10")?;
-        for (kind, _) in DISKS {
-            let mount = disk(kind)?;
-            let file = format!("{}/library", mount.target);
-            let op = Op::UnmountOften {
-                mount,
-                file,
-                rounds: ROUNDS,
-            };
-            let result: Unmounts = first
-                .request_for(op, Duration::from_secs(600), |_| {})
-                .context(kind)?;
-            let (all, longest) = (result.total_us / 1000, result.longest_us / 1000);
-            println!("{kind}: {ROUNDS} times unmounted in {all} ms, the longest took {longest} ms");
-            ensure!(
-                result.busy == 0,
-                "{kind}: {} tries to unmount found it busy: {result:?}",
-                result.busy
-            );
+        for (scope, rounds) in ROUNDS {
+            first.set("scope", scope)?;
+            for (kind, _) in DISKS {
+                let mount = disk(kind)?;
+                let file = format!("{}/library", mount.target);
+                let op = Op::UnmountOften {
+                    mount,
+                    file,
+                    rounds,
+                };
+                let result: Unmounts = first
+                    .request_for(op, Duration::from_secs(600), |_| {})
+                    .context(kind)?;
+                let (all, longest) = (result.total_us / 1000, result.longest_us / 1000);
+                println!(
+                    "{scope}: {kind}: {rounds} times unmounted in {all} ms, the longest took {longest} ms"
+                );
+                ensure!(
+                    result.busy == 0,
+                    "{scope}: {kind}: {} tries to unmount found it busy: {result:?}",
+                    result.busy
+                );
+            }
         }
-        Ok(())
+        unmounted_during_a_walk_of_inodes(world, seed)
     })
+}
+
+/// It does not wait for the end of the pass, which is at work on that very file system.
+fn unmounted_during_a_walk_of_inodes(world: &mut World, seed: u64) -> Result<()> {
+    /// After each of them the pass rests for 10 ms.
+    const FILES: u64 = 1000;
+    /// The pass is among them after so many more reports.
+    const SOME: u64 = 50;
+    let disk = disk("ext4")?;
+    let library = format!("{}/library", disk.target);
+    let (first, _) = world.pair()?;
+    unit(first, Op::Mount(disk.clone()))?;
+    hold(first, &library)?;
+    first.wait_passes(2, LIMIT)?;
+    first.set("run", "0")?;
+    unit(
+        first,
+        Op::ManyFiles {
+            directory: format!("{}/many", disk.target),
+            seed,
+            files: FILES,
+        },
+    )?;
+    // Writes them back.
+    for readonly in [true, false] {
+        let target = disk.target.clone();
+        unit(first, Op::Remount { target, readonly })?;
+    }
+    answered(first)?;
+    first.set("pages_to_scan", "1")?;
+    let before = seen_by_host(world)?;
+    world.guests[0].set("run", "1")?;
+    wait_until("the pass has come to the many files", || {
+        Ok(seen_by_host(world)? >= before + SOME)
+    })?;
+    let (first, _) = world.pair()?;
+    release(first, &library)?;
+    unmount(first, &disk.target).context("in the middle of a walk of its inodes")?;
+    let told = seen_by_host(world)? - before;
+    ensure!(told < FILES, "the walk was over: it reported {told} pages");
+    let (first, _) = world.pair()?;
+    first.set("pages_to_scan", "65536")?;
+    first.wait_passes(1, LIMIT).map(drop)
 }
 
 /// What each scope adds, and that a stream is left alone. Files are mapped to be looked at only while the module rests:
@@ -373,7 +426,11 @@ pub(super) fn scopes_see_what_they_name(stage: &mut Stage) -> Result<()> {
 }
 
 /// How many pages of files that nobody has to map are shared in a scope, and of how many.
-fn shared_pages(world: &mut World, scope: &str, files: &[String]) -> Result<Vec<(usize, usize)>> {
+pub(super) fn shared_pages(
+    world: &mut World,
+    scope: &str,
+    files: &[String],
+) -> Result<Vec<(usize, usize)>> {
     each(world, |guest| {
         guest.set("scope", scope)?;
         guest.set("run", "1")
