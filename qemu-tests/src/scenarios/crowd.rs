@@ -4,8 +4,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::Stage;
-use crate::guest::{Guest, Mode};
+use super::{
+    Stage,
+    filesystems::shared_pages,
+    steps::{each, hold, unit, write},
+};
+use crate::{
+    guest::{Guest, Mode},
+    protocol::{Kin, Op},
+    world::Small,
+};
 
 const PROCESSES: u64 = 10_000;
 /// The system's own processes besides them.
@@ -86,4 +94,53 @@ fn background(guest: &mut Guest, script: &str, argument: &str) -> Result<()> {
 
 fn there(guest: &mut Guest, path: &str) -> Result<bool> {
     Ok(guest.run(&["test", "-e", path])?.status == Some(0))
+}
+
+/// Whoever has it: what is mapped in it is shared.
+pub(super) fn every_address_space_is_visited_once(stage: &mut Stage) -> Result<()> {
+    const KINDS: [Kin; 4] = [Kin::Threads, Kin::WithoutLeader, Kin::Twins, Kin::Borrower];
+    const BYTES: u64 = 1 << 20;
+    let seed = stage.seed();
+    stage.with_small_pair(&Small::default(), |world| {
+        each(world, |guest| guest.set("max_sleep_millisecs", "100"))?;
+        for (index, kind) in KINDS.into_iter().enumerate() {
+            let path = format!("/tmp/pf-kin-{index}");
+            each(world, |guest| {
+                write(guest, &path, seed + index as u64, 0, BYTES)?;
+                guest.set("run", "1")
+            })?;
+            let (first, second) = world.pair()?;
+            hold(second, &path)?;
+            let alone = visited(first)?;
+            let kin = |path| Op::Kin { kind, path };
+            unit(first, kin(Some(path.clone())))?;
+            let with_kin = visited(first)?;
+            ensure!(
+                with_kin == alone + 1,
+                "{kind:?} with one address space: {with_kin} were visited, and {alone} without them"
+            );
+            let shared = shared_pages(world, "readonly", &[path])?;
+            ensure!(
+                shared[0].0 * 20 >= shared[0].1 * 19,
+                "{kind:?}: {} of {} pages are shared",
+                shared[0].0,
+                shared[0].1
+            );
+            unit(&mut world.guests[0], kin(None))?;
+        }
+        Ok(())
+    })
+}
+
+/// Address spaces that a pass visits. One whose lock it could not have at first is counted again.
+fn visited(guest: &mut Guest) -> Result<u64> {
+    // The pass under way may not have seen what is there now.
+    guest.wait_passes(1, LIMIT)?;
+    let mut least = u64::MAX;
+    for _ in 0..3 {
+        guest.wait_passes(1, LIMIT)?;
+        let visited = guest.counter("mms_visited")?;
+        least = least.min(visited);
+    }
+    Ok(least)
 }

@@ -232,6 +232,12 @@ pub const ALL: &[Scenario] = &[
         run: lifecycle::nothing_is_open_after_unloading,
     },
     Scenario {
+        name: "every_address_space_is_visited_once",
+        tier: Tier::Usual,
+        guests: 0,
+        run: crowd::every_address_space_is_visited_once,
+    },
+    Scenario {
         name: "loaded_again_in_the_same_qemu",
         tier: Tier::Usual,
         guests: 0,

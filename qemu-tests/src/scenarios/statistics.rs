@@ -33,6 +33,7 @@ pub(super) fn agree(stage: &mut Stage) -> Result<()> {
     let small = with_disk(&stage.world)?;
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
+        world.guests[0].set("max_sleep_millisecs", "100")?;
         meet(world)?;
         waits_are_counted(world, &mut files)?;
         files_that_are_gone_are_not(world, &mut files)?;
