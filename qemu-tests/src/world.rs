@@ -192,10 +192,21 @@ impl World {
 
     /// Starts QEMU for one more guest of the group with Debian's files and, in place of services, the agent.
     pub fn start_files(&mut self, cpus: u32, kernel_arguments: &str) -> Result<()> {
+        self.start_files_with(cpus, kernel_arguments, &[])
+    }
+
+    /// The same with further arguments of QEMU.
+    pub fn start_files_with(
+        &mut self,
+        cpus: u32,
+        kernel_arguments: &str,
+        arguments: &[&str],
+    ) -> Result<()> {
         let image = self.artifacts.guest_image.clone();
         let mut config = self.config(Mode::Bare, 768, vec![image]);
         config.cpus = cpus;
         config.kernel_arguments = kernel_arguments.to_owned();
+        config.arguments = arguments.iter().map(Into::into).collect();
         self.launch(&config)
     }
 

@@ -25,6 +25,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 const SLICE: Duration = Duration::from_millis(100);
 const PCI: &str = "/sys/bus/pci";
 const MEMORY: &str = "/sys/devices/system/memory";
+/// What a machine is started with in which memory is to be plugged. Merged with the size that every guest has.
+pub(super) const ROOM_FOR_MEMORY: [&str; 2] = ["-m", "slots=2,maxmem=2G"];
 /// What is plugged in.
 const DIMM_MIB: u64 = 256;
 
@@ -152,8 +154,7 @@ fn shares_nothing(world: &World) -> Result<()> {
 pub(super) fn memory_plugged_in_and_pulled_out(stage: &mut Stage) -> Result<()> {
     let seed = stage.seed();
     let small = Small {
-        // Merged with the size that every guest has.
-        arguments: vec!["-m".into(), "slots=2,maxmem=2G".into()],
+        arguments: ROOM_FOR_MEMORY.map(String::from).into(),
         ..with_disk(&stage.world)?
     };
     stage.with_small_pair(&small, |world| {
@@ -184,7 +185,7 @@ pub(super) fn memory_plugged_in_and_pulled_out(stage: &mut Stage) -> Result<()> 
 }
 
 /// Plugs memory in and waits until the guest uses it; its first frame.
-fn plug_in(guest: &mut Guest) -> Result<u64> {
+pub(super) fn plug_in(guest: &mut Guest) -> Result<u64> {
     let blocks = |guest: &mut Guest| -> Result<Vec<String>> {
         let mut names: Vec<String> = guest.request(Op::List {
             path: MEMORY.into(),

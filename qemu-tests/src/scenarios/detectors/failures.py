@@ -1,6 +1,7 @@
-"""Has allocations fail: of whoever loads the module, of its thread, of whoever sets a knob.
+"""Has allocations fail: of whoever loads the module, of its thread, also when all is withdrawn and reported again, of whoever
+sets a knob.
 
-failures.py load MODULE | thread | knobs: prints how many allocations failed.
+failures.py load MODULE | thread | withdraw | knobs: prints how many allocations failed.
 """
 
 import collections
@@ -114,17 +115,47 @@ def thread():
             view[at]
         views.append(view)
         # The one under way, and one that sees the file.
-        passes = number("full_scans") + 2
-        deadline = time.monotonic() + 120
-        while number("full_scans") < passes:
-            if time.monotonic() > deadline:
-                sys.exit("no pass ends when allocation %d fails" % nth)
-            time.sleep(0.02)
-        with open(path) as file:
-            left = int(file.read().rstrip("\0\n"))
-        put(path, "0")
-        met_none = met_none + 1 if left else 0
+        passes(2, nth)
+        met_none = met_none + 1 if left_of(path) else 0
     print("%d allocations" % (nth - met_none))
+
+
+def passes(more, nth):
+    passes = number("full_scans") + more
+    until(lambda: number("full_scans") >= passes, "no pass ends when allocation %d fails" % nth)
+
+
+def until(come, otherwise):
+    deadline = time.monotonic() + 120
+    while not come():
+        if time.monotonic() > deadline:
+            sys.exit(otherwise)
+        time.sleep(0.02)
+
+
+def left_of(path):
+    """How many allocations were left until one would have failed; none fails from now on."""
+    with open(path) as file:
+        left = int(file.read().rstrip("\0\n"))
+    put(path, "0")
+    return left
+
+
+def withdraw():
+    """The same of the module's thread, which withdraws everything and reports it again. Of many allocations that are alike,
+    not each."""
+    path = thread_of_module() + "/fail-nth"
+    met_none, nth, tries = 0, 0, 0
+    while met_none < 3:
+        nth += 1 + nth // 8
+        tries += 1
+        put(path, str(nth))
+        put(SYSFS + "/run", "2")
+        until(lambda: number("pages_tracked") == 0, "not all is withdrawn when allocation %d fails" % nth)
+        put(SYSFS + "/run", "1")
+        passes(2, nth)
+        met_none = met_none + 1 if left_of(path) else 0
+    print("%d of %d allocations" % (tries - met_none, nth))
 
 
 def knobs():
@@ -159,5 +190,7 @@ if sys.argv[1] == "load":
     load(sys.argv[2])
 elif sys.argv[1] == "thread":
     thread()
+elif sys.argv[1] == "withdraw":
+    withdraw()
 else:
     knobs()

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::{
     Stage,
+    plug::{ROOM_FOR_MEMORY, plug_in},
     steps::{each, hold, renice, spec, unit},
 };
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
     guest::{Guest, SYSFS},
     integrity::Integrity,
     interrupt,
-    protocol::Op,
+    protocol::{Kin, Op},
     settle::settle,
     world::World,
 };
@@ -29,6 +30,8 @@ const FAILURES: &str = include_str!("failures.py");
 const STOP: &str = "/tmp/stress-stop";
 /// Puts the agent, whose child this is, before everybody else, and what it starts.
 const FIRST: &str = "renice -n -20 -p $(ls /proc/$PPID/task)";
+/// What two processes with one address space map.
+const TWINS_MAP: &str = "/usr/bin/python3";
 const MODULE: &str = "/run/pagefusion/pagefusion.ko";
 
 /// How often the module is loaded and unloaded while its guest is busy.
@@ -63,7 +66,8 @@ const KERNELS_OWN: [(&str, &str); 3] = [
     ),
 ];
 
-/// Each allocation fails in turn: of loading the module, of its passes, of setting a knob. It gets along, or says no.
+/// Each allocation fails in turn: of loading the module, of its passes, of withdrawing everything, of setting a knob. It
+/// gets along, or says no.
 pub(super) fn any_allocation_may_fail(stage: &mut Stage) -> Result<()> {
     with_detectors(stage, |world| {
         let guest = &mut world.guests[0];
@@ -71,6 +75,14 @@ pub(super) fn any_allocation_may_fail(stage: &mut Stage) -> Result<()> {
         quiet(guest, true)?;
         fail(guest, "knobs")?;
         fail(guest, "thread")?;
+        // The walk of inodes and what is remembered of address spaces that several processes have need memory as well.
+        let (kind, path) = (Kin::Twins, Some(TWINS_MAP.to_owned()));
+        unit(guest, Op::Kin { kind, path })?;
+        guest.set("scope", "clean")?;
+        fail(guest, "thread")?;
+        fail(guest, "withdraw")?;
+        guest.set("scope", "readonly")?;
+        unit(guest, Op::Kin { kind, path: None })?;
         guest.unload_module()?;
         fail(guest, "load")?;
         guest.load_hurried_module()?;
@@ -131,6 +143,9 @@ pub(super) fn loads_and_unloads_under_load(stage: &mut Stage) -> Result<()> {
                 0
             };
             renice(guest, -20)?;
+            if round % 2 == 1 {
+                guest.set("scope", "clean")?;
+            }
             next(1);
             let op = Op::WaitCounter {
                 path: format!("{SYSFS}/pages_reported"),
@@ -147,30 +162,44 @@ pub(super) fn loads_and_unloads_under_load(stage: &mut Stage) -> Result<()> {
     })
 }
 
-/// For ten minutes, in two guests that share; then they share on, and what they read is right.
+/// For ten minutes, half of them with all cached files in scope, in two guests that share; then they share on, and what
+/// they read is right.
 pub(super) fn everything_at_once_leaves_no_trace(stage: &mut Stage) -> Result<()> {
     with_detectors(stage, |world| {
         each(world, |guest| renice(guest, 0))?;
         let stress = Stress::start(world, 2, 0.0)?;
-        let before = passes(world)?;
-        let deadline = Instant::now() + STRESSED;
-        while Instant::now() < deadline {
-            interrupt::check()?;
-            world.healthy()?;
-            stress.goes_on(world)?;
-            std::thread::sleep(SLICE);
+        for scope in ["readonly", "clean"] {
+            each(world, |guest| guest.set("scope", scope))?;
+            under(&stress, world).context(scope)?;
         }
-        let after = passes(world)?;
-        eprintln!("passes: {before:?} before, {after:?} afterwards");
-        let made = |(before, after)| after > before;
-        ensure!(
-            before.into_iter().zip(after).all(made),
-            "no pass has come to its end"
-        );
         stress.end(world)?;
         settle(world, Instant::now())?;
         files_are_right(world)
     })
+}
+
+/// Half of the time, and until each guest has made a pass that began meanwhile.
+fn under(stress: &Stress, world: &mut World) -> Result<()> {
+    let before = passes(world)?;
+    let began = Instant::now();
+    loop {
+        let after = passes(world)?;
+        // One may have been under way.
+        let enough = |(before, after): (&u64, u64)| after >= before + 2;
+        let all = before.iter().zip(after.clone()).all(enough);
+        if all && began.elapsed() >= STRESSED / 2 {
+            eprintln!("passes: {before:?} before, {after:?} afterwards");
+            return Ok(());
+        }
+        ensure!(
+            began.elapsed() < LIMIT,
+            "no pass comes to its end: {before:?}, {after:?}"
+        );
+        interrupt::check()?;
+        world.healthy()?;
+        stress.goes_on(world)?;
+        std::thread::sleep(SLICE);
+    }
 }
 
 /// How many each guest has made.
@@ -213,11 +242,25 @@ impl Stress {
             guest.output(&["touch", STOP])?;
             let wait = "while [ ! -e /tmp/stress-status ]; do sleep 0.1; done; cat /tmp/stress-status /tmp/stress-log";
             let said = guest.run_for(&["sh", "-c", wait], LIMIT)?.stdout;
-            ensure!(said.trim() == "0", "{}: {said}", guest.name());
+            eprintln!("{}: the stress: {said}", guest.name());
+            everything_came_about(&said).with_context(|| guest.name().to_owned())?;
             guest.output(&["sh", "-c", "rm -rf /var/tmp/stress-*"])?;
         }
         Ok(())
     }
+}
+
+/// Fails when the stress did, or when something of it never happened.
+fn everything_came_about(said: &str) -> Result<()> {
+    let (status, kinds) = said.split_once('\n').unwrap_or_default();
+    ensure!(status == "0" && !kinds.is_empty(), "{said}");
+    for line in kinds.lines() {
+        let times = line
+            .split_once(" times: ")
+            .with_context(|| line.to_owned())?;
+        ensure!(times.0 != "0", "the stress never did this: {}", times.1);
+    }
+    Ok(())
 }
 
 /// Plays with two guests that share; afterwards the module is gone from them and has left nothing behind.
@@ -236,13 +279,16 @@ fn start(world: &mut World) -> Result<()> {
     // by the detector of soft lockups before. Grace periods, several to each unload, are ended by threads that
     // everything else runs beside.
     for _ in 0..2 {
-        world.start_files(
+        world.start_files_with(
             2,
             "log_buf_len=8M kmemleak=on rcupdate.rcu_cpu_stall_timeout=240 rcutree.kthread_prio=1",
+            &ROOM_FOR_MEMORY,
         )?;
     }
     let boot = world.limits.boot;
     each(world, |guest| guest.wait_agent(boot).map(drop))?;
+    // Nothing else is sure to be movable, and with it to go away again.
+    each(world, |guest| plug_in(guest).map(drop))?;
     hold_libraries(world)?;
     each(world, |guest| {
         let debugfs = spec("debugfs", "debugfs", "/sys/kernel/debug", "");
@@ -339,4 +385,18 @@ fn write(guest: &mut Guest, path: &str, data: &str) -> Result<()> {
     guest
         .request_for::<Value>(Op::Write { path, data }, LIMIT, |_| {})
         .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stress_that_leaves_something_out_is_none() {
+        assert!(everything_came_about("0\n3 times: map\n1 times: CPU off\n").is_ok());
+        assert!(everything_came_about("0\n3 times: map\n0 times: CPU off\n").is_err());
+        assert!(everything_came_about("0\n").is_err());
+        assert!(everything_came_about("1\n3 times: map\n").is_err());
+        assert!(everything_came_about("0\nsomething is wrong\n").is_err());
+    }
 }

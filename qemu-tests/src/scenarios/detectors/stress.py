@@ -1,9 +1,11 @@
 """Everything at once that changes what a module that walks processes and page caches looks at.
 
 stress.py SEED PAUSE: until the file STOP is there, with pauses of up to so many seconds between two changes of a kind.
-Exits with 1, and says why, when bytes are not what was written.
+Then says how often each kind of change has come about, a line for each. Exits with 1, and says why, when bytes are not
+what was written.
 """
 
+import errno
 import glob
 import mmap
 import os
@@ -19,6 +21,22 @@ LIBRARIES = [path for path in glob.glob("/usr/lib/x86_64-linux-gnu/*.so*") if os
 
 
 PAUSE = float(sys.argv[2])
+KINDS = ["map", "fork", "file", "drop caches", "compact memory", "CPU off", "CPU on",
+         "memory off", "memory on"]
+# What every worker has done: a row for each, in memory that all have.
+WORKERS = 6
+DONE = mmap.mmap(-1, WORKERS * len(KINDS) * 8)
+worker = 0
+
+
+def did(kind):
+    at = 8 * (worker * len(KINDS) + KINDS.index(kind))
+    DONE[at:at + 8] = (int.from_bytes(DONE[at:at + 8], "little") + 1).to_bytes(8, "little")
+
+
+def times(kind):
+    rows = range(KINDS.index(kind) * 8, len(DONE), len(KINDS) * 8)
+    return sum(int.from_bytes(DONE[at:at + 8], "little") for at in rows)
 
 
 def going_on(rng):
@@ -40,6 +58,7 @@ def maps(rng):
         for at in range(0, len(view), PAGE * 3):
             view[at]
         held.append(view)
+        did("map")
         if len(held) > 8:
             held.pop(rng.randrange(len(held))).close()
 
@@ -57,6 +76,7 @@ def forks(rng):
         subprocess.run(["/bin/true"], check=True)
         for child in children:
             os.waitpid(child, 0)
+        did("fork")
 
 
 def files(rng):
@@ -90,6 +110,7 @@ def files(rng):
             del expected[left:]
             file.seek(0)
             check(file.read(), expected, "a truncated file")
+            did("file")
         if rng.random() < 0.2:
             os.unlink(path)
 
@@ -109,42 +130,54 @@ def memory(rng):
     while going_on(rng):
         if rng.random() < 0.3:
             # What shrinks everything makes the module rest for ten seconds, so it is rare.
-            set_("/proc/sys/vm/drop_caches", "3" if rng.random() < 0.02 else "1")
-        set_("/proc/sys/vm/compact_memory", "1")
+            set_("/proc/sys/vm/drop_caches", "3" if rng.random() < 0.02 else "1", "drop caches")
+        set_("/proc/sys/vm/compact_memory", "1", "compact memory")
         bytearray(rng.randrange(1, 48) << 20)
         time.sleep(rng.random() / 2)
 
 
 def plugs(rng):
     """A CPU and pieces of memory are taken away and come back."""
-    blocks = glob.glob("/sys/devices/system/memory/memory*/state")
+    blocks = glob.glob("/sys/devices/system/memory/memory[0-9]*")
+    movable = [block for block in blocks if "Movable" in zones(block)]
+    others = [block for block in blocks if block not in movable]
     while going_on(rng):
-        set_("/sys/devices/system/cpu/cpu1/online", "0")
+        set_("/sys/devices/system/cpu/cpu1/online", "0", "CPU off")
         time.sleep(rng.random() / 2)
-        set_("/sys/devices/system/cpu/cpu1/online", "1")
-        block = rng.choice(blocks)
-        # Most hold memory that cannot be moved, and the kernel tries for ever.
-        subprocess.run(["timeout", "1", "sh", "-c", 'echo offline > "$0"', block],
-                       stderr=subprocess.DEVNULL, check=False)
+        set_("/sys/devices/system/cpu/cpu1/online", "1", "CPU on")
+        # Other blocks hold memory that cannot be moved, and the kernel tries for ever.
+        block, patience = (rng.choice(others), "1") if rng.random() < 0.5 else (rng.choice(movable), "60")
+        offline = ["timeout", patience, "sh", "-c", 'echo offline > "$0"', block + "/state"]
+        if subprocess.run(offline, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+            did("memory off")
         time.sleep(rng.random() / 2)
-        set_(block, "online_movable")
+        set_(block + "/state", "online_movable", "memory on")
 
 
-def set_(path, value):
+def zones(block):
+    with open(block + "/valid_zones") as file:
+        return file.read()
+
+
+def set_(path, value, kind):
     try:
         with open(path, "w") as file:
             file.write(value)
-    except OSError:
-        pass
+        did(kind)
+    except OSError as error:
+        # Somebody is in the way, or it is like that already.
+        if error.errno not in (errno.EBUSY, errno.EAGAIN, errno.ENOMEM, errno.EINVAL):
+            raise
 
 
 def main():
+    global worker
     rng = random.Random(int(sys.argv[1]))
     workers = []
     for number, work in enumerate([maps, forks, files, files, memory, plugs]):
         child = os.fork()
         if child == 0:
-            status = 1
+            status, worker = 1, number
             try:
                 work(random.Random(rng.random() + number))
                 status = 0
@@ -160,6 +193,8 @@ def main():
             print("%s ended with %d" % (work.__name__, status), flush=True)
             failed = True
             open(STOP, "w").close()
+    for kind in KINDS:
+        print("%d times: %s" % (times(kind), kind))
     sys.exit(failed)
 
 
