@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    ops::Range,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -19,6 +20,7 @@ use super::{
     },
 };
 use crate::{
+    guest::Guest,
     initramfs,
     integrity::Integrity,
     pattern::Expected,
@@ -60,20 +62,12 @@ fn on_disk(world: &mut World, sums: &Sums, seed: u64, kind: &str, writable: bool
     let mut integrity = Integrity::default();
     let disk = disk(kind)?;
     let path = |name: &str| format!("{}/{name}", disk.target);
+    let mut part = None;
     each(world, |guest| {
         unit(guest, Op::Mount(disk.clone()))?;
         hold(guest, &path("library"))?;
         hold(guest, &path("program"))?;
-        // The first and the last page of this part lie inside large folios, where there are any.
-        unit(
-            guest,
-            Op::HoldPart {
-                path: path("shell"),
-                name: path("part"),
-                offset: 7 * PAGE,
-                bytes: 41 * PAGE,
-            },
-        )
+        hold_part(guest, &path("shell"), &path("part"), writable, &mut part)
     })?;
     for name in ["library", "program", "part"] {
         all_same(world, &path(name))?;
@@ -106,6 +100,54 @@ fn on_disk(world: &mut World, sums: &Sums, seed: u64, kind: &str, writable: bool
     }
     each(world, |guest| unmount(guest, &disk.target))?;
     integrity.verdict()
+}
+
+/// Holds a part of a file, the same in each guest, whose first and last page lie in the middle of `large` folios.
+fn hold_part(
+    guest: &mut Guest,
+    path: &str,
+    name: &str,
+    large: bool,
+    part: &mut Option<Range<usize>>,
+) -> Result<()> {
+    // To look at them maps all of the file, which is no business of a pass.
+    guest.set("run", "0")?;
+    unit(
+        guest,
+        Op::Cache {
+            paths: vec![path.into()],
+            singly: false,
+        },
+    )?;
+    let tails: Vec<bool> = guest.request(Op::Tails { path: path.into() })?;
+    let part = part.get_or_insert_with(|| part_of_folios(&tails).unwrap_or(7..48));
+    ensure!(
+        !large || tails[part.start] && tails[part.end],
+        "pages {part:?} are not parts of large folios, where these pages are: {:?}",
+        (0..tails.len())
+            .filter(|page| tails[*page])
+            .collect::<Vec<_>>()
+    );
+    let (path, name) = (path.into(), name.into());
+    unit(
+        guest,
+        Op::HoldPart {
+            path,
+            name,
+            offset: part.start as u64 * PAGE,
+            bytes: part.len() as u64 * PAGE,
+        },
+    )?;
+    guest.set("run", "1")
+}
+
+/// Some pages, before and behind which their folios go on. The kernel takes single pages at first, and more together as the
+/// reader goes on.
+fn part_of_folios(tails: &[bool]) -> Option<Range<usize>> {
+    const LEAST: usize = 40;
+    let tail_from = |page| (page..tails.len()).find(|page| tails[*page]);
+    let start = tail_from(0)?;
+    Some(start..tail_from(start + LEAST)?)
 }
 
 /// Files of our own that are rewritten, truncated and replaced in the first guest.
@@ -372,6 +414,8 @@ fn unmounted_during_a_walk_of_inodes(world: &mut World, seed: u64) -> Result<()>
 /// What each scope adds, and that a stream is left alone. Files are mapped to be looked at only while the module rests:
 /// that would make them eligible.
 pub(super) fn scopes_see_what_they_name(stage: &mut Stage) -> Result<()> {
+    /// Of what else the guests map.
+    const NOISE: u64 = 20;
     const FILES: [(&str, u32); 4] = [("part", 1), ("often", 4), ("once", 1), ("other", 4)];
     with_two(stage, |world, _, seed| {
         let disk = disk("ext4")?;
@@ -399,22 +443,41 @@ pub(super) fn scopes_see_what_they_name(stage: &mut Stage) -> Result<()> {
         })?;
 
         all_same(world, "ten pages")?;
+        let mut tracked = [0; 3];
         let part = shared_pages(world, "readonly", &[path("part")])?;
+        tracked[0] = world.guests[0].counter("pages_tracked")?;
         ensure!(
             part[0].0 == 10,
             "readonly: {} pages of a file are shared of which ten are mapped",
             part[0].0
         );
         let cached = shared_pages(world, "cached", &[path("part"), path("other")])?;
+        tracked[1] = world.guests[0].counter("pages_tracked")?;
         ensure!(
             is_most(cached[0]) && cached[1].0 == 0,
             "cached: {cached:?} pages are shared of a file with a mapped part, and of one without"
         );
         let clean = shared_pages(world, "clean", &[path("often"), path("once")])?;
+        tracked[2] = world.guests[0].counter("pages_tracked")?;
         ensure!(
             is_most(clean[0]) && clean[1].0 == 0,
             "clean: {clean:?} pages are shared of a file that was read often, and of one that was read once"
         );
+        // What does not belong to a smaller scope is not remembered as reported any more.
+        let [in_readonly, in_cached, in_clean] = tracked;
+        let pages = BYTES / PAGE;
+        ensure!(
+            in_cached + NOISE >= in_readonly + pages && in_clean + NOISE >= in_cached + pages,
+            "{tracked:?} pages are remembered as the scope grows"
+        );
+        for (scope, before) in [("cached", in_cached), ("readonly", in_readonly)] {
+            shared_pages(world, scope, &[])?;
+            let after = world.guests[0].counter("pages_tracked")?;
+            ensure!(
+                after <= before + NOISE,
+                "{scope}: {after} pages are remembered after a larger scope, and {before} were before"
+            );
+        }
 
         let mut integrity = Integrity::default();
         for (index, (name, _)) in FILES.iter().enumerate() {
