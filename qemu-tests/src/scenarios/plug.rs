@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{
     Stage,
     shared_files::{SharedFiles, with_disk},
-    steps::{has_another_host, unit},
+    steps::{has_another_host, nothing_is_abandoned, unit, with_reports_in_flight},
 };
 use crate::{
     guest::Guest,
@@ -99,7 +99,7 @@ pub(super) fn plain_device(stage: &mut Stage) -> Result<()> {
             )?;
             guest.monitor(
                 "device_add",
-                json!({ "driver": "ivshmem-plain", "memdev": "shared", "master": "on" }),
+                json!({ "driver": "ivshmem-plain", "id": "plain", "memdev": "shared", "master": "on" }),
             )?;
             has_another_host(guest, 0)?;
             ensure!(guest.counter("host_instance")? == before, "another engine");
@@ -112,6 +112,20 @@ pub(super) fn plain_device(stage: &mut Stage) -> Result<()> {
         files.are_right(world)?;
         world.site.ctl(&["resume", "--all"])?;
         files.are_shared(world)?;
+        files.are_right(world)?;
+
+        // QEMU takes it away, from a guest that waits for answers. It cannot show this memory twice.
+        let standstill = with_reports_in_flight(world, &mut files)?;
+        let guest = &mut world.guests[0];
+        guest.monitor("device_del", json!({ "id": "plain" }))?;
+        guest.wait_event("DEVICE_DELETED", LIMIT)?;
+        ensure!(
+            guest.counter("host_instance")? == 0 && guest.counter("pages_in_flight")? == 0,
+            "the module believes in a host without a device"
+        );
+        nothing_is_abandoned(guest)?;
+        files.are_right(world)?;
+        drop(standstill);
         files.are_right(world)
     })
 }
