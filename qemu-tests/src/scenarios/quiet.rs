@@ -114,6 +114,8 @@ fn fall_asleep(guest: &mut Guest, longest: &str) -> Result<()> {
 
 /// The guest's time in which an idle module is watched, at least.
 const WATCHED: Duration = Duration::from_secs(600);
+/// The longest sleep of an idle module then.
+const LONGEST: Duration = Duration::from_secs(60);
 /// What it may use of one CPU.
 const SHARE: f64 = 0.0005;
 /// From the first touch of a file to its report, where a busy host does not count.
@@ -152,7 +154,8 @@ fn idle(stage: &mut Stage, kernel_arguments: &str) -> Result<()> {
     guest.wait_passes(5, LIMIT)?;
     guest.output(&["kill", spinner.trim()])?;
 
-    fall_asleep(guest, "60000")?;
+    fall_asleep(guest, &LONGEST.as_millis().to_string())?;
+    let reported = guest.counter("pages_reported")?;
     let (since, cpu) = (uptime(guest)?, guest.counter("cpu_usecs")?);
     let passes = guest.counter("full_scans")?;
     let deadline = Instant::now() + LIMIT;
@@ -170,6 +173,18 @@ fn idle(stage: &mut Stage, kernel_arguments: &str) -> Result<()> {
         share * 100.0
     );
     ensure!(passes > 0, "no pass in {watched:?}");
+    // The sleep doubles from a second to the longest, and stays so.
+    let doublings = u64::from(LONGEST.as_secs().ilog2()) + 1;
+    let most = watched.as_secs() / LONGEST.as_secs() + 1 + doublings;
+    ensure!(
+        passes <= most,
+        "{passes} passes in {watched:?}, {most} were expected at most"
+    );
+    let more = guest.counter("pages_reported")? - reported;
+    ensure!(
+        more == 0,
+        "{more} pages were reported where nothing changes"
+    );
     ensure!(
         share <= SHARE,
         "an idle module uses {:.4}% of a CPU",
