@@ -63,6 +63,9 @@ pub struct Change {
 /// One run.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Churned {
+    /// The version it was made with; runs of before this was noted have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pagefusion: Option<String>,
     /// What shared the guests' memory.
     pub system: System,
     /// Everything that happened.
@@ -80,6 +83,7 @@ pub(super) fn run(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Churned>
         changes.push(change(trial, step, world, ksm)?);
     }
     Ok(Churned {
+        pagefusion: None,
         system: trial.system,
         changes,
     })

@@ -6,6 +6,7 @@
 
 mod arguments;
 mod churn;
+mod conclusions;
 mod ksm;
 mod machine;
 mod oracle;
@@ -22,7 +23,7 @@ mod workloads;
 
 use std::{fs, path::Path};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 pub use self::{arguments::Compare, results::Results};
 use self::{ksm::Ksm, workloads::Disks};
@@ -31,16 +32,12 @@ use crate::{artifacts::Artifacts, progress::Progress};
 /// Makes all runs that are chosen.
 pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Result<Results> {
     let machine = machine::describe(artifacts)?;
-    let mut results = match &compare.json {
+    let version = Some(machine.pagefusion.clone());
+    let results = match &compare.json {
         Some(path) if compare.add && path.exists() => read(path)?,
         _ => Results::default(),
     };
-    ensure!(
-        results.runs.is_empty() || results.machine.same_host(&machine),
-        "the results to add to are of another machine or other versions: {:?}",
-        results.machine
-    );
-    results.machine = machine;
+    let mut results = results.go_on(machine)?;
     let ksm = Ksm::take()?;
     let disks = Disks::new()?;
     let mut progress = Progress::new();
@@ -51,9 +48,10 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
     };
     for trial in plan::trials(&wanted) {
         progress.step(format!("{}: {}", trial.workload, trial.title()));
-        let run = trial::run(trial, artifacts, &ksm, &disks, logs)
+        let mut run = trial::run(trial, artifacts, &ksm, &disks, logs)
             .with_context(|| format!("{}: {}", trial.workload, trial.title()))?;
         progress.found(&text::line(&run));
+        run.pagefusion.clone_from(&version);
         results.runs.push(run);
         results.conclude();
         keep(&results)?;
@@ -61,18 +59,21 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
     for system in plan::served(&wanted) {
         let title = format!("requests: {}", system.name());
         progress.step(title.clone());
-        let served = trial::with_two_guests(system, artifacts, &ksm, &disks, logs, requests::run)
-            .context(title)?;
+        let mut served =
+            trial::with_two_guests(system, artifacts, &ksm, &disks, logs, requests::run)
+                .context(title)?;
         progress.found(&text::served_line(&served));
+        served.pagefusion.clone_from(&version);
         results.served.push(served);
         keep(&results)?;
     }
     for system in plan::churned(&wanted) {
         let title = format!("churn: {}", system.name());
         progress.step(title.clone());
-        let churned = trial::with_two_guests(system, artifacts, &ksm, &disks, logs, churn::run)
+        let mut churned = trial::with_two_guests(system, artifacts, &ksm, &disks, logs, churn::run)
             .context(title)?;
         progress.found(&text::churned_line(&churned));
+        churned.pagefusion.clone_from(&version);
         results.churned.push(churned);
         keep(&results)?;
     }

@@ -12,7 +12,8 @@ use plotters::{
 };
 
 use super::{
-    results::{Group, Results, run_lengths},
+    conclusions::{Group, run_lengths},
+    results::Results,
     systems::System,
     workloads::Workload,
 };

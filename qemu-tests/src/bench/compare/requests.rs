@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    conclusions::time_to,
     ksm::Ksm,
-    results::time_to,
     systems::System,
     trial::{self, Course, Trial, pause},
 };
@@ -71,6 +71,9 @@ pub struct Latency {
 /// One run.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Served {
+    /// The version it was made with; runs of before this was noted have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pagefusion: Option<String>,
     /// What shared the guests' memory.
     pub system: System,
     /// To nginx.
@@ -96,6 +99,7 @@ pub(super) fn run(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Served> 
     }
     let [web, database] = end(world, &played)?;
     Ok(Served {
+        pagefusion: None,
         system: trial.system,
         web,
         database,

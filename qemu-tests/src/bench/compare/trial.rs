@@ -10,9 +10,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{
+    conclusions::time_to,
     ksm::Ksm,
     oracle,
-    results::{Rest, Run, time_to},
+    results::{Rest, Run},
     sample::{Sample, Sampler, Subjects},
     systems::System,
     workloads::{Disks, Workload},
@@ -185,6 +186,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
     let to_99 = seconds_to[2].unwrap_or(end - start);
     let cpu = |from, to| (at(&samples, to).sharing() - at(&samples, from).sharing()) as f64 / 1e9;
     let mut run = Run {
+        pagefusion: None,
         workload: trial.workload,
         system: trial.system,
         counted: trial.counted,

@@ -3,8 +3,8 @@
 use super::{MIB, NONE, cell, finish, table};
 use crate::bench::compare::{
     churn::{Change, Churned, Step},
+    conclusions::Spread,
     oracle::{Class, Oracle},
-    results::Spread,
     systems::System,
 };
 
@@ -105,6 +105,7 @@ mod tests {
                 },
             };
             Churned {
+                pagefusion: None,
                 system,
                 changes: vec![change],
             }

@@ -11,8 +11,9 @@ use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 use self::{churn::churned, requests::served};
 pub(super) use self::{churn::churned_line, requests::served_line};
 use super::{
+    conclusions::{Group, Spread, run_lengths},
     oracle::{Class, Oracle},
-    results::{Group, Results, Run, Spread, run_lengths},
+    results::{Results, Run},
     systems::System,
     workloads::Workload,
 };
@@ -105,7 +106,7 @@ fn machine(results: &Results) -> String {
     let machine = &results.machine;
     format!(
         "{} CPUs ({}), {} MiB of memory, Linux {} with huge pages set to `{}`; guests under {}, \
-         QEMU {}, kernel {}; pagefusion {}. {} runs.\n",
+         QEMU {}, kernel {}; pagefusion {}.\n",
         machine.cpus,
         machine.processor,
         grouped(machine.memory_mib),
@@ -114,9 +115,36 @@ fn machine(results: &Results) -> String {
         machine.accelerator,
         machine.qemu,
         machine.guest_kernel,
-        machine.pagefusion,
-        results.runs.len(),
+        versions(results),
     )
+}
+
+fn runs(count: u64) -> String {
+    match count {
+        1 => "1 run".to_owned(),
+        count => format!("{} runs", grouped(count)),
+    }
+}
+
+/// All versions that runs were made with, in the order of the first of each.
+fn versions(results: &Results) -> String {
+    let mut counts: Vec<(Option<&str>, u64)> = Vec::new();
+    for version in results.versions() {
+        match counts.iter_mut().find(|(known, _)| *known == version) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((version, 1)),
+        }
+    }
+    let each = counts.iter().map(|(version, count)| match version {
+        Some(version) => format!("{version} ({})", runs(*count)),
+        // The file's is that of the last of them.
+        None => format!(
+            "{} or before ({}, of which no version was noted)",
+            results.machine.pagefusion,
+            runs(*count)
+        ),
+    });
+    each.collect::<Vec<_>>().join(", ")
 }
 
 fn ratios(results: &Results) -> String {
@@ -252,6 +280,7 @@ fn cpu(systems: &Systems<'_>) -> String {
         "guests, s emulated",
         "s for each GiB",
         "settled, % of a CPU",
+        "in so many s",
         "metadata, MiB",
     ]);
     for (system, group) in systems {
@@ -278,6 +307,9 @@ fn cpu(systems: &Systems<'_>) -> String {
             })),
             cell(group.cpu_per_gib(), |value| format!("{value:.2}")),
             cell(group.rest(), |value| format!("{:.3}", value * 100.0)),
+            cell(group.spread(|run| Some(run.rest.seconds)), |value| {
+                format!("{value:.0}")
+            }),
             cell(group.spread(|run| Some(run.overhead() / MIB)), |value| {
                 format!("{value:.1}")
             }),
@@ -465,6 +497,28 @@ mod tests {
     }
 
     #[test]
+    fn all_versions_that_runs_were_made_with_are_named() {
+        let made_with = |version: Option<&str>| {
+            let workload = Workload::Boot { guests: 2 };
+            let readonly = System::Readonly;
+            let mut run =
+                crate::bench::compare::conclusions::tests::run(workload, readonly, 1.0, 1.0);
+            run.pagefusion = version.map(str::to_owned);
+            run
+        };
+        let mut results = Results {
+            runs: [None, Some("new"), None, Some("newer"), Some("new")]
+                .map(made_with)
+                .to_vec(),
+            ..Results::default()
+        };
+        results.machine.pagefusion = "old".to_owned();
+        let all = "pagefusion old or before (2 runs, of which no version was noted), new (2 runs), newer (1 run).";
+        let text = machine(&results);
+        assert!(text.contains(all), "{text}");
+    }
+
+    #[test]
     fn several_runs_show_their_spread() {
         let show = |value: f64| format!("{value:.1}");
         assert_eq!(cell(Spread::of(&mut [2.0]), show), "2.0");
@@ -478,7 +532,7 @@ mod tests {
     #[test]
     fn runs_of_pages_are_parts_of_all_pages() {
         let run = |lengths: &[&[u64]]| -> Run {
-            let mut run = crate::bench::compare::results::tests::run(
+            let mut run = crate::bench::compare::conclusions::tests::run(
                 Workload::Aged,
                 System::Readonly,
                 1.0,
@@ -513,7 +567,7 @@ mod tests {
         let made = insert(&document, &results).unwrap();
         assert!(
             made == document,
-            "docs/benchmarks.md is not what `cargo xtask bench --document` makes of docs/benchmarks/results.json"
+            "docs/benchmarks.md is not what `cargo xtask bench document` makes of docs/benchmarks/results.json"
         );
     }
 }

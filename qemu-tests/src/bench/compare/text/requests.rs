@@ -3,8 +3,8 @@
 use super::{cell, finish, table};
 use crate::{
     bench::compare::{
+        conclusions::Spread,
         requests::{Latency, Phase, Served},
-        results::Spread,
     },
     report::grouped,
 };
