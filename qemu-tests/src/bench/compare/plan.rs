@@ -51,6 +51,7 @@ impl Wanted {
                 Workload::Files { mib: 4096 },
                 Workload::Boot { guests: 4 },
                 Workload::Boot { guests: 8 },
+                Workload::Boot { guests: 16 },
             ],
             requests: true,
             churn: true,
@@ -82,8 +83,10 @@ fn systems(workload: Workload) -> Vec<System> {
         ],
         // How the cost grows.
         Workload::Files { .. } => vec![Readonly],
-        Workload::Boot { guests: 2 } => vec![Nothing, Readonly, KsmUnlimited, Clean],
-        Workload::Boot { .. } => vec![Readonly],
+        Workload::Boot { guests: 2 } => {
+            vec![Nothing, Readonly, KsmUnlimited, Clean, ReadonlyKsm]
+        }
+        Workload::Boot { .. } => vec![Readonly, KsmUnlimited],
         Workload::Aged | Workload::Mixed => vec![Readonly, KsmUnlimited, Clean],
     }
 }
@@ -180,6 +183,19 @@ mod tests {
         let counted: Vec<_> = trials.iter().filter(|trial| trial.counted).collect();
         assert_eq!(counted.len(), 1);
         assert_eq!(counted[0].system, System::Readonly);
+    }
+
+    #[test]
+    fn ours_is_beside_ksm_without_limits_for_any_number_of_guests() {
+        let trials = trials(&Wanted::full());
+        for guests in [2, 4, 8, 16] {
+            for system in [System::Readonly, System::KsmUnlimited] {
+                let workload = Workload::Boot { guests };
+                let mut all = trials.iter();
+                let found = all.any(|it| it.workload == workload && it.system == system);
+                assert!(found, "{guests} guests, {system:?}");
+            }
+        }
     }
 
     #[test]
