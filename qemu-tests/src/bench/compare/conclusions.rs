@@ -284,6 +284,7 @@ pub(super) mod tests {
             },
             pages_reported: 0,
             metadata: 1 << 24,
+            ksm_metadata: 0,
             heap: [0; 2],
             folios: None,
             run_lengths: Vec::new(),

@@ -51,6 +51,10 @@ pub struct Oracle {
     pub clean: Class,
     /// Memory of processes.
     pub anonymous: Class,
+    /// The rest: the kernel and its text, page cache that is dirty or of no disk, and what is free; older results do not
+    /// have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other: Option<Class>,
 }
 
 /// One frame.
@@ -129,7 +133,7 @@ fn read(pid: u32, address: u64, pages: u64, mut take: impl FnMut(u64, u128, u64)
 
 impl Oracle {
     fn of(frames: &[Frame]) -> Self {
-        use FrameKind::{Anonymous, Clean, Mapped};
+        use FrameKind::{Anonymous, Cache, Clean, Mapped, Other};
         let class = |kinds: &[FrameKind]| {
             let chosen = frames.iter().filter(|frame| kinds.contains(&frame.kind));
             Class::of(chosen)
@@ -139,6 +143,7 @@ impl Oracle {
             mapped: class(&[Mapped]),
             clean: class(&[Mapped, Clean]),
             anonymous: class(&[Anonymous]),
+            other: Some(class(&[Cache, Other])),
         }
     }
 }
@@ -182,7 +187,7 @@ mod tests {
 
     #[test]
     fn what_could_be_shared_is_what_is_there_more_than_once() {
-        use FrameKind::{Anonymous, Clean, Mapped};
+        use FrameKind::{Anonymous, Cache, Clean, Mapped, Other};
         let oracle = Oracle::of(&[
             frame(1, 10, 0, Mapped),
             frame(1, 11, 0, Mapped),
@@ -192,6 +197,8 @@ mod tests {
             frame(3, 14, 0, Anonymous),
             frame(0, 15, 0, Anonymous),
             frame(0, 15, 1, Anonymous),
+            frame(4, 16, 0, Cache),
+            frame(4, 16, 1, Other),
         ]);
         let mapped = Class {
             frames: 4,
@@ -204,8 +211,10 @@ mod tests {
         assert_eq!(oracle.mapped.share(), 0.5);
         assert_eq!(oracle.clean.shareable, 3, "one more, in another class");
         assert_eq!((oracle.anonymous.zero, oracle.anonymous.shareable), (2, 1));
-        assert_eq!((oracle.all.frames, oracle.all.shareable), (8, 4));
-        assert_eq!(oracle.all.shared, 2);
+        let other = oracle.other.unwrap();
+        assert_eq!((other.frames, other.shareable, other.shared), (2, 1, 1));
+        assert_eq!((oracle.all.frames, oracle.all.shareable), (10, 5));
+        assert_eq!(oracle.all.shared, 3);
     }
 
     #[test]

@@ -55,7 +55,25 @@ pub(super) fn draw(results: &Results, directory: &Path) -> Result<()> {
         })
         .collect();
     if sizes.len() > 1 {
-        growth(&sizes, &directory.join("growth.svg"))?;
+        growth(
+            &sizes,
+            &directory.join("growth.svg"),
+            "MiB of files in each of two guests",
+        )?;
+    }
+    let guests: Vec<_> = groups
+        .iter()
+        .filter_map(|((workload, system), group)| match (workload, system) {
+            (Workload::Boot { guests }, System::Readonly) => Some((f64::from(*guests), group)),
+            _ => None,
+        })
+        .collect();
+    if guests.len() > 1 {
+        growth(
+            &guests,
+            &directory.join("growth-guests.svg"),
+            "Debian guests",
+        )?;
     }
     let lengths = run_lengths(&groups);
     if lengths.len() > 1 {
@@ -170,7 +188,7 @@ fn cpu(systems: &[(System, &Group<'_>)], title: &str, path: &Path) -> Result<()>
 }
 
 /// Time and CPU time for each page.
-fn growth(sizes: &[(f64, &Group<'_>)], path: &Path) -> Result<()> {
+fn growth(sizes: &[(f64, &Group<'_>)], path: &Path, of: &str) -> Result<()> {
     let root = area(path)?;
     let line = |value: fn(&super::results::Run) -> Option<f64>| -> Vec<(f64, f64)> {
         let point = |(mib, group): &(f64, &Group<'_>)| {
@@ -198,11 +216,7 @@ fn growth(sizes: &[(f64, &Group<'_>)], path: &Path) -> Result<()> {
         .x_label_area_size(40)
         .y_label_area_size(60)
         .build_cartesian_2d((first * 0.9..last * 1.1).log_scale(), 0.0..most * 1.2)?;
-    chart
-        .configure_mesh()
-        .x_desc("MiB of files in each of two guests")
-        .y_desc("µs")
-        .draw()?;
+    chart.configure_mesh().x_desc(of).y_desc("µs").draw()?;
     for (index, (name, line)) in lines.into_iter().enumerate() {
         let colour = Palette99::pick(index).to_rgba();
         chart

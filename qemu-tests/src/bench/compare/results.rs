@@ -93,6 +93,9 @@ pub struct Run {
     pub pages_reported: u64,
     /// Bytes that the sharing itself takes, as it says itself; KSM's are not charged to anybody.
     pub metadata: u64,
+    /// KSM's part of it, where pagefusion says of its own.
+    #[serde(default)]
+    pub ksm_metadata: u64,
     /// Anonymous memory of VMMs and daemon that is not the guests' and holds no code, in bytes, at the start and at the
     /// end.
     #[serde(default)]
@@ -148,6 +151,10 @@ pub struct Ratios {
     pub growth_cpu_per_page: Option<f64>,
 }
 
+fn grown([before, after]: [u64; 2]) -> f64 {
+    after as f64 - before as f64
+}
+
 const GIB: f64 = (1_u64 << 30) as f64;
 
 impl Results {
@@ -183,9 +190,20 @@ impl Run {
     /// Bytes that sharing really took: what the kernel and all heaps grew by, or what it says itself where that is
     /// more.
     pub fn overhead(&self) -> f64 {
-        let grown = |[before, after]: [u64; 2]| after as f64 - before as f64;
-        let kernel = self.charged.map(|parts| parts.kernel);
-        (grown(kernel) + grown(self.heap)).max(self.metadata as f64)
+        let own = self.charged_to_the_kernel() + grown(self.heap);
+        own.max(self.metadata as f64) + self.ksm_metadata as f64
+    }
+
+    /// The kernel's part of that: page tables and mappings, and what KSM notes of pages.
+    pub fn kernel_overhead(&self) -> f64 {
+        match (self.system.pace(), self.system.scope()) {
+            (Some(_), None) => self.overhead(),
+            _ => self.charged_to_the_kernel() + self.ksm_metadata as f64,
+        }
+    }
+
+    fn charged_to_the_kernel(&self) -> f64 {
+        grown(self.charged.map(|parts| parts.kernel))
     }
 
     pub(super) fn gib(&self) -> f64 {
@@ -229,6 +247,18 @@ mod tests {
             ..Results::default()
         };
         assert!(served.go_on(machine(2048, "old")).is_err());
+    }
+
+    #[test]
+    fn metadata_is_the_kernel_s_and_our_own() {
+        let mut run = run(Workload::Mixed, System::Readonly, 1.0, 1.0);
+        run.charged[1].kernel = 30;
+        (run.heap, run.metadata) = ([1, 71], 60);
+        assert_eq!((run.kernel_overhead(), run.overhead()), (30.0, 100.0));
+        (run.system, run.ksm_metadata) = (System::ReadonlyKsm, 640);
+        assert_eq!((run.kernel_overhead(), run.overhead()), (670.0, 740.0));
+        (run.system, run.ksm_metadata, run.metadata) = (System::KsmTuned, 0, 640);
+        assert_eq!((run.kernel_overhead(), run.overhead()), (640.0, 640.0));
     }
 
     #[test]

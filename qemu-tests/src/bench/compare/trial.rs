@@ -212,6 +212,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
         },
         pages_reported: 0,
         metadata: 0,
+        ksm_metadata: 0,
         heap: [heap_before, 0],
         folios: None,
         run_lengths: Vec::new(),
@@ -255,8 +256,13 @@ fn finish(trial: Trial, world: &mut World, ksm: &Ksm, run: &mut Run) -> Result<(
         run.metadata = status.bytes_metadata;
     }
     if trial.system.pace().is_some() {
+        let mut bytes = 0;
         for guest in &world.guests {
-            run.metadata += rmap_items(guest.pid())? * RMAP_ITEM;
+            bytes += rmap_items(guest.pid())? * RMAP_ITEM;
+        }
+        match trial.system.scope() {
+            Some(_) => run.ksm_metadata = bytes,
+            None => run.metadata = bytes,
         }
     }
     let shared = world.cgroup.charge()?;

@@ -1,21 +1,23 @@
 //! Results as tables, for a terminal and for the document.
 
 mod churn;
+mod growth;
 mod requests;
-
-use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 
-use self::{churn::churned, requests::served};
+use self::{
+    churn::churned,
+    growth::{growth, lengths},
+    requests::served,
+};
 pub(super) use self::{churn::churned_line, requests::served_line};
 use super::{
-    conclusions::{Group, Spread, run_lengths},
+    conclusions::{Group, Spread},
     oracle::{Class, Oracle},
     results::{Results, Run},
     systems::System,
-    workloads::Workload,
 };
 use crate::report::grouped;
 
@@ -229,6 +231,7 @@ fn savings(systems: &Systems<'_>) -> String {
     let mut table = table(&[
         "",
         "saved, MiB",
+        "by frames",
         "50% after, s",
         "90%",
         "99%",
@@ -259,6 +262,10 @@ fn savings(systems: &Systems<'_>) -> String {
             cell(group.spread(|run| Some(run.bytes() / MIB)), |value| {
                 format!("{value:.0}")
             }),
+            cell(
+                group.spread(|run| Some(run.oracle?.all.shared as f64 * 4096.0 / MIB)),
+                |value| format!("{value:.0}"),
+            ),
             time(0),
             time(1),
             time(2),
@@ -282,6 +289,7 @@ fn cpu(systems: &Systems<'_>) -> String {
         "settled, % of a CPU",
         "in so many s",
         "metadata, MiB",
+        "of it the kernel's",
     ]);
     for (system, group) in systems {
         if *system == System::Nothing {
@@ -313,6 +321,10 @@ fn cpu(systems: &Systems<'_>) -> String {
             cell(group.spread(|run| Some(run.overhead() / MIB)), |value| {
                 format!("{value:.1}")
             }),
+            cell(
+                group.spread(|run| Some(run.kernel_overhead() / MIB)),
+                |value| format!("{value:.1}"),
+            ),
         ]);
     }
     finish(table)
@@ -322,129 +334,44 @@ fn cpu(systems: &Systems<'_>) -> String {
 fn classes(systems: &Systems<'_>) -> String {
     let of = |wanted: fn(&System) -> bool| {
         let mut chosen = systems.iter().filter(|(system, _)| wanted(system));
-        chosen.find_map(|(_, group)| group.runs.iter().find_map(|run| run.oracle))
+        chosen.find_map(|(system, group)| {
+            let oracle = group.runs.iter().find_map(|run| run.oracle)?;
+            Some((system, oracle))
+        })
     };
-    let oracle = of(|system| system.scope().is_some()).or_else(|| of(|_| true));
-    let Some(oracle) = oracle else {
+    let found = of(|system| system.scope().is_some()).or_else(|| of(|_| true));
+    let Some((system, oracle)) = found else {
         return String::new();
     };
+    let shared = format!("shared, {}", system.name());
     let mut table = table(&[
         "could be shared, pages",
         "frames",
         "not needed",
         "of these, within a guest",
         "frames of zeros",
+        &shared,
     ]);
+    // Most of it is free memory: it says something only where somebody shares there.
+    let other = oracle.other.filter(|other| other.shared > 0);
     for (name, class) in [
-        ("page cache in read-only mappings", oracle.mapped),
-        ("all clean page cache", oracle.clean),
-        ("memory of processes", oracle.anonymous),
-        ("all memory", oracle.all),
+        ("page cache in read-only mappings", Some(oracle.mapped)),
+        ("all clean page cache", Some(oracle.clean)),
+        ("memory of processes", Some(oracle.anonymous)),
+        ("the rest: kernel, tmpfs, free memory", other),
+        ("all memory", Some(oracle.all)),
     ] {
+        let Some(class) = class else { continue };
         table.add_row([
             name.to_owned(),
             grouped(class.frames),
             grouped(class.shareable),
             grouped(class.within),
             grouped(class.zero),
+            grouped(class.shared),
         ]);
     }
     finish(table)
-}
-
-/// How mapped files lie in memory, in percent of their pages.
-fn lengths(groups: &BTreeMap<(Workload, System), Group<'_>>) -> Table {
-    let mut table = table(&[
-        "pages in a run",
-        "1",
-        "2–3",
-        "4–7",
-        "8–15",
-        "16–31",
-        "32–63",
-        "64 and more",
-        "pages",
-        "runs",
-    ]);
-    for (name, runs) in run_lengths(groups) {
-        let pages = |lengths: &[u64]| lengths.iter().sum::<u64>() as f64;
-        let spread = |value: &dyn Fn(&[u64]) -> f64| {
-            let mut values: Vec<_> = runs.iter().map(|lengths| value(lengths)).collect();
-            cell(Spread::of(&mut values), |value| format!("{value:.0}"))
-        };
-        let mut row = vec![name];
-        for class in 0..7 {
-            let last = if class == 6 { usize::MAX } else { class };
-            row.push(spread(&|lengths| {
-                let of_class = lengths.iter().enumerate();
-                let of_class = of_class.filter(|(at, _)| (class..=last).contains(at));
-                of_class.map(|(_, pages)| *pages).sum::<u64>() as f64 / pages(lengths) * 100.0
-            }));
-        }
-        row.push(spread(&|lengths| pages(lengths)));
-        row.push(runs.len().to_string());
-        table.add_row(row);
-    }
-    table
-}
-
-fn growth(results: &Results) -> String {
-    let mut table = table(&[
-        "pagefusion, `readonly`",
-        "pages in a run",
-        "saved, MiB",
-        "99% after, s",
-        "µs for each page",
-        "host's CPU, µs for each page",
-        "metadata, % of saved",
-        "of mapped files",
-        "runs",
-    ]);
-    for ((workload, system), group) in results.groups() {
-        if system != System::Readonly {
-            continue;
-        }
-        let pages = |run: &Run| run.bytes() / 4096.0;
-        table.add_row([
-            workload.to_string(),
-            cell(
-                group.spread(|run| {
-                    let folios = run.folios?;
-                    Some(folios.pages as f64 / folios.runs as f64)
-                }),
-                |value| format!("{value:.1}"),
-            ),
-            cell(group.spread(|run| Some(run.bytes() / MIB)), |value| {
-                format!("{value:.0}")
-            }),
-            cell(
-                group.spread(|run| run.seconds_to.map(|to| to[2])),
-                |value| format!("{value:.2}"),
-            ),
-            cell(
-                group.spread(|run| run.seconds_to.map(|to| to[2] * 1e6 / pages(run))),
-                |value| format!("{value:.1}"),
-            ),
-            cell(
-                group.spread(|run| Some(run.host_seconds_to_99 * 1e6 / pages(run))),
-                |value| format!("{value:.1}"),
-            ),
-            cell(
-                group.spread(|run| Some(run.overhead() / run.bytes() * 100.0)),
-                |value| format!("{value:.1}"),
-            ),
-            cell(
-                group.spread(|run| Some(run.oracle?.mapped.share() * 100.0)),
-                |value| format!("{value:.1}%"),
-            ),
-            group.runs.len().to_string(),
-        ]);
-    }
-    if table.row_count() > 1 {
-        finish(table)
-    } else {
-        String::new()
-    }
 }
 
 fn table(header: &[&str]) -> Table {
@@ -485,6 +412,9 @@ fn significant(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
+
+    use crate::bench::compare::{conclusions::tests::run, plots, workloads::Workload};
 
     #[test]
     fn a_document_keeps_what_is_not_between_its_marks() {
@@ -501,8 +431,7 @@ mod tests {
         let made_with = |version: Option<&str>| {
             let workload = Workload::Boot { guests: 2 };
             let readonly = System::Readonly;
-            let mut run =
-                crate::bench::compare::conclusions::tests::run(workload, readonly, 1.0, 1.0);
+            let mut run = run(workload, readonly, 1.0, 1.0);
             run.pagefusion = version.map(str::to_owned);
             run
         };
@@ -530,32 +459,37 @@ mod tests {
     }
 
     #[test]
-    fn runs_of_pages_are_parts_of_all_pages() {
-        let run = |lengths: &[&[u64]]| -> Run {
-            let mut run = crate::bench::compare::conclusions::tests::run(
-                Workload::Aged,
-                System::Readonly,
-                1.0,
-                1.0,
-            );
-            run.run_lengths = lengths.iter().map(|lengths| lengths.to_vec()).collect();
-            run
+    fn what_is_shared_outside_of_files_and_processes_has_a_row() {
+        let workload = Workload::Boot { guests: 2 };
+        let mut run = run(workload, System::Readonly, 1.0, 1.0);
+        let group = |run: &Run| {
+            let results = Results {
+                runs: vec![run.clone()],
+                ..Results::default()
+            };
+            let groups = results.groups();
+            classes(&[(System::Readonly, &groups[&(workload, System::Readonly)])])
         };
-        let results = Results {
-            runs: vec![run(&[&[0, 0, 0, 100], &[25, 75]]), run(&[&[0, 100]])],
-            ..Results::default()
+        let class = |shared| Class {
+            frames: 4096,
+            shared,
+            ..Class::default()
         };
-        let text = finish(lengths(&results.groups()));
-        let row = |name: &str| text.lines().find(|line| line.contains(name)).unwrap();
-        let cells = |name| -> Vec<&str> { row(name).split('|').map(str::trim).collect() };
-        let before = cells("2 Debian guests that have worked for long, before");
-        assert_eq!(
-            before[2..6],
-            ["0 (0–0)", "50 (0–100)", "0 (0–0)", "50 (0–100)"]
-        );
-        let after = cells("2 Debian guests that have worked for long ");
-        assert_eq!(after[2..5], ["25", "75", "0"]);
-        assert_eq!(after[9..11], ["100", "1"]);
+        let mut oracle = Oracle {
+            all: class(300),
+            mapped: class(200),
+            ..Oracle::default()
+        };
+        run.oracle = Some(oracle);
+        assert!(!group(&run).contains("the rest"), "older results");
+        oracle.other = Some(class(0));
+        run.oracle = Some(oracle);
+        assert!(!group(&run).contains("the rest"), "nothing is shared there");
+        oracle.other = Some(class(100));
+        run.oracle = Some(oracle);
+        let text = group(&run);
+        let row = text.lines().find(|line| line.contains("the rest"));
+        assert!(row.is_some_and(|row| row.ends_with(" 100 |")), "{text}");
     }
 
     /// The document and its plots are made of the results beside it.
@@ -565,9 +499,27 @@ mod tests {
         let results = super::super::read(&docs.join("benchmarks/results.json")).unwrap();
         let document = std::fs::read_to_string(docs.join("benchmarks.md")).unwrap();
         let made = insert(&document, &results).unwrap();
+        let command = "`cargo xtask bench document` makes of docs/benchmarks/results.json";
+        assert!(made == document, "docs/benchmarks.md is not what {command}");
+        let drawn = tempfile::tempdir().unwrap();
+        plots::draw(&results, drawn.path()).unwrap();
+        let pictures = |directory: &std::path::Path| -> BTreeMap<_, _> {
+            let entries = std::fs::read_dir(directory).unwrap();
+            let paths = entries.map(|entry| entry.unwrap().path());
+            let pictures = paths.filter(|path| path.extension() == Some("svg".as_ref()));
+            let read = |path: std::path::PathBuf| {
+                let name = path.file_name().unwrap().to_owned();
+                (name, std::fs::read_to_string(path).unwrap())
+            };
+            pictures.map(read).collect()
+        };
+        let (there, drawn) = (pictures(&docs.join("benchmarks")), pictures(drawn.path()));
         assert!(
-            made == document,
-            "docs/benchmarks.md is not what `cargo xtask bench document` makes of docs/benchmarks/results.json"
+            there.keys().eq(drawn.keys()),
+            "not the plots that {command}"
         );
+        for (name, picture) in &drawn {
+            assert!(there[name] == *picture, "{name:?} is not what {command}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! How long requests took.
 
-use super::{cell, finish, table};
+use super::{NONE, cell, finish, table};
 use crate::{
     bench::compare::{
         conclusions::Spread,
@@ -8,6 +8,9 @@ use crate::{
     },
     report::grouped,
 };
+
+/// So many requests have a 99.9th percentile.
+const ENOUGH: u64 = 1000;
 
 /// One run of requests in one line.
 pub(in super::super) fn served_line(served: &Served) -> String {
@@ -35,7 +38,16 @@ fn phase(phase: Phase) -> &'static str {
 
 pub(super) fn served(all: &[Served]) -> String {
     let mut table = table(&[
-        "", "", "", "a second", "50%, ms", "99%", "99.9%", "requests", "runs",
+        "",
+        "",
+        "",
+        "due a second",
+        "50%, ms",
+        "99%",
+        "99%, to before",
+        "99.9%",
+        "requests",
+        "runs",
     ]);
     let mut systems: Vec<_> = all.iter().map(|served| served.system).collect();
     systems.sort_unstable();
@@ -53,10 +65,15 @@ pub(super) fn served(all: &[Served]) -> String {
             Phase::Undoing,
         ] {
             for &system in &systems {
-                let runs: Vec<_> = all
+                let phase_of =
+                    |served, when| of(served).iter().find(|it: &&Latency| it.phase == when);
+                let of_system: Vec<_> = all
                     .iter()
                     .filter(|served| served.system == system)
-                    .filter_map(|served| of(served).iter().find(|it| it.phase == when))
+                    .collect();
+                let runs: Vec<_> = of_system
+                    .iter()
+                    .filter_map(|served| phase_of(served, when))
                     .collect();
                 if runs.is_empty() {
                     continue;
@@ -66,6 +83,19 @@ pub(super) fn served(all: &[Served]) -> String {
                     cell(Spread::of(&mut values), |value| format!("{value:.digits$}"))
                 };
                 let milliseconds = |index: usize| spread(&|it| it.microseconds[index] / 1e3, 1);
+                // Guests are not equally fast: each is best compared with itself.
+                let slower = of_system.iter().filter_map(|served| {
+                    let before = phase_of(served, Phase::Before)?;
+                    Some(phase_of(served, when)?.microseconds[1] / before.microseconds[1])
+                });
+                let slower = Spread::of(&mut slower.collect::<Vec<_>>());
+                // Of fewer it is the longest.
+                let enough = runs.iter().all(|it| it.requests >= ENOUGH);
+                let last = if enough {
+                    milliseconds(2)
+                } else {
+                    NONE.to_owned()
+                };
                 table.add_row([
                     service.to_owned(),
                     phase(when).to_owned(),
@@ -73,7 +103,8 @@ pub(super) fn served(all: &[Served]) -> String {
                     spread(&|it| it.requests as f64 / it.seconds, 0),
                     milliseconds(0),
                     milliseconds(1),
-                    milliseconds(2),
+                    cell(slower, |value| format!("{value:.2}")),
+                    last,
                     grouped(runs.iter().map(|it| it.requests).sum()),
                     runs.len().to_string(),
                 ]);
@@ -81,4 +112,39 @@ pub(super) fn served(all: &[Served]) -> String {
         }
     }
     finish(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::compare::systems::System;
+
+    #[test]
+    fn a_row_is_beside_its_own_before_and_shows_no_percentile_of_too_few() {
+        let latency = |phase, requests, p99| Latency {
+            phase,
+            requests,
+            seconds: 10.0,
+            microseconds: [1e3, p99, 77e3],
+        };
+        let run = |p99| Served {
+            pagefusion: None,
+            system: System::Readonly,
+            web: vec![
+                latency(Phase::Before, 1000, 10e3),
+                latency(Phase::Building, 999, p99),
+            ],
+            database: Vec::new(),
+        };
+        let text = served(&[run(20e3), run(40e3)]);
+        let cells = |phase| -> Vec<&str> {
+            let mut rows = text.lines().filter(|line| line.contains("nginx"));
+            let row = rows.find(|line| line.contains(phase)).unwrap();
+            row.split('|').map(str::trim).skip(6).take(4).collect()
+        };
+        let before = ["10.0 (10.0–10.0)", "1.00 (1.00–1.00)", "77.0 (77.0–77.0)"];
+        assert_eq!(cells("before")[..3], before, "{text}");
+        let shared = ["30.0 (20.0–40.0)", "3.00 (2.00–4.00)", NONE, "1,998"];
+        assert_eq!(cells("while it is shared"), shared);
+    }
 }
