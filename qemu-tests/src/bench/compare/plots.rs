@@ -187,13 +187,13 @@ fn cpu(systems: &[(System, &Group<'_>)], title: &str, path: &Path) -> Result<()>
     Ok(root.present()?)
 }
 
-/// Time and CPU time for each page.
+/// Time and CPU time for each page, of sizes that are powers of two.
 fn growth(sizes: &[(f64, &Group<'_>)], path: &Path, of: &str) -> Result<()> {
     let root = area(path)?;
     let line = |value: fn(&super::results::Run) -> Option<f64>| -> Vec<(f64, f64)> {
-        let point = |(mib, group): &(f64, &Group<'_>)| {
+        let point = |(size, group): &(f64, &Group<'_>)| {
             let spread = group.spread(|run| Some(value(run)? * 1e6 / (run.bytes() / 4096.0)));
-            Some((*mib, spread?.median))
+            Some((size.log2(), spread?.median))
         };
         sizes.iter().filter_map(point).collect()
     };
@@ -209,14 +209,20 @@ fn growth(sizes: &[(f64, &Group<'_>)], path: &Path, of: &str) -> Result<()> {
         .flat_map(|(_, line)| line)
         .map(|(_, value)| *value)
         .fold(1.0, f64::max);
-    let (first, last) = (sizes[0].0, sizes[sizes.len() - 1].0);
+    let (first, last) = (sizes[0].0.log2(), sizes[sizes.len() - 1].0.log2());
     let mut chart = ChartBuilder::on(&root)
         .caption("pagefusion, for each page saved", FONT)
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .build_cartesian_2d((first * 0.9..last * 1.1).log_scale(), 0.0..most * 1.2)?;
-    chart.configure_mesh().x_desc(of).y_desc("µs").draw()?;
+        .build_cartesian_2d(first - 0.2..last + 0.2, 0.0..most * 1.2)?;
+    chart
+        .configure_mesh()
+        .x_desc(of)
+        .x_labels((last - first) as usize + 1)
+        .x_label_formatter(&|x: &f64| format!("{:.0}", x.exp2()))
+        .y_desc("µs")
+        .draw()?;
     for (index, (name, line)) in lines.into_iter().enumerate() {
         let colour = Palette99::pick(index).to_rgba();
         chart
