@@ -288,6 +288,7 @@ pub(super) mod tests {
             heap: [0; 2],
             folios: None,
             run_lengths: Vec::new(),
+            left: Vec::new(),
             oracle: None,
             series: Vec::new(),
         }

@@ -8,6 +8,7 @@ mod arguments;
 mod churn;
 mod conclusions;
 mod ksm;
+mod leave;
 mod machine;
 mod oracle;
 mod plan;

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use crate::{cgroup::Parts, protocol::FolioCount};
 
 use super::{
-    churn::Churned, oracle::Oracle, requests::Served, systems::System, workloads::Workload,
+    churn::Churned, leave::Left, oracle::Oracle, requests::Served, systems::System,
+    workloads::Workload,
 };
 
 /// Everything a benchmark has found.
@@ -107,6 +108,10 @@ pub struct Run {
     /// memory, under a workload of Debian guests: after the boot, and after they had worked, where they had.
     #[serde(default)]
     pub run_lengths: Vec<Vec<u64>>,
+    /// What was taken when all sharing had begun again and guests left one after the other: before, and after each. Older
+    /// results do not have it, nor do those of systems that take minutes.
+    #[serde(default)]
+    pub left: Vec<Left>,
     /// What could have been shared.
     pub oracle: Option<Oracle>,
     /// Seconds and bytes saved, from the start on.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use super::{
     conclusions::time_to,
     ksm::Ksm,
-    oracle,
+    leave, oracle,
     results::{Rest, Run},
     sample::{Sample, Sampler, Subjects},
     systems::System,
@@ -29,7 +29,7 @@ use crate::{
 /// What the charge is at the start is looked at for so long.
 pub(super) const BEFORE: Duration = Duration::from_secs(1);
 /// How often it is asked whether more comes.
-const INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const INTERVAL: Duration = Duration::from_millis(200);
 /// No more comes when this much of what was saved has not come for a while.
 const TOLERANCE: f64 = 0.003;
 /// That while, in seconds.
@@ -68,6 +68,9 @@ pub(super) fn run(
     let mut run = measure(trial, &mut world, ksm)?;
     run.run_lengths = run_lengths;
     run.folios = trial.workload.folios(&mut world)?;
+    if !trial.counted && !trial.system.slow() {
+        run.left = leave::one_by_one(trial, &mut world, ksm)?;
+    }
     ksm.off()?;
     world.close()?;
     Ok(run)
@@ -216,6 +219,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
         heap: [heap_before, 0],
         folios: None,
         run_lengths: Vec::new(),
+        left: Vec::new(),
         oracle: None,
         series: course.points(),
     };
@@ -285,7 +289,7 @@ pub(super) fn sampler(trial: Trial, world: &World) -> Result<Sampler> {
 }
 
 /// Waits until no more comes. False when that was given up.
-fn settle(
+pub(super) fn settle(
     trial: Trial,
     sampler: &Sampler,
     start: f64,

@@ -2,6 +2,7 @@
 
 mod churn;
 mod growth;
+mod left;
 mod requests;
 
 use anyhow::{Context, Result};
@@ -10,6 +11,7 @@ use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 use self::{
     churn::churned,
     growth::{growth, lengths},
+    left::left,
     requests::served,
 };
 pub(super) use self::{churn::churned_line, requests::served_line};
@@ -90,6 +92,11 @@ pub(super) fn tables(results: &Results) -> String {
     if !results.churned.is_empty() {
         text += "\n### When guests change what they share\n\n";
         text += &churned(&results.churned);
+    }
+    let left = left(&groups);
+    if !left.is_empty() {
+        text += "\n### When guests leave\n\n";
+        text += &left;
     }
     let lengths = lengths(&groups);
     if lengths.row_count() > 1 {
