@@ -356,6 +356,7 @@ fn classes(systems: &Systems<'_>) -> String {
         "frames",
         "not needed",
         "of these, within a guest",
+        "between guests",
         "frames of zeros",
         &shared,
     ]);
@@ -374,6 +375,7 @@ fn classes(systems: &Systems<'_>) -> String {
             grouped(class.frames),
             grouped(class.shareable),
             grouped(class.within),
+            grouped(class.shareable - class.within),
             grouped(class.zero),
             grouped(class.shared),
         ]);
@@ -479,6 +481,8 @@ mod tests {
         };
         let class = |shared| Class {
             frames: 4096,
+            shareable: 900,
+            within: 123,
             shared,
             ..Class::default()
         };
@@ -496,7 +500,10 @@ mod tests {
         run.oracle = Some(oracle);
         let text = group(&run);
         let row = text.lines().find(|line| line.contains("the rest"));
-        assert!(row.is_some_and(|row| row.ends_with(" 100 |")), "{text}");
+        assert!(
+            row.is_some_and(|row| row.contains(" 777 ") && row.ends_with(" 100 |")),
+            "{text}"
+        );
     }
 
     /// The document and its plots are made of the results beside it.
