@@ -25,6 +25,10 @@ pub struct Compare {
     /// Two Debian guests of different images.
     #[arg(long)]
     mixed: bool,
+    /// Two Debian guests, the second of an image made anew with the files of this package in place of its own; may be
+    /// given more than once.
+    #[arg(long, value_name = "DEB")]
+    pub(super) apart: Vec<PathBuf>,
     /// Two Debian guests that have worked for long.
     #[arg(long)]
     aged: bool,
@@ -58,8 +62,14 @@ impl Compare {
         let files = self.files.iter().map(|&mib| Workload::Files { mib });
         let boot = self.boot.iter().map(|&guests| Workload::Boot { guests });
         let mixed = self.mixed.then_some(Workload::Mixed);
+        let apart = (!self.apart.is_empty()).then_some(Workload::Apart);
         let aged = self.aged.then_some(Workload::Aged);
-        let workloads: Vec<_> = files.chain(boot).chain(aged).chain(mixed).collect();
+        let workloads: Vec<_> = files
+            .chain(boot)
+            .chain(aged)
+            .chain(mixed)
+            .chain(apart)
+            .collect();
         if self.requests || self.churn || !workloads.is_empty() {
             wanted.workloads = workloads;
             wanted.requests = self.requests;

@@ -264,6 +264,7 @@ pub(super) mod tests {
         Run {
             pagefusion: None,
             workload,
+            packages: Vec::new(),
             system,
             counted: false,
             seconds_to: Some([seconds / 2.0, seconds * 0.9, seconds]),

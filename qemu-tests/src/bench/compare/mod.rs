@@ -40,7 +40,7 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
     };
     let mut results = results.go_on(machine)?;
     let ksm = Ksm::take()?;
-    let disks = Disks::new()?;
+    let disks = Disks::new(compare.apart.clone())?;
     let mut progress = Progress::new();
     let wanted = compare.wanted();
     let keep = |results: &Results| match &compare.json {

@@ -87,7 +87,7 @@ fn systems(workload: Workload) -> Vec<System> {
             vec![Nothing, Readonly, KsmUnlimited, Clean, ReadonlyKsm]
         }
         Workload::Boot { .. } => vec![Readonly, KsmUnlimited],
-        Workload::Aged | Workload::Mixed => vec![Readonly, KsmUnlimited, Clean],
+        Workload::Aged | Workload::Mixed | Workload::Apart => vec![Readonly, KsmUnlimited, Clean],
     }
 }
 

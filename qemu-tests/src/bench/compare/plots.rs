@@ -88,6 +88,7 @@ fn file_name(workload: Workload) -> String {
         Workload::Boot { guests } => format!("boot-{guests}"),
         Workload::Aged => "aged".to_owned(),
         Workload::Mixed => "mixed".to_owned(),
+        Workload::Apart => "apart".to_owned(),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -12,8 +12,14 @@ use anyhow::{Context, Result, ensure};
 /// Files made before all others, so that those get other inodes.
 const SHIFT: u32 = 1000;
 
-/// Makes `new` of `image`, both ext4, by way of `directory`. Needs root, for the files' owners.
-pub(super) fn remake(image: &Path, directory: &Path, new: &Path) -> Result<()> {
+/// Makes `new` of `image`, both ext4, by way of `directory`, with the files of `packages` in place of those there are. Needs
+/// root, for the files' owners.
+pub(super) fn remake(
+    image: &Path,
+    directory: &Path,
+    packages: &[PathBuf],
+    new: &Path,
+) -> Result<()> {
     let tree = directory.join("tree");
     fs::create_dir(&tree).context("create a directory")?;
     // Names that come first in every listing.
@@ -24,6 +30,9 @@ pub(super) fn remake(image: &Path, directory: &Path, new: &Path) -> Result<()> {
     }
     let request = format!("rdump / {}", tree.display());
     run(Command::new("debugfs").arg("-R").arg(request).arg(image))?;
+    for package in packages {
+        run(Command::new("dpkg-deb").arg("-x").arg(package).arg(&tree))?;
+    }
     let bytes = fs::metadata(image)?.len();
     run(Command::new("mkfs.ext4")
         .args(["-q", "-m", "0", "-L", "guest"])
@@ -47,4 +56,55 @@ fn run(command: &mut Command) -> Result<()> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_image_has_the_files_of_packages_in_place_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let write = |name: &str, text: &str| {
+            fs::create_dir_all(path(name).parent().unwrap()).unwrap();
+            fs::write(path(name), text).unwrap();
+        };
+        write("old/usr/bin/program", "old");
+        write("old/usr/bin/other", "other");
+        write("package/usr/bin/program", "new");
+        let control = "Package: p\nVersion: 1\nArchitecture: all\nMaintainer: m <m@example.org>\nDescription: d\n";
+        write("package/DEBIAN/control", control);
+        let (image, package, new) = (path("image"), path("p.deb"), path("new"));
+        let made = run(Command::new("dpkg-deb")
+            .args(["-b".as_ref(), path("package").as_os_str()])
+            .arg(&package))
+        .and_then(|()| {
+            let old = path("old");
+            let arguments = [
+                "-q".as_ref(),
+                "-d".as_ref(),
+                old.as_os_str(),
+                image.as_os_str(),
+            ];
+            run(Command::new("mkfs.ext4").args(arguments).arg("16M"))
+        })
+        .and_then(|()| remake(&image, directory.path(), &[package], &new));
+        if let Err(error) = made {
+            eprintln!("skipped: {error:#}");
+            return;
+        }
+        let content = |name: &str| {
+            let mut command = Command::new("debugfs");
+            command
+                .args(["-R", &format!("cat /usr/bin/{name}")])
+                .arg(&new);
+            let output = command
+                .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+                .output();
+            String::from_utf8(output.unwrap().stdout).unwrap()
+        };
+        assert_eq!(content("program"), "new");
+        assert_eq!(content("other"), "other");
+    }
 }

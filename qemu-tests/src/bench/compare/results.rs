@@ -59,6 +59,9 @@ pub struct Run {
     pub pagefusion: Option<String>,
     /// What the guests did.
     pub workload: Workload,
+    /// The packages of another version in the image of one of them, under that workload.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub packages: Vec<String>,
     /// What shared their memory.
     pub system: System,
     /// The guests' clocks counted instructions: their CPU time is a count, and nothing else of this run means anything.

@@ -67,6 +67,9 @@ pub(super) fn run(
     let (mut world, run_lengths) = prepare(trial, artifacts, ksm, disks, logs)?;
     let mut run = measure(trial, &mut world, ksm)?;
     run.run_lengths = run_lengths;
+    if trial.workload == Workload::Apart {
+        run.packages = disks.packages();
+    }
     run.folios = trial.workload.folios(&mut world)?;
     if !trial.counted && !trial.system.slow() {
         run.left = leave::one_by_one(trial, &mut world, ksm)?;
@@ -191,6 +194,7 @@ fn measure(trial: Trial, world: &mut World, ksm: &Ksm) -> Result<Run> {
     let mut run = Run {
         pagefusion: None,
         workload: trial.workload,
+        packages: Vec::new(),
         system: trial.system,
         counted: trial.counted,
         seconds_to: match seconds_to {

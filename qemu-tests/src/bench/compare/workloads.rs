@@ -45,6 +45,8 @@ pub enum Workload {
     Aged,
     /// (c) Two of them, the second of which boots from an image of its own with the same packages in it.
     Mixed,
+    /// (c) The same, with some packages of another version in the second one's image.
+    Apart,
 }
 
 impl fmt::Display for Workload {
@@ -55,6 +57,7 @@ impl fmt::Display for Workload {
             Self::Boot { guests } => write!(f, "{guests} Debian guests"),
             Self::Aged => write!(f, "2 Debian guests that have worked for long"),
             Self::Mixed => write!(f, "2 Debian guests, different images"),
+            Self::Apart => write!(f, "2 Debian guests, some packages of another version"),
         }
     }
 }
@@ -85,12 +88,17 @@ const AT_A_TIME: usize = 8;
 #[derive(Debug)]
 pub(super) struct Disks {
     directory: tempfile::TempDir,
+    /// Packages of another version, for one guest's image.
+    packages: Vec<PathBuf>,
 }
 
 impl Disks {
-    pub(super) fn new() -> Result<Self> {
+    pub(super) fn new(packages: Vec<PathBuf>) -> Result<Self> {
         let directory = crate::workdir::create()?;
-        Ok(Self { directory })
+        Ok(Self {
+            directory,
+            packages,
+        })
     }
 
     fn files(&self, mib: u32) -> Result<PathBuf> {
@@ -106,7 +114,24 @@ impl Disks {
     fn other(&self, image: &Path) -> Result<PathBuf> {
         let path = self.directory.path().join("other.ext4");
         if !path.exists() {
-            super::remade::remake(image, self.directory.path(), &path)?;
+            super::remade::remake(image, self.directory.path(), &[], &path)?;
+        }
+        Ok(path)
+    }
+
+    /// What these packages are called.
+    pub(super) fn packages(&self) -> Vec<String> {
+        let names = self.packages.iter().filter_map(|path| path.file_name());
+        names
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect()
+    }
+
+    /// The same, with the files of other packages in place of its own.
+    fn apart(&self, image: &Path) -> Result<PathBuf> {
+        let path = self.directory.path().join("apart.ext4");
+        if !path.exists() {
+            super::remade::remake(image, self.directory.path(), &self.packages, &path)?;
         }
         Ok(path)
     }
@@ -133,13 +158,17 @@ impl Workload {
                 }
                 Ok(())
             }
-            Self::Boot { .. } | Self::Aged | Self::Mixed => {
+            Self::Boot { .. } | Self::Aged | Self::Mixed | Self::Apart => {
                 let image = world.artifacts.guest_image.clone();
                 cached(&image)?;
                 let mut booted = 0;
                 for number in 0..self.guests() {
-                    if self == Self::Mixed && number == 1 {
-                        let other = disks.other(&image)?;
+                    let other = match self {
+                        Self::Mixed if number == 1 => Some(disks.other(&image)?),
+                        Self::Apart if number == 1 => Some(disks.apart(&image)?),
+                        _ => None,
+                    };
+                    if let Some(other) = other {
                         cached(&other)?;
                         world.artifacts.guest_image = other;
                     }
