@@ -79,7 +79,13 @@ enum Task {
         filters: Vec<String>,
     },
     /// Measure pagefusion against KSM, and both against what could be shared.
-    Bench(Compare),
+    Bench {
+        /// Where the guests run.
+        #[arg(long, value_enum, default_value_t = HostKind::Tcg)]
+        host: HostKind,
+        #[command(flatten)]
+        compare: Compare,
+    },
     /// Write the tables and plots of results into a document.
     BenchDocument {
         /// The results.
@@ -161,7 +167,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             let filters = &filters;
             harness.test(quick, host, Choice { tier, filters })
         }
-        Task::Bench(compare) => harness.compare(&compare),
+        Task::Bench { host, compare } => harness.compare(host, &compare),
         Task::BenchDocument { .. } => unreachable!("has been done"),
         Task::BenchGuest { quick, json } => harness.bench_guest(quick, json.as_deref()),
         Task::LabHost { arguments } => {
@@ -195,10 +201,42 @@ impl Harness<'_> {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn compare(self, compare: &Compare) -> Result<ExitCode> {
-        let results = compare::run(self.artifacts, compare, self.logs)?;
+    fn compare(self, host: HostKind, compare: &Compare) -> Result<ExitCode> {
+        let here = |accelerator| {
+            let host = self.host(accelerator);
+            compare::run(self.artifacts, compare, host, self.logs)
+        };
+        let results = match host {
+            HostKind::Tcg => here(Accelerator::Tcg)?,
+            HostKind::Kvm => {
+                kvm::probe(self.artifacts)?;
+                here(Accelerator::Kvm)?
+            }
+            HostKind::KvmLab => self.compare_in_lab(compare)?,
+        };
         println!("{}", compare::tables(&results));
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn compare_in_lab(self, compare: &Compare) -> Result<compare::Results> {
+        const RESULTS: &str = "/tmp/results.json";
+        let more = compare.arguments()?;
+        eprintln!("boot a lab host with emulated virtualisation");
+        let mut lab = Lab::start(self.artifacts, self.logs)?;
+        let mut arguments = vec!["bench", "--host", "kvm", "--json", RESULTS];
+        arguments.extend(more.iter().map(String::as_str));
+        let mut last = String::new();
+        let status = lab.run(&arguments, |line| {
+            eprintln!("lab: {line}");
+            if !line.trim().is_empty() {
+                line.clone_into(&mut last);
+            }
+        })?;
+        anyhow::ensure!(
+            status == 0,
+            "the benchmark in the lab ended with {status}: {last}"
+        );
+        compare::adopt(compare, &lab.read(RESULTS)?)
     }
 
     fn bench_guest(self, quick: bool, json: Option<&Path>) -> Result<ExitCode> {

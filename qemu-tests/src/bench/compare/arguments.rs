@@ -2,7 +2,11 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+
 use super::{plan::Wanted, systems::System, workloads::Workload};
+use crate::{guest::Accelerator, world::Host};
 
 /// What to compare.
 #[derive(Debug, clap::Args)]
@@ -53,7 +57,7 @@ pub struct Compare {
 }
 
 impl Compare {
-    pub(super) fn wanted(&self) -> Wanted {
+    pub(super) fn wanted(&self, host: Host) -> Wanted {
         let mut wanted = if self.quick {
             Wanted::quick()
         } else {
@@ -80,7 +84,74 @@ impl Compare {
         }
         wanted.runs = self.runs.unwrap_or(wanted.runs);
         wanted.rest = self.rest.map_or(wanted.rest, Duration::from_secs);
-        wanted.counted &= !self.no_count;
+        // A guest of KVM's has no clock that counts.
+        wanted.counted &= !self.no_count && host.accelerator != Accelerator::Kvm;
         wanted
+    }
+
+    /// What to measure, as arguments of a harness elsewhere.
+    pub fn arguments(&self) -> Result<Vec<String>> {
+        ensure!(self.apart.is_empty(), "packages are not on that host");
+        let mut arguments = Vec::new();
+        for (name, chosen) in [
+            ("--quick", self.quick),
+            ("--mixed", self.mixed),
+            ("--aged", self.aged),
+            ("--requests", self.requests),
+            ("--churn", self.churn),
+            ("--no-count", self.no_count),
+        ] {
+            arguments.extend(chosen.then(|| name.to_owned()));
+        }
+        let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+        self.files
+            .iter()
+            .for_each(|it| add("--files", it.to_string()));
+        self.boot
+            .iter()
+            .for_each(|it| add("--boot", it.to_string()));
+        for system in &self.system {
+            let value = system
+                .to_possible_value()
+                .context("a system without a name")?;
+            add("--system", value.get_name().to_owned());
+        }
+        self.runs
+            .iter()
+            .for_each(|it| add("--runs", it.to_string()));
+        self.rest
+            .iter()
+            .for_each(|it| add("--rest", it.to_string()));
+        Ok(arguments)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Harness {
+        #[command(flatten)]
+        compare: Compare,
+    }
+
+    #[test]
+    fn a_harness_elsewhere_is_asked_for_the_same() {
+        let asked = [
+            "--quick --files 64 --files 128 --boot 2 --mixed --aged --requests --churn",
+            "--system readonly --system ksm-unlimited --runs 3 --rest 7 --no-count",
+        ];
+        let parse = |words: &mut dyn Iterator<Item = String>| {
+            let program = std::iter::once("bench".to_owned());
+            Harness::parse_from(program.chain(words)).compare
+        };
+        let compare = parse(&mut asked.join(" ").split(' ').map(str::to_owned));
+        let again = parse(&mut compare.arguments().unwrap().into_iter());
+        assert_eq!(format!("{again:?}"), format!("{compare:?}"));
+        let apart = parse(&mut ["--apart", "a.deb"].map(str::to_owned).into_iter());
+        assert!(apart.arguments().is_err());
     }
 }

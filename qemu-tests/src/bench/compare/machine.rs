@@ -5,9 +5,9 @@ use std::{fs, num::NonZero, process::Command};
 use anyhow::{Context, Result};
 
 use super::results::Machine;
-use crate::artifacts::Artifacts;
+use crate::{artifacts::Artifacts, guest::Accelerator, world::Host};
 
-pub(super) fn describe(artifacts: &Artifacts) -> Result<Machine> {
+pub(super) fn describe(artifacts: &Artifacts, host: Host) -> Result<Machine> {
     let field = |path: &str, name: &str| -> Result<String> {
         let text = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
         let value = text
@@ -36,13 +36,21 @@ pub(super) fn describe(artifacts: &Artifacts) -> Result<Machine> {
         huge_pages: huge,
         guest_kernel: artifacts.kernel_release.clone(),
         qemu: artifacts.qemu_version()?,
-        accelerator: "TCG".to_owned(),
+        accelerator: accelerator(host).to_owned(),
         pagefusion: revision(),
     })
 }
 
+fn accelerator(host: Host) -> &'static str {
+    match (host.accelerator, host.nested) {
+        (Accelerator::Kvm, true) => "KVM on an emulated host",
+        (Accelerator::Kvm, false) => "KVM",
+        (Accelerator::Tcg | Accelerator::Counted, _) => "TCG",
+    }
+}
+
 /// The commit of the checkout this runs in, where there is one.
-fn revision() -> String {
+pub(super) fn revision() -> String {
     let output = Command::new("git")
         .args(["describe", "--always", "--dirty"])
         .output();

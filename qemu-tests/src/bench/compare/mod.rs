@@ -28,28 +28,26 @@ use anyhow::{Context, Result};
 
 pub use self::{arguments::Compare, results::Results};
 use self::{ksm::Ksm, workloads::Disks};
-use crate::{artifacts::Artifacts, progress::Progress};
+use crate::{artifacts::Artifacts, progress::Progress, world::Host};
 
 /// Makes all runs that are chosen.
-pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Result<Results> {
-    let machine = machine::describe(artifacts)?;
+pub fn run(
+    artifacts: &Artifacts,
+    compare: &Compare,
+    host: Host,
+    logs: Option<&Path>,
+) -> Result<Results> {
+    let machine = machine::describe(artifacts, host)?;
     let version = Some(machine.pagefusion.clone());
-    let results = match &compare.json {
-        Some(path) if compare.add && path.exists() => read(path)?,
-        _ => Results::default(),
-    };
-    let mut results = results.go_on(machine)?;
+    let mut results = before(compare)?.go_on(machine)?;
     let ksm = Ksm::take()?;
     let disks = Disks::new(compare.apart.clone())?;
     let mut progress = Progress::new();
-    let wanted = compare.wanted();
-    let keep = |results: &Results| match &compare.json {
-        Some(path) => write(path, results),
-        None => Ok(()),
-    };
+    let wanted = compare.wanted(host);
+    let keep = |results: &Results| keep(compare, results);
     for trial in plan::trials(&wanted) {
         progress.step(format!("{}: {}", trial.workload, trial.title()));
-        let mut run = trial::run(trial, artifacts, &ksm, &disks, logs)
+        let mut run = trial::run(trial, host, artifacts, &ksm, &disks, logs)
             .with_context(|| format!("{}: {}", trial.workload, trial.title()))?;
         progress.found(&text::line(&run));
         run.pagefusion.clone_from(&version);
@@ -61,7 +59,7 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
         let title = format!("requests: {}", system.name());
         progress.step(title.clone());
         let mut served =
-            trial::with_two_guests(system, artifacts, &ksm, &disks, logs, requests::run)
+            trial::with_two_guests(system, host, artifacts, &ksm, &disks, logs, requests::run)
                 .context(title)?;
         progress.found(&text::served_line(&served));
         served.pagefusion.clone_from(&version);
@@ -71,14 +69,43 @@ pub fn run(artifacts: &Artifacts, compare: &Compare, logs: Option<&Path>) -> Res
     for system in plan::churned(&wanted) {
         let title = format!("churn: {}", system.name());
         progress.step(title.clone());
-        let mut churned = trial::with_two_guests(system, artifacts, &ksm, &disks, logs, churn::run)
-            .context(title)?;
+        let mut churned =
+            trial::with_two_guests(system, host, artifacts, &ksm, &disks, logs, churn::run)
+                .context(title)?;
         progress.found(&text::churned_line(&churned));
         churned.pagefusion.clone_from(&version);
         results.churned.push(churned);
         keep(&results)?;
     }
     Ok(results)
+}
+
+/// Takes results of a host that knows no version of its own for what was to be measured, and keeps them as if it had been
+/// here.
+pub fn adopt(compare: &Compare, text: &str) -> Result<Results> {
+    let found: Results = serde_json::from_str(text).context("parse the host's results")?;
+    let found = found.made_with(&machine::revision());
+    let mut results = before(compare)?.go_on(found.machine.clone())?;
+    results.runs.extend(found.runs);
+    results.served.extend(found.served);
+    results.churned.extend(found.churned);
+    results.conclude();
+    keep(compare, &results)?;
+    Ok(results)
+}
+
+fn before(compare: &Compare) -> Result<Results> {
+    match &compare.json {
+        Some(path) if compare.add && path.exists() => read(path),
+        _ => Ok(Results::default()),
+    }
+}
+
+fn keep(compare: &Compare, results: &Results) -> Result<()> {
+    match &compare.json {
+        Some(path) => write(path, results),
+        None => Ok(()),
+    }
 }
 
 /// Results that were written before.

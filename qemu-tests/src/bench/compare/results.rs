@@ -179,6 +179,21 @@ impl Results {
         Ok(self)
     }
 
+    /// All of them, made with this version.
+    pub(super) fn made_with(mut self, version: &str) -> Self {
+        version.clone_into(&mut self.machine.pagefusion);
+        let runs = self.runs.iter_mut().map(|run| &mut run.pagefusion);
+        let served = self.served.iter_mut().map(|served| &mut served.pagefusion);
+        let churned = self
+            .churned
+            .iter_mut()
+            .map(|churned| &mut churned.pagefusion);
+        for of_run in runs.chain(served).chain(churned) {
+            *of_run = Some(version.to_owned());
+        }
+        self
+    }
+
     /// The version of each run of any kind.
     pub(super) fn versions(&self) -> impl Iterator<Item = Option<&str>> {
         let runs = self.runs.iter().map(|run| &run.pagefusion);
@@ -254,7 +269,10 @@ mod tests {
             }],
             ..Results::default()
         };
-        assert!(served.go_on(machine(2048, "old")).is_err());
+        assert!(served.clone().go_on(machine(2048, "old")).is_err());
+        let named = served.made_with("new");
+        assert!(named.versions().all(|version| version == Some("new")));
+        assert_eq!(named.machine, machine(1024, "new"));
     }
 
     #[test]

@@ -59,12 +59,13 @@ pub(super) struct Trial {
 /// Runs it.
 pub(super) fn run(
     trial: Trial,
+    host: Host,
     artifacts: &Artifacts,
     ksm: &Ksm,
     disks: &Disks,
     logs: Option<&Path>,
 ) -> Result<Run> {
-    let (mut world, run_lengths) = prepare(trial, artifacts, ksm, disks, logs)?;
+    let (mut world, run_lengths) = prepare(trial, host, artifacts, ksm, disks, logs)?;
     let mut run = measure(trial, &mut world, ksm)?;
     run.run_lengths = run_lengths;
     if trial.workload == Workload::Apart {
@@ -82,6 +83,7 @@ pub(super) fn run(
 /// Does `play` with two Debian guests, in which nothing is shared at first.
 pub(super) fn with_two_guests<T>(
     system: System,
+    host: Host,
     artifacts: &Artifacts,
     ksm: &Ksm,
     disks: &Disks,
@@ -94,7 +96,7 @@ pub(super) fn with_two_guests<T>(
         counted: false,
         rest: Duration::ZERO,
     };
-    let (mut world, _) = prepare(trial, artifacts, ksm, disks, logs)?;
+    let (mut world, _) = prepare(trial, host, artifacts, ksm, disks, logs)?;
     let played = play(trial, &mut world, ksm)?;
     world.healthy()?;
     ksm.off()?;
@@ -105,18 +107,18 @@ pub(super) fn with_two_guests<T>(
 /// Guests that have in memory what is to be shared, and nothing is; and how it lies there, which is [`Run::run_lengths`].
 fn prepare(
     trial: Trial,
+    host: Host,
     artifacts: &Artifacts,
     ksm: &Ksm,
     disks: &Disks,
     logs: Option<&Path>,
 ) -> Result<(World, Vec<Vec<u64>>)> {
-    let host = Host {
-        accelerator: if trial.counted {
-            Accelerator::Counted
-        } else {
-            Accelerator::Tcg
+    let host = match trial.counted {
+        true => Host {
+            accelerator: Accelerator::Counted,
+            ..host
         },
-        nested: false,
+        false => host,
     };
     let mut world = World::new(artifacts, host, logs)?;
     if trial.system.scope().is_none() {
