@@ -11,6 +11,9 @@ use anyhow::{Context, Result, ensure};
 
 /// Files made before all others, so that those get other inodes.
 const SHIFT: u32 = 1000;
+/// Directories that are there stay as they are, as dpkg has it: services may depend on whose they are.
+const UNPACK: &str =
+    r#"dpkg-deb --fsys-tarfile "$0" | tar -x --no-overwrite-dir --keep-directory-symlink -C "$1""#;
 
 /// Makes `new` of `image`, both ext4, by way of `directory`, with the files of `packages` in place of those there are. Needs
 /// root, for the files' owners.
@@ -31,7 +34,10 @@ pub(super) fn remake(
     let request = format!("rdump / {}", tree.display());
     run(Command::new("debugfs").arg("-R").arg(request).arg(image))?;
     for package in packages {
-        run(Command::new("dpkg-deb").arg("-x").arg(package).arg(&tree))?;
+        run(Command::new("sh")
+            .args(["-c", UNPACK])
+            .arg(package)
+            .arg(&tree))?;
     }
     let bytes = fs::metadata(image)?.len();
     run(Command::new("mkfs.ext4")
@@ -60,6 +66,8 @@ fn run(command: &mut Command) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -73,6 +81,11 @@ mod tests {
         write("old/usr/bin/program", "old");
         write("old/usr/bin/other", "other");
         write("package/usr/bin/program", "new");
+        let mode = |name: &str, mode| {
+            fs::set_permissions(path(name), fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode("old/usr/bin", 0o710);
+        mode("package/usr/bin", 0o755);
         let control = "Package: p\nVersion: 1\nArchitecture: all\nMaintainer: m <m@example.org>\nDescription: d\n";
         write("package/DEBIAN/control", control);
         let (image, package, new) = (path("image"), path("p.deb"), path("new"));
@@ -94,17 +107,17 @@ mod tests {
             eprintln!("skipped: {error:#}");
             return;
         }
-        let content = |name: &str| {
+        let asked = |request: &str| {
             let mut command = Command::new("debugfs");
-            command
-                .args(["-R", &format!("cat /usr/bin/{name}")])
-                .arg(&new);
+            command.args(["-R", request]).arg(&new);
             let output = command
                 .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
                 .output();
             String::from_utf8(output.unwrap().stdout).unwrap()
         };
-        assert_eq!(content("program"), "new");
-        assert_eq!(content("other"), "other");
+        assert_eq!(asked("cat /usr/bin/program"), "new");
+        assert_eq!(asked("cat /usr/bin/other"), "other");
+        let kept = asked("stat /usr/bin");
+        assert!(kept.contains("Mode:  0710"), "{kept}");
     }
 }
