@@ -232,7 +232,7 @@ impl Harness<'_> {
                 line.clone_into(&mut last);
             }
         })?;
-        anyhow::ensure!(
+        ensure!(
             status == 0,
             "the benchmark in the lab ended with {status}: {last}"
         );
@@ -275,9 +275,6 @@ impl Harness<'_> {
         if wanted(HostKind::KvmLab) {
             self.test_in_lab(choice, &mut tally)?;
         }
-        if wanted(HostKind::KvmLab) {
-            self.test_in_lab(choice, &mut tally)?;
-        }
         println!("{}", tally.line());
         Ok(if tally.good() {
             ExitCode::SUCCESS
@@ -310,50 +307,22 @@ impl Harness<'_> {
         Ok(())
     }
 
-    /// What is run on the nested KVM host.
+    /// What is run on the nested KVM host, one after the other; what fails may have broken that host.
     fn test_in_lab(self, choice: Choice<'_>, tally: &mut Tally) -> Result<()> {
-        type Run = fn(&Artifacts, &mut Lab) -> Result<Verdict>;
-        let all: [(&str, Run); 2] = [
-            ("the_example_shares", example_in_lab),
-            ("main_scenario", main_scenario_in_lab),
+        let own: [(&str, Tier, RunInLab); 2] = [
+            ("the_example_shares", Tier::Usual, example_in_lab),
+            ("main_scenario", Tier::Usual, main_scenario_in_lab),
         ];
-        let is_wanted = |(name, _): &(&str, Run)| choice.wants_called(name, Tier::Usual);
-        let mut start = Instant::now();
+        let ordinary = lab::SCENARIOS.map(|name| (name, Tier::Deep, scenario_in_lab as RunInLab));
+        let all = own.into_iter().chain(ordinary);
         let mut lab = None;
-        for (name, run) in all.into_iter().filter(is_wanted) {
-            let verdict = if self.artifacts.lab_image.is_none() {
-                Verdict::Skipped("there is no image of the lab host".to_owned())
-            } else {
-                let lab = lab.get_or_insert_with(|| self.start_lab());
-                let verdict = match lab {
-                    Ok(lab) => run(self.artifacts, lab),
-                    Err(error) => Err(anyhow::anyhow!("{error:#}")),
-                };
-                verdict.unwrap_or_else(|error| Verdict::Failed(format!("{error:#}")))
-            };
-            interrupt::check()?;
-            tally.record("kvm-lab", name, &verdict, start.elapsed());
-            start = Instant::now();
-        }
-        Ok(())
-    }
-
-    /// Ordinary scenarios on the nested KVM host, one after the other; one that fails may have broken the host.
-    fn test_in_lab(self, choice: Choice<'_>, tally: &mut Tally) -> Result<()> {
-        let names = lab::SCENARIOS.into_iter();
-        let mut lab = None;
-        for name in names.filter(|name| choice.wants_called(name, Tier::Deep)) {
+        for (name, _, run) in all.filter(|(name, tier, _)| choice.wants_called(name, *tier)) {
             let start = Instant::now();
             let verdict = if self.artifacts.lab_image.is_none() {
                 Verdict::Skipped("there is no image of the lab host".to_owned())
             } else {
-                match self.play_in_lab(lab.take(), name) {
-                    Ok(same) => {
-                        lab = Some(same);
-                        Verdict::Passed
-                    }
-                    Err(error) => Verdict::Failed(format!("{error:#}")),
-                }
+                self.play_in_lab(&mut lab, name, run)
+                    .unwrap_or_else(|error| Verdict::Failed(format!("{error:#}")))
             };
             interrupt::check()?;
             tally.record("kvm-lab", name, &verdict, start.elapsed());
@@ -361,19 +330,15 @@ impl Harness<'_> {
         Ok(())
     }
 
-    /// Returns the lab host when all went well.
-    fn play_in_lab(self, lab: Option<Lab>, name: &str) -> Result<Lab> {
-        let mut lab = match lab {
-            Some(lab) => lab,
-            None => Lab::start(self.artifacts, self.logs)?,
+    /// Leaves the lab host when all went well.
+    fn play_in_lab(self, lab: &mut Option<Lab>, name: &str, run: RunInLab) -> Result<Verdict> {
+        let mut running = match lab.take() {
+            Some(running) => running,
+            None => self.start_lab()?,
         };
-        let mut said = String::new();
-        let status = lab.run(&["test", "--host", "kvm", name], |line| {
-            said.push('\n');
-            said.push_str(line);
-        })?;
-        anyhow::ensure!(status == 0, "the harness in the lab says:{said}");
-        Ok(lab)
+        let verdict = run(self.artifacts, &mut running, name)?;
+        *lab = Some(running);
+        Ok(verdict)
     }
 
     fn host(self, accelerator: Accelerator) -> Host {
@@ -384,8 +349,22 @@ impl Harness<'_> {
     }
 }
 
+/// Runs what is called so on a lab host.
+type RunInLab = fn(&Artifacts, &mut Lab, &str) -> Result<Verdict>;
+
+/// One that is written for any host.
+fn scenario_in_lab(_: &Artifacts, lab: &mut Lab, name: &str) -> Result<Verdict> {
+    let mut said = String::new();
+    let status = lab.run(&["test", "--host", "kvm", name], |line| {
+        said.push('\n');
+        said.push_str(line);
+    })?;
+    ensure!(status == 0, "the harness in the lab says:{said}");
+    Ok(Verdict::Passed)
+}
+
 /// The VMM that the library's pages show.
-fn example_in_lab(artifacts: &Artifacts, lab: &mut Lab) -> Result<Verdict> {
+fn example_in_lab(artifacts: &Artifacts, lab: &mut Lab, _: &str) -> Result<Verdict> {
     if !Lab::has_example(artifacts) {
         return Ok(Verdict::Skipped(
             "cargo build --release -p pagefusion-host --example two_guests was not run".to_owned(),
@@ -400,7 +379,7 @@ fn example_in_lab(artifacts: &Artifacts, lab: &mut Lab) -> Result<Verdict> {
     Ok(Verdict::Passed)
 }
 
-fn main_scenario_in_lab(_: &Artifacts, lab: &mut Lab) -> Result<Verdict> {
+fn main_scenario_in_lab(_: &Artifacts, lab: &mut Lab, _: &str) -> Result<Verdict> {
     let report = report_from(lab, 2, Load::Light)?;
     demo::nested_verdict(&report).map(|()| Verdict::Passed)
 }
