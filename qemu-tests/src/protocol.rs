@@ -242,8 +242,8 @@ pub enum Op {
         /// The file; without one none is open any more.
         path: Option<String>,
     },
-    /// Have a process that maps a file, and whose address space is changed about half of the time, so that nobody
-    /// else can look at it then.
+    /// Have a process that maps a file, and whose address space is changed nearly all the time, so that nobody
+    /// else can look at it.
     Restless {
         /// The file; without one the process ends.
         path: Option<String>,

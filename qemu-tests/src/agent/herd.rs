@@ -1,7 +1,7 @@
 //! Many processes that map files and sleep: what a pass of the module has to walk through.
 #![expect(unsafe_code, reason = "fork, mmap and what a forked child may call")]
 
-use std::{fs::File, os::fd::AsRawFd, ptr, time::Instant};
+use std::{fs::File, os::fd::AsRawFd, ptr};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
@@ -78,20 +78,26 @@ impl Herd {
         })
     }
 
-    /// Starts one process that maps a file and takes its own mmap lock for writing about half of the time, with another one
-    /// in the same address space if that is to be shared.
+    /// Starts one process that maps a file and has its own mmap lock for writing nearly all the time, with another one in
+    /// the same address space if that is to be `shared`, and waits until the file is mapped.
     pub(super) fn restless(path: &str, shared: bool) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("open {path}"))?;
         let length = usize::try_from(file.metadata()?.len())?;
+        let (reader, writer) = rustix::pipe::pipe().context("make a pipe")?;
         // SAFETY: the child calls nothing but `restless`, which keeps to async-signal-safe functions.
         let pid = unsafe { libc::fork() };
         ensure!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
         let Some(child) = Pid::from_raw(pid) else {
-            restless(&file, length, shared)
+            restless(&file, length, shared, writer.as_raw_fd())
         };
-        Ok(Self {
+        drop(writer);
+        let herd = Self {
             members: vec![child],
-        })
+        };
+        let mut ready = [0];
+        let read = rustix::io::read(&reader, &mut ready).context("wait for the process")?;
+        ensure!(read == 1, "the process could not map {path}");
+        Ok(herd)
     }
 }
 
@@ -160,11 +166,12 @@ extern "C" fn sharer(_: *mut libc::c_void) -> libc::c_int {
     }
 }
 
-/// Maps and touches a file of `length` bytes, and changes the protection of other memory for ever, with as much time between
-/// two changes as one takes.
-fn restless(file: &File, length: usize, shared: bool) -> ! {
+/// Maps and touches a file of `length` bytes, says so, and changes the protection of other memory for ever.
+fn restless(file: &File, length: usize, shared: bool, ready: i32) -> ! {
     /// Of memory whose protection changes, which takes milliseconds.
     const BYTES: usize = 32 << 20;
+    /// Of the process that shares all this.
+    const STACK: usize = 1 << 16;
     let map = |length, protection, flags, file| {
         // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let mapped = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, file, 0) };
@@ -180,32 +187,21 @@ fn restless(file: &File, length: usize, shared: bool) -> ! {
     map(length, libc::PROT_READ, populated, file.as_raw_fd());
     let own = map(BYTES, both, populated | libc::MAP_ANONYMOUS, -1);
     if shared {
-        /// Of the process that shares this memory.
-        const STACK: usize = 1 << 16;
         let stack = map(STACK, both, populated | libc::MAP_ANONYMOUS, -1);
+        let end = stack.wrapping_byte_add(STACK);
         // SAFETY: `sharer` has a stack of its own, whose end this is, and uses no other memory.
-        let pid = unsafe {
-            libc::clone(
-                sharer,
-                stack.wrapping_byte_add(STACK),
-                libc::CLONE_VM,
-                ptr::null_mut(),
-            )
-        };
+        let pid = unsafe { libc::clone(sharer, end, libc::CLONE_VM, ptr::null_mut()) };
         if pid < 0 {
             // SAFETY: a plain system call.
             unsafe { libc::_exit(1) };
         }
     }
+    // SAFETY: one byte that lives as long as the program.
+    unsafe { libc::write(ready, c"!".as_ptr().cast(), 1) };
     loop {
-        let began = Instant::now();
         for protection in [libc::PROT_READ, both] {
             // SAFETY: memory that nobody uses.
             unsafe { libc::mprotect(own, BYTES, protection) };
-        }
-        let end = began + began.elapsed() * 5 / 4;
-        while Instant::now() < end {
-            std::hint::spin_loop();
         }
     }
 }
