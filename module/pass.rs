@@ -17,7 +17,7 @@ use crate::ranges::Range;
 use crate::report::Source;
 use crate::runs::PinnedRun;
 use crate::scan::Wanted;
-use crate::session::{Refusal, Session};
+use crate::session::{Refusal, Session, Why};
 use crate::superblock::{self, HeldSuper, Superblocks};
 use crate::thread;
 use crate::tracepoints;
@@ -359,10 +359,9 @@ impl Pass<'_> {
         for id in 0..self.session.tracker.ids() {
             let mut page = 0;
             while let Some(stray) = self.session.tracker.stray(id, self.number, page) {
-                self.retract(id, stray)?;
+                self.insist(|session| session.retract(id, stray, Why::Unwanted))?;
                 page = stray.end;
             }
-            self.flush(id)?;
         }
         Ok(())
     }
@@ -372,7 +371,7 @@ impl Pass<'_> {
         self.withdraw_unchecked()?;
         let mut from = 0;
         while let Some(id) = self.next_unseen(from) {
-            self.retire(id)?;
+            self.retire(id, Why::Gone)?;
             from = id + 1;
         }
         if from != 0 {
@@ -394,7 +393,7 @@ impl Pass<'_> {
             .tracker
             .next_unchecked(from, self.number, version)
         {
-            self.retire(id)?;
+            self.retire(id, Why::Unwanted)?;
             from = id + 1;
         }
         Ok(())
@@ -454,8 +453,8 @@ impl Pass<'_> {
         }
     }
 
-    fn retire(&mut self, id: u32) -> Result<(), Stop> {
-        self.insist(|session| session.retire(id))
+    fn retire(&mut self, id: u32, why: Why) -> Result<(), Stop> {
+        self.insist(|session| session.retire(id, why))
     }
 
     /// Looks at what has not been looked at of a file.
@@ -467,7 +466,7 @@ impl Pass<'_> {
     ) -> Result<(), Stop> {
         let known = self.session.tracker.find(file.key());
         let Some(facts) = file.facts() else {
-            return known.map_or(Ok(()), |id| self.retire(id));
+            return known.map_or(Ok(()), |id| self.retire(id, Why::Gone));
         };
         range.end = range.end.min(facts.pages).min(MAX_PAGE);
         // What only passes through the page cache is not worth an entry in the tracker.
@@ -499,7 +498,7 @@ impl Pass<'_> {
     ) -> Result<Option<u32>, Stop> {
         let id = match known {
             Some(id) if self.session.tracker.is_current(id, facts.stamp) => Some(id),
-            Some(id) => self.replace(id, file, facts)?,
+            Some(id) => self.replace(id, file, facts, Why::Gone)?,
             None => self.add(file, facts),
         };
         let Some(id) = id else { return Ok(None) };
@@ -525,8 +524,9 @@ impl Pass<'_> {
         id: u32,
         file: &CachedFile<'_>,
         facts: &Facts,
+        why: Why,
     ) -> Result<Option<u32>, Stop> {
-        self.retire(id)?;
+        self.retire(id, why)?;
         // Without memory it is still there.
         let is_gone = self.session.tracker.find(file.key()).is_none();
         Ok(if is_gone { self.add(file, facts) } else { None })
@@ -547,7 +547,7 @@ impl Pass<'_> {
             let state = tracked.state;
             let excluded = CONTROL.exclude.has(file.name(self.path));
             if excluded && state != FileState::Unannounced {
-                match self.replace(id, file, facts)? {
+                match self.replace(id, file, facts, Why::Unwanted)? {
                     Some(new) => id = new,
                     None => return Ok(None),
                 }

@@ -8,6 +8,7 @@ use crate::page_cache::PinnedFrames;
 use crate::pass::{Pass, Stop, NOTHING};
 use crate::ranges::Range;
 use crate::runs::PinnedRun;
+use crate::session::Why;
 use crate::thread;
 use crate::tracker::FileState;
 use crate::wire::FileIdentity;
@@ -51,7 +52,7 @@ impl Pass<'_> {
         if gone.is_empty() {
             return Ok(());
         }
-        self.insist(|session| session.retract(id, gone))
+        self.insist(|session| session.retract(id, gone, Why::Gone))
     }
 
     pub(crate) fn report(

@@ -33,6 +33,16 @@ struct InFlight<P> {
     what: What<P>,
 }
 
+/// Why pages are withdrawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Why {
+    /// They are not what was reported, or nobody has found them for long. As far as they still are,
+    /// they may stay shared.
+    Gone,
+    /// They must not be shared any more.
+    Unwanted,
+}
+
 enum What<P> {
     Run(PinnedRun<P>),
     Announce,
@@ -527,7 +537,7 @@ impl<M: Memory, P> Session<M, P> {
     }
 
     /// Withdraws what was reported of a range, if anything was.
-    pub(crate) fn retract(&mut self, id: u32, range: Range) -> Result<(), Refusal> {
+    pub(crate) fn retract(&mut self, id: u32, range: Range, why: Why) -> Result<(), Refusal> {
         let Some(file) = self.tracker.get_mut(id) else {
             return Ok(());
         };
@@ -542,6 +552,7 @@ impl<M: Memory, P> Session<M, P> {
                 file: id,
                 page,
                 pages,
+                unshare: why == Why::Unwanted,
             },
             What::Other,
         )?;
@@ -552,7 +563,7 @@ impl<M: Memory, P> Session<M, P> {
     }
 
     /// Forgets a file; its id is free again when the host has acknowledged that.
-    pub(crate) fn retire(&mut self, id: u32) -> Result<(), Refusal> {
+    pub(crate) fn retire(&mut self, id: u32, why: Why) -> Result<(), Refusal> {
         let Some(file) = self.tracker.get_mut(id) else {
             return Ok(());
         };
@@ -566,6 +577,7 @@ impl<M: Memory, P> Session<M, P> {
             file: id,
             page: 0,
             pages: 0,
+            unshare: why == Why::Unwanted,
         };
         self.push(id, &record, What::Retire)?;
         self.totals.retracted += pages * self.geometry.scale;
@@ -579,7 +591,7 @@ impl<M: Memory, P> Session<M, P> {
         let before = self.tracker.bytes();
         let mut from = 0;
         while let Some(id) = self.tracker.next_missing(from, self.whole_pass) {
-            if self.retire(id).is_err() {
+            if self.retire(id, Why::Gone).is_err() {
                 break;
             }
             from = id + 1;

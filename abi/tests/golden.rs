@@ -36,7 +36,7 @@ const IDENTITY: FileIdentity = FileIdentity {
 
 #[test]
 fn every_record_has_its_golden_bytes() {
-    let cases: [(Record<'_>, &str); 6] = [
+    let cases: [(Record<'_>, &str); 7] = [
         (
             Record::Hello {
                 epoch: 5,
@@ -70,8 +70,18 @@ fn every_record_has_its_golden_bytes() {
                 file: 7,
                 page: 3,
                 pages: 2,
+                unshare: false,
             },
             "04 01 0000 07000000 | 0300000000000000 | 0200000000000000 | 0000000000000000",
+        ),
+        (
+            Record::Retract {
+                file: 7,
+                page: 0,
+                pages: 0,
+                unshare: true,
+            },
+            "04 01 0000 07000000 | 0000000000000000 | 0000000000000000 | 0100000000000000",
         ),
         (
             Record::EndOfPass {

@@ -186,6 +186,7 @@ fn a_guest_is_asked_for_what_it_reported_before_and_still_has() {
         file: 3,
         page: 100,
         pages: 20,
+        unshare: false,
     });
     let last = report(200, 23);
     work(&mut guest);

@@ -220,3 +220,59 @@ fn an_undo_that_fails_is_tried_again_before_the_guest_has_its_answer() {
     assert_eq!(scene.acknowledged(), end);
     scene.nothing_is_left();
 }
+
+#[test]
+fn a_guest_that_goes_and_cannot_ring_is_found_to_have_gone() {
+    let shared = Shared::new();
+    let mut scene = Scene::new(&shared);
+    assert!(!scene.guest.has_news());
+    scene.leave();
+    assert!(scene.guest.has_news());
+    scene.work();
+    scene.nothing_is_left();
+    assert!(!scene.guest.has_news());
+}
+
+fn retract(page: u64, pages: u64, unshare: bool) -> Record<'static> {
+    Record::Retract {
+        file: 3,
+        page,
+        pages,
+        unshare,
+    }
+}
+
+#[test]
+fn of_what_is_withdrawn_only_what_must_not_stay_shared_is_undone() {
+    let shared = Shared::new();
+    let mut scene = Scene::new(&shared);
+    shared.produce(&retract(0, 40, false));
+    scene.work();
+    assert_eq!(scene.overlaid(), PAGES as u64);
+    shared.produce(&retract(10, 20, true));
+    scene.work();
+    assert_eq!(scene.overlaid(), PAGES as u64 - 20);
+    scene.content_is_right();
+    let said = scene.shared.host_word(host_area::PAGES_SHARED);
+    assert_eq!(said, PAGES as u64 - 20);
+    // All of the file.
+    shared.produce(&retract(0, 0, true));
+    scene.work();
+    scene.nothing_is_left();
+}
+
+#[test]
+fn what_is_reported_behind_an_undo_is_shared() {
+    let shared = Shared::new();
+    let mut scene = Scene::new(&shared);
+    shared.produce(&retract(10, 20, true));
+    shared.produce(&Record::Run(Run {
+        file: 3,
+        page: 12,
+        gfn: 24,
+        pages: 1,
+    }));
+    scene.work();
+    assert_eq!(scene.overlaid(), PAGES as u64 - 19);
+    scene.content_is_right();
+}

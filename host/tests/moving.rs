@@ -40,6 +40,7 @@ const RETRACT: Record<'static> = Record::Retract {
     file: FILE,
     page: 0,
     pages: PAGES,
+    unshare: false,
 };
 
 fn filled(group: &Arc<Mutex<Group>>, vm: u32, bytes: &[u8]) -> Vm {
@@ -111,6 +112,7 @@ fn a_file_that_goes_and_comes_back_is_still_remembered() {
         file: FILE,
         page: 0,
         pages: 0,
+        unshare: false,
     };
     let back = Record::File {
         file: FILE,

@@ -42,6 +42,7 @@ fn all_kinds() -> [Record<'static>; 6] {
             file: 3,
             page: 0,
             pages: 1,
+            unshare: false,
         },
         Record::EndOfPass {
             pass: 1,

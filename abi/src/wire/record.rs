@@ -78,6 +78,8 @@ pub enum Record<'a> {
         page: u64,
         /// Number of pages; 0 forgets the whole file and frees its id.
         pages: u64,
+        /// Whether what is shared of them must not stay so.
+        unshare: bool,
     },
     /// A pass over all processes has ended.
     EndOfPass {
@@ -201,8 +203,14 @@ impl<'a> Record<'a> {
                 let head = head_word(record_kind::RUN, 1, run.file);
                 buffer[0] = [head, run.page, run.gfn, u64::from(run.pages)];
             }
-            Record::Retract { file, page, pages } => {
-                buffer[0] = [head_word(record_kind::RETRACT, 1, file), page, pages, 0];
+            Record::Retract {
+                file,
+                page,
+                pages,
+                unshare,
+            } => {
+                let head = head_word(record_kind::RETRACT, 1, file);
+                buffer[0] = [head, page, pages, u64::from(unshare)];
             }
             Record::EndOfPass { pass, eligible } => {
                 buffer[0] = [head_word(record_kind::END_OF_PASS, 1, 0), pass, eligible, 0];
@@ -273,7 +281,7 @@ impl<'a> Record<'a> {
                 }))
             }
             record_kind::RETRACT => {
-                if first[3] != 0 {
+                if first[3] > 1 {
                     return Err(DecodeError::Reserved);
                 }
                 if first[1].checked_add(first[2]).is_none() {
@@ -283,6 +291,7 @@ impl<'a> Record<'a> {
                     file,
                     page: first[1],
                     pages: first[2],
+                    unshare: first[3] == 1,
                 })
             }
             record_kind::END_OF_PASS => {

@@ -75,16 +75,15 @@ struct Announced {
 #[derive(Debug, Default)]
 struct Step {
     forgotten: Vec<FileSpan>,
+    /// Those of them that must not stay shared.
+    unshared: Vec<FileSpan>,
     runs: Vec<(u64, ReportedRun)>,
 }
 
 impl Step {
     /// Whether one of its runs has a page of `span`, so that forgetting must come after it.
     fn reports(&self, span: &FileSpan) -> bool {
-        let end = match span.pages {
-            0 => u64::MAX,
-            pages => span.page.saturating_add(u64::from(pages)),
-        };
+        let end = span.end();
         self.runs.iter().any(|(_, run)| {
             run.file == span.file
                 && run.page < end
@@ -236,7 +235,12 @@ impl<M: Words> Guest<M> {
                         Outcome::default()
                     }
                 }
-                Ok(Record::Retract { file, page, pages }) => {
+                Ok(Record::Retract {
+                    file,
+                    page,
+                    pages,
+                    unshare,
+                }) => {
                     match files.get(&file).map(|file| file.key) {
                         Some(key) => {
                             if pages == 0 {
@@ -255,6 +259,7 @@ impl<M: Words> Guest<M> {
                             }
                             if let Some(step) = steps.last_mut() {
                                 step.forgotten.push(span);
+                                step.unshared.extend(unshare.then_some(span));
                             }
                             Outcome::default()
                         }
@@ -295,9 +300,17 @@ impl<M: Words> Guest<M> {
             }
         };
         done.busy = true;
-        for Step { forgotten, runs } in steps {
+        for step in steps {
+            let Step {
+                forgotten,
+                unshared,
+                runs,
+            } = step;
             for span in forgotten {
                 sharing.forget(span);
+            }
+            if !unshared.is_empty() {
+                self.unshare(sharing, &unshared);
             }
             self.answer(sharing, batch.is_revoked(), &runs);
         }
@@ -317,6 +330,15 @@ impl<M: Words> Guest<M> {
             done.ring |= self.ring.acknowledge(batch);
         }
         done
+    }
+
+    /// Turns what is shared of these into ordinary memory, as far as that can be done.
+    fn unshare(&self, sharing: &Sharing, spans: &[FileSpan]) {
+        if let Err(e) = sharing.unshare(spans) {
+            log::warn!("the guest wants pages to be shared no more, and undoing failed: {e}");
+        }
+        self.ring
+            .set_pages_shared(sharing.memory().overlays().pages());
     }
 
     /// Nothing is known of the guest, and it knows nothing of us.
@@ -443,9 +465,9 @@ impl<M: Words> Guest<M> {
 
     /// Whether a call of [`Guest::progress`] has something to do though nobody has rung: ask now and
     /// then, as a machine that was restored from a snapshot, or has come from another host, does not
-    /// know that it has to ring.
+    /// know that it has to ring, nor does one that has no doorbell, and leaves.
     pub fn has_news(&self) -> bool {
-        self.ring.has_news()
+        self.ring.has_news() || self.attached && !self.ring.is_attached()
     }
 
     /// Asks the guest to report these file pages again; whether it is to be rung.

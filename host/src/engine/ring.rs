@@ -194,10 +194,15 @@ impl<M: Words> RingConsumer<M> {
             return true;
         }
         let epoch = self.guest(guest_area::EPOCH);
-        let attached = self.guest(guest_area::STATE) == guest_state::ATTACHED
-            && self.guest(guest_area::INSTANCE) == self.instance;
         let is_new = epoch != self.epoch && epoch != 0;
-        attached && (is_new || !self.broken && self.guest(guest_area::HEAD) != self.claim)
+        let has_written = !self.broken && self.guest(guest_area::HEAD) != self.claim;
+        self.is_attached() && (is_new || has_written)
+    }
+
+    /// Whether a guest is there that has seen this host.
+    pub(super) fn is_attached(&self) -> bool {
+        self.guest(guest_area::STATE) == guest_state::ATTACHED
+            && self.guest(guest_area::INSTANCE) == self.instance
     }
 
     /// Looks whether a guest is there, and attaches to a new epoch.

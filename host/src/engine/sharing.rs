@@ -179,6 +179,11 @@ impl Sharing {
         self.undo_ranges(|memory| usage::ranges(memory, what))
     }
 
+    /// As [`Sharing::undo`] for pages of files.
+    pub(super) fn unshare(&self, spans: &[FileSpan]) -> std::io::Result<()> {
+        self.undo_ranges(|memory| usage::ranges_of(memory, spans))
+    }
+
     /// As [`Sharing::undo`] for addresses of this process.
     pub(super) fn undo_ranges(
         &self,

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::memory::{Memory, WINDOW_PAGES};
 use super::pagemap::Pagemap;
 use super::sharing::Sharing;
-use crate::protocol::{FileKey, FileUse, Undo};
+use crate::protocol::{FileKey, FileSpan, FileUse, Undo};
 use crate::store::PAGE;
 
 /// Addresses and lengths, in pages, of the overlays of each file.
@@ -60,6 +60,22 @@ pub(super) fn ranges(memory: &Memory, what: &Undo) -> Vec<Range<usize>> {
             .map(|piece| piece.hva..piece.hva + piece.pages * PAGE)
             .collect(),
     }
+}
+
+/// Addresses of what is shared of these pages of files.
+pub(super) fn ranges_of(memory: &Memory, spans: &[FileSpan]) -> Vec<Range<usize>> {
+    let overlays = memory.overlays();
+    let parts = overlays.iter().flat_map(|(address, overlay)| {
+        let file = memory.file_key(overlay.file);
+        let (page, end) = (overlay.page, overlay.page + u64::from(overlay.pages));
+        let of_file = spans.iter().filter(move |span| span.file == file);
+        of_file.filter_map(move |span| {
+            let (from, to) = (span.page.max(page), span.end().min(end));
+            let at = |wanted: u64| address + (wanted - page) as usize * PAGE;
+            (from < to).then(|| at(from)..at(to))
+        })
+    });
+    parts.collect()
 }
 
 fn by_file(memory: &Memory, wanted: impl Fn(FileKey) -> bool) -> ByFile {

@@ -90,6 +90,16 @@ pub struct FileSpan {
     pub pages: u32,
 }
 
+impl FileSpan {
+    /// The page behind the last one, where 0 pages are the whole file.
+    pub(crate) const fn end(&self) -> u64 {
+        match self.pages {
+            0 => u64::MAX,
+            pages => self.page.saturating_add(pages as u64),
+        }
+    }
+}
+
 /// Pages `page .. page + pages` of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreSpan {

@@ -7,6 +7,7 @@ use super::{report, session};
 use crate::list::deny;
 use crate::ranges::Range;
 use crate::ring::State;
+use crate::session::Why;
 use crate::wire::{Layout, Request};
 use proptest::prelude::*;
 
@@ -63,7 +64,7 @@ proptest! {
                 }
                 Step::Retire(key) => {
                     if let Some(id) = session.tracker.find(key * 64) {
-                        let _ = session.retire(id);
+                        let _ = session.retire(id, Why::Gone);
                     }
                 }
                 Step::Publish => session.publish(),

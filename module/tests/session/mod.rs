@@ -13,7 +13,7 @@ use crate::pages::{Cursor, PieceState};
 use crate::ranges::Range;
 use crate::ring::Ring;
 use crate::runs::PinnedRun;
-use crate::session::{Geometry, Session};
+use crate::session::{Geometry, Session, Why};
 use crate::wire::{feature, FileIdentity, Layout};
 use std::rc::Rc;
 
@@ -62,7 +62,9 @@ fn report(
         };
         let piece = file.pages.compare(rest, at, retry, &mut cursor);
         if piece.state != PieceState::Known {
-            if piece.state == PieceState::Moved && session.retract(id, piece.range).is_err() {
+            if piece.state == PieceState::Moved
+                && session.retract(id, piece.range, Why::Gone).is_err()
+            {
                 return reported;
             }
             let identity = FileIdentity {

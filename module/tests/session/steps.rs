@@ -8,7 +8,7 @@ use crate::policy;
 use crate::ranges::Range;
 use crate::ring::State;
 use crate::runs::PinnedRun;
-use crate::session::{Refusal, Session};
+use crate::session::{Refusal, Session, Why};
 use crate::wire::{self, guest_area, FileIdentity, Request};
 
 #[test]
@@ -111,7 +111,7 @@ fn pages_of_a_file_that_is_withdrawn_are_counted() {
     let (_, held, _, mut session) = attached();
     report(&mut session, &held, 64, Range { start: 0, end: 7 }, 500);
     let id = session.tracker.find(64).expect("a file");
-    assert_eq!(session.retire(id), Ok(()));
+    assert_eq!(session.retire(id, Why::Gone), Ok(()));
     assert_eq!(session.totals.retracted, 7);
 }
 

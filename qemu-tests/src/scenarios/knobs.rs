@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::{
     Stage,
     shared_files::{SharedFiles, with_disk},
-    steps::{each, hold, release, renice, unit, write},
+    steps::{each, hold, none_same, release, renice, unit, write},
 };
 use crate::{
     guest::{Guest, SYSFS},
@@ -417,6 +417,25 @@ pub(super) fn names_may_be_kept(stage: &mut Stage) -> Result<()> {
                 listed.contains(name) == expected,
                 "{name} should be listed: {expected}; listed are\n{listed}"
             );
+        }
+        files.are_right(world)
+    })
+}
+
+/// A file that is shared already when its name is excluded, or the scope leaves it out, is memory of that guest alone again.
+pub(super) fn what_is_kept_out_is_shared_no_more(stage: &mut Stage) -> Result<()> {
+    let seed = stage.seed();
+    let small = with_disk(&stage.world)?;
+    stage.with_small_pair(&small, |world| {
+        let mut files = SharedFiles::hold(world, seed)?;
+        let path = files.add(world)?;
+        let name = path.rsplit('/').next().context("a name")?;
+        for (knob, out, back) in [("exclude", name, "\n"), ("scope", "exec", "readonly")] {
+            world.guests[0].set(knob, out)?;
+            none_same(world, &path).with_context(|| format!("{knob} is {out}"))?;
+            files.are_right(world)?;
+            world.guests[0].set(knob, back)?;
+            files.are_shared(world)?;
         }
         files.are_right(world)
     })

@@ -148,6 +148,12 @@ pub const ALL: &[Scenario] = &[
         run: knobs::names_may_be_kept,
     },
     Scenario {
+        name: "what_is_kept_out_is_shared_no_more",
+        tier: Tier::Usual,
+        guests: 0,
+        run: knobs::what_is_kept_out_is_shared_no_more,
+    },
+    Scenario {
         name: "statistics_agree_with_each_other_and_the_host",
         tier: Tier::Usual,
         guests: 0,

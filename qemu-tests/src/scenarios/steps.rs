@@ -41,12 +41,22 @@ pub(super) fn same(world: &mut World, name: &str) -> Result<(usize, usize)> {
 
 /// Waits until nearly all of it is the same memory.
 pub(super) fn all_same(world: &mut World, name: &str) -> Result<()> {
+    wait_same(world, name, |same, all| same * 20 >= all * 19)
+}
+
+/// Waits until no page of a file that is held is the same memory in both guests.
+pub(super) fn none_same(world: &mut World, name: &str) -> Result<()> {
+    wait_same(world, name, |same, _| same == 0)
+}
+
+/// Waits until so many of the pages of a file are the same memory in both guests.
+fn wait_same(world: &mut World, name: &str, so_many: impl Fn(usize, usize) -> bool) -> Result<()> {
     let deadline = Instant::now() + world.limits.settle;
     loop {
         interrupt::check()?;
         world.healthy()?;
         let (same, all) = same(world, name)?;
-        if same * 20 >= all * 19 {
+        if so_many(same, all) {
             return Ok(());
         }
         if Instant::now() >= deadline {
