@@ -289,6 +289,13 @@ pub(crate) fn check(project: &Project) -> Result<ExitCode> {
         "cargo fmt",
         cargo(project).args(["fmt", "--all", "--check"]),
     )?;
+    // No package has those of its files that need the kernel.
+    run(
+        "rustfmt of the module",
+        Command::new("rustfmt")
+            .args(["--check", "--edition", "2021", "module/main.rs"])
+            .current_dir(&project.checkout),
+    )?;
     run(
         "cargo clippy",
         cargo(project).args([
