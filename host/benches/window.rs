@@ -6,7 +6,9 @@
 //! pages, so that it is held up from the beginning to the end. It writes what is there already:
 //! the page stays equal, and is overlaid behind the writer's back. Beside it, to tell the engine
 //! from the machine: how much longer than wanted the same thread spins for as long as its median
-//! wait, while another one spins too.
+//! wait, while another one spins too; and, before all others, how long a write waits to a page
+//! that is protected and let go as soon as the kernel says that somebody waits, which no window
+//! can be shorter than.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -15,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Random, Vm, file, fill};
-use pagefusion_host::engine::{ReportedRun, WINDOW_MAPPINGS};
+use common::{GuestRam, Random, Vm, file, fill};
+use pagefusion_host::engine::{ReportedRun, Uffd, WINDOW_MAPPINGS};
 use pagefusion_host::store::{Group, PAGE};
 
 const PAGES: usize = 4096;
@@ -117,6 +119,45 @@ fn round(group: &Arc<Mutex<Group>>, bytes: &[u8], case: &Case, samples: &mut Vec
     );
 }
 
+/// How long a write waits that the kernel tells us of and that nothing is done about but letting it go.
+fn let_go_at_once() -> Vec<Duration> {
+    let ram = GuestRam::new(1, false);
+    ram.write_page(0, &Random(1).bytes(PAGE));
+    let page = ram.at(0)..ram.at(1);
+    let uffd = Uffd::open(None).expect("a userfaultfd");
+    uffd.register(&page).expect("to register a page");
+    let (protected, written) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let (protected, written, ram) = (&protected, &written, &ram);
+        let writer = scope.spawn(move || {
+            let word = ram.word(0, 1);
+            let waits = (1..=SAMPLES).map(|sample| {
+                while protected.load(Ordering::Acquire) < sample {
+                    std::hint::spin_loop();
+                }
+                let start = Instant::now();
+                word.store(sample as u64, Ordering::Relaxed);
+                let waited = start.elapsed();
+                written.store(sample, Ordering::Release);
+                waited
+            });
+            waits.collect()
+        });
+        for sample in 1..=SAMPLES {
+            uffd.protect(&page).expect("to protect it");
+            protected.store(sample, Ordering::Release);
+            while uffd.next_event().expect("to be told").is_none() {
+                std::hint::spin_loop();
+            }
+            uffd.unprotect(&page).expect("to let it go");
+            while written.load(Ordering::Acquire) < sample {
+                std::hint::spin_loop();
+            }
+        }
+        writer.join().expect("the writer")
+    })
+}
+
 /// What the machine adds by itself to spinning for `length`.
 fn machine_alone(length: Duration) -> Vec<Duration> {
     let done = AtomicBool::new(false);
@@ -158,6 +199,14 @@ fn main() {
         "| runs | in a window | writes | p50, µs | p99 | p99.9 | max | the machine alone: p50 | p99 | p99.9 | max |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    let mut alone = let_go_at_once();
+    alone.sort_unstable();
+    let median = alone[SAMPLES / 2];
+    println!(
+        "| let go at once | – | {SAMPLES} | {} | {} |",
+        percentiles(alone),
+        percentiles(machine_alone(median)),
+    );
     for huge in [false, true] {
         for (run, touching) in [(1, false), (16, false), (64, false), (1, true), (8, true)] {
             let case = Case {
