@@ -243,7 +243,6 @@ impl Walk {
                 let _ = batch.list.push(candidate);
             }
         }
-        drop(vmas);
         drop(locked);
         let held = thread::now_ns().saturating_sub(began);
         self.seen.longest_hold_ns = self.seen.longest_hold_ns.max(held);
