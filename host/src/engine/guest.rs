@@ -47,6 +47,8 @@ pub struct Guest<M> {
     counts: Counts,
     /// How often its ring made no sense.
     ignored: u64,
+    /// How often what it wanted to be shared no more could not be undone.
+    still_shared: u64,
     progress: Progress,
 }
 
@@ -149,6 +151,7 @@ impl<M: Words> Guest<M> {
             paused: false,
             counts: Counts::default(),
             ignored: 0,
+            still_shared: 0,
             progress: Progress::start(),
         }
     }
@@ -333,9 +336,16 @@ impl<M: Words> Guest<M> {
     }
 
     /// Turns what is shared of these into ordinary memory, as far as that can be done.
-    fn unshare(&self, sharing: &Sharing, spans: &[FileSpan]) {
+    fn unshare(&mut self, sharing: &Sharing, spans: &[FileSpan]) {
         if let Err(e) = sharing.unshare(spans) {
-            log::warn!("the guest wants pages to be shared no more, and undoing failed: {e}");
+            // It can ask as often as it likes.
+            self.still_shared += 1;
+            if self.still_shared.is_power_of_two() {
+                log::warn!(
+                    "the guest wants pages to be shared no more, and undoing failed: {e} ({} times so far)",
+                    self.still_shared
+                );
+            }
         }
         self.ring
             .set_pages_shared(sharing.memory().overlays().pages());
