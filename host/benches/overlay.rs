@@ -111,10 +111,11 @@ fn build_floor() -> Option<PathBuf> {
 
 /// Time for all pages, as the floor prints it per page.
 fn floor(program: &Path, case: &Case, unseen: bool) -> Sample {
-    let huge = if case.huge { "1" } else { "0" };
+    // Huge pages are split in the end, as the engine does.
+    let (huge, split) = if case.huge { ("1", "2") } else { ("0", "0") };
     let mib = ((PAGES * PAGE) >> 20).to_string();
     let mut command = Command::new(program);
-    command.args([&mib, &case.run.to_string(), "0", huge, huge]);
+    command.args([&mib, &case.run.to_string(), "0", huge, split]);
     match case.layout {
         Layout::Touching => {}
         Layout::Apart => _ = command.arg("apart"),
@@ -203,6 +204,7 @@ fn engine(group: &Arc<Mutex<Group>>, case: &Case) -> Sample {
             .map(|o| usize::from(o.shared))
             .sum::<usize>();
     }
+    vm.sharing.split_all_cut();
     let sample = Sample {
         wall: start.elapsed(),
         cpu: cpu_time() - cpu,

@@ -3,7 +3,7 @@
 // overlay_floor MIB RUN [writers] [thp] [split] [WORD...]: what one overlay costs at least, in plain C, one thread.
 // Anonymous "guest memory" holds permuted runs of a memfd "store"; each run is write-protected, compared, mapped over, woken.
 // writers=1 writes to random pages meanwhile and checks that no write is lost; thp=1 asks for huge pages;
-// split=1 splits them first (MADV_COLD). Needs vm.max_map_count above the number of runs. A measuring stick, not a model to copy.
+// split=1 splits them first (MADV_COLD), split=2 in the end those of which something is left. Needs vm.max_map_count above the number of runs. A measuring stick, not a model to copy.
 // Words change what is measured:
 //   apart     a run's worth of other memory lies behind every run
 //   scattered runs come in the order of the store, which is none in guest memory
@@ -55,7 +55,7 @@ int main(int c, char **v) {
     N = atol(v[1]) << 8;
     run = atol(v[2]);
     size_t R = N / run;
-    int wr = c > 3 && atoi(v[3]), thp = c > 4 && atoi(v[4]), split = c > 5 && atoi(v[5]);
+    int wr = c > 3 && atoi(v[3]), thp = c > 4 && atoi(v[4]), split = c > 5 ? atoi(v[5]) : 0;
     int apart = 0, scattered = 0, dontfork = 0, unseen = 0, publish = 0;
     for (int i = 6; i < c; i++) {
         apart |= !strcmp(v[i], "apart");
@@ -110,7 +110,7 @@ int main(int c, char **v) {
         size_t r = order[i];
         uint8_t *a = at(r * run);
         off_t o = (off_t)perm[r] * run * P;
-        if (split) madvise(a, run * P, MADV_COLD);
+        if (split == 1) madvise(a, run * P, MADV_COLD);
         struct uffdio_writeprotect wp = {.range = {(uintptr_t)a, run * P}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
         if (ioctl(u, UFFDIO_WRITEPROTECT, &wp)) return perror("protect"), 1;
         if (memcmp(a, st + o, run * P)) { differ += run; wp.mode = 0; ioctl(u, UFFDIO_WRITEPROTECT, &wp); continue; }
@@ -119,6 +119,16 @@ int main(int c, char **v) {
         struct uffdio_range g = {(uintptr_t)a, run * P};
         ioctl(u, UFFDIO_WAKE, &g);
         done += run;
+    }
+    if (split == 2 && apart) {
+        // One page that is left is enough, and all that lies behind a run is.
+        uintptr_t last = 0;
+        for (size_t r = 0; r < R; r++) {
+            uint8_t *rest = at(r * run) + run * P;
+            if ((uintptr_t)rest >> 21 == last) continue;
+            last = (uintptr_t)rest >> 21;
+            madvise(rest, P, MADV_COLD);
+        }
     }
     double dt = now(CLOCK_MONOTONIC) - t0, dc = now(CLOCK_THREAD_CPUTIME_ID) - c0;
     stop = 1;

@@ -8,10 +8,11 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use common::{GuestRam, Random, Vm, file, fill, huge_kilobytes};
 use pagefusion_abi::wire::reason;
-use pagefusion_host::engine::{ReportedRun, WINDOW_PAGES, audit};
+use pagefusion_host::engine::{Memory, ReportedRun, Sharing, WINDOW_PAGES, audit};
 use pagefusion_host::store::{Group, PAGE};
 
 fn group() -> Arc<Mutex<Group>> {
@@ -210,14 +211,15 @@ fn a_long_run_that_differs_splits_no_huge_page_and_stops_no_writer() {
     assert_eq!(huge_kilobytes(&vm.ram), before);
 }
 
-/// Else what overlays hide would stay with the part that is left.
-#[test]
-fn a_huge_page_is_split_when_several_runs_of_it_are_shared() {
+/// What overlays hide of a huge page would stay with the part that is left of it, if that were not
+/// split. `after` is called when several runs of it are shared.
+fn huge_pages_are_split(prepare: impl Fn(&mut Memory), after: impl Fn(&Sharing)) {
     const PAGES: usize = 2048;
     let group = group();
     let bytes = Random(15).bytes(PAGES * PAGE);
     let _held = fill(&group, file(1), &bytes);
     let vm = Vm::new(&group, 1, PAGES, true);
+    prepare(&mut vm.sharing.memory());
     for page in 0..PAGES {
         vm.ram.write_page(page, &bytes[page * PAGE..][..PAGE]);
     }
@@ -244,8 +246,14 @@ fn a_huge_page_is_split_when_several_runs_of_it_are_shared() {
         eprintln!("not seen: this machine gives no huge pages");
         return;
     }
-    // Two runs in the first, one across the border of the next two, and many in the last.
-    let mut runs = vec![run(3, 3, 16), run(200, 200, 9), run(1000, 1000, 60)];
+    // Three in the first, two of them at its ends, one across the border of the next two, and many in
+    // the last.
+    let mut runs = vec![
+        run(0, 0, 16),
+        run(200, 200, 9),
+        run(500, 500, 12),
+        run(1000, 1000, 60),
+    ];
     runs.extend(
         (1550..2000)
             .step_by(30)
@@ -255,7 +263,38 @@ fn a_huge_page_is_split_when_several_runs_of_it_are_shared() {
     for (run, outcome) in runs.iter().zip(outcomes) {
         assert_eq!(u32::from(outcome.shared), run.pages, "{outcome:?}");
     }
+    after(&vm.sharing);
     assert_eq!((huge_kilobytes(&vm.ram), in_large_folios()), (0, 0));
+}
+
+#[test]
+fn huge_pages_are_split_when_several_runs_of_them_are_shared() {
+    huge_pages_are_split(|_| {}, Sharing::split_all_cut);
+}
+
+#[test]
+fn huge_pages_are_split_in_a_moment_without_overlays() {
+    huge_pages_are_split(
+        |_| {},
+        |sharing| {
+            assert!(sharing.split_cut(), "overlays may still come");
+            let begun = Instant::now();
+            while sharing.split_cut() {
+                assert!(begun.elapsed() < Duration::from_secs(60));
+                std::thread::yield_now();
+            }
+        },
+    );
+}
+
+#[test]
+fn huge_pages_are_split_when_sharing_is_undone_at_once() {
+    huge_pages_are_split(|_| {}, |sharing| sharing.undo_all().unwrap());
+}
+
+#[test]
+fn huge_pages_are_split_before_each_overlay_where_the_kernel_needs_it() {
+    huge_pages_are_split(Memory::split_at_once, |_| {});
 }
 
 #[test]

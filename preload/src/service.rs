@@ -54,7 +54,7 @@ const NICE: i32 = 5;
 /// Until what could not be done for the guest is tried again.
 const RETRY: Timespec = Timespec {
     tv_sec: 0,
-    tv_nsec: 100_000_000,
+    tv_nsec: 25_000_000,
 };
 
 /// Threads whose CPU time is the engine's.

@@ -50,7 +50,7 @@ const LOOK_TIMESPEC: Timespec = Timespec {
 /// Until what could not be done for the guest is tried again.
 const RETRY: Timespec = Timespec {
     tv_sec: 0,
-    tv_nsec: 100_000_000,
+    tv_nsec: 25_000_000,
 };
 
 /// The engine of one VM, for its VMM.

@@ -28,8 +28,8 @@ pub struct Progressed {
     pub ring: bool,
     /// There was something to do; there may be more.
     pub busy: bool,
-    /// Something could not be done; it is tried again when this is called again, which should
-    /// be in a moment even if the guest does not ring.
+    /// Something could not be done, or was left for later; it is tried again when this is called
+    /// again, which should be in a moment even if the guest does not ring.
     pub retry: bool,
 }
 
@@ -158,6 +158,12 @@ impl<M: Words> Guest<M> {
 
     /// Handles at most one batch of what the guest has reported.
     pub fn progress(&mut self, sharing: &Sharing) -> Progressed {
+        let mut done = self.step(sharing);
+        done.retry |= sharing.split_cut();
+        done
+    }
+
+    fn step(&mut self, sharing: &Sharing) -> Progressed {
         let mut done = Progressed::default();
         match self.ring.attach() {
             Attachment::Absent => {

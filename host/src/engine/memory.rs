@@ -35,6 +35,7 @@ use super::pagemap::Pagemap;
 use super::regions::{Piece, Region, Regions};
 use super::store_view::StoreView;
 use super::uffd::{self, Uffd};
+use super::unsplit::{Unsplit, splits_by_rest};
 use super::window::Equal;
 use super::written::Written;
 use crate::protocol::{FileKey, FileSpan, Holding, StoreSpan};
@@ -74,6 +75,10 @@ pub struct Memory {
     pub(super) huge_pages: HugePages,
     /// Where the batch at hand has split all huge pages.
     pub(super) split: Range<usize>,
+    /// Huge pages that overlays hide a part of, which are to be split.
+    pub(super) unsplit: Unsplit,
+    /// Whether that can wait until the overlays are there.
+    pub(super) splits_by_rest: bool,
     paused: bool,
     /// Undos under way; while there are any, what they reach is registered for missing pages.
     pub(super) undoing: u32,
@@ -93,6 +98,8 @@ impl Memory {
     /// Guest memory of this process; regions are added as the VMM makes them known, by
     /// [`Memory::set_guest_memory`].
     pub fn new(uffd: Uffd) -> io::Result<Self> {
+        let uname = rustix::system::uname();
+        let release = uname.release().to_string_lossy();
         Ok(Self {
             uffd,
             regions: Regions::default(),
@@ -108,15 +115,15 @@ impl Memory {
             pagemap: Pagemap::open()?,
             huge_pages: HugePages::default(),
             split: 0..0,
+            unsplit: Unsplit::default(),
+            splits_by_rest: splits_by_rest(&release),
             paused: false,
             undoing: 0,
             undone: Vec::new(),
             disabled: None,
             overcommit: Overcommit::now(),
             errors: HostErrors::default(),
-            zeros_lose_protection: uffd::zeros_lose_protection(
-                &rustix::system::uname().release().to_string_lossy(),
-            ),
+            zeros_lose_protection: uffd::zeros_lose_protection(&release),
             buffer: vec![0; WINDOW_PAGES * PAGE],
             equal: Vec::with_capacity(WINDOW_PAGES),
         })

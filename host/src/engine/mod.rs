@@ -35,6 +35,7 @@ mod store_view;
 mod tidy;
 mod transaction;
 mod uffd;
+mod unsplit;
 mod usage;
 mod waiters;
 mod window;

@@ -191,6 +191,7 @@ impl Sharing {
     ) -> std::io::Result<()> {
         // While this is held, nobody shares what was granted before.
         let mut store = lock(&self.store);
+        self.split_all_cut();
         let ranges = {
             let mut memory = self.memory();
             let ranges = ranges(&memory);
@@ -211,6 +212,7 @@ impl Sharing {
 
     /// As [`Sharing::undo_all`] for addresses of this process.
     pub fn undo_range(&self, range: std::ops::Range<usize>) -> std::io::Result<()> {
+        self.split_all_cut();
         self.memory().begin_undo(std::slice::from_ref(&range))?;
         let result = self.restore(&range);
         self.end_undo();
@@ -224,6 +226,7 @@ impl Sharing {
     /// this before, a guest that wants memory meanwhile waits for a window and not for all of it.
     /// What goes wrong here goes wrong there once more.
     pub fn make_ordinary(&self, range: &std::ops::Range<usize>) {
+        self.split_all_cut();
         let regions = {
             let mut memory = self.memory();
             let mut regions = memory.regions_in(range);
@@ -246,6 +249,7 @@ impl Sharing {
 
     /// Prepares for [`Sharing::undo_some`]; [`Sharing::end_undo`] must follow.
     pub(super) fn begin_undo(&self) -> std::io::Result<()> {
+        self.split_all_cut();
         self.memory().begin_undo(std::slice::from_ref(&ALL))
     }
 

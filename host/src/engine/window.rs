@@ -244,7 +244,7 @@ impl Memory {
                 .register(&range)
                 .map_err(|e| self.errors.refuse("registering an overlay", &e.into()))?;
         }
-        if !attributes.no_huge_page {
+        if !attributes.no_huge_page && !self.splits_by_rest {
             self.split_huge_pages(&range, next);
         }
         if attributes.mergeable {
@@ -298,14 +298,17 @@ impl Memory {
             unsafe { mapped::set_attributes_of_overlay(at, count, attributes) };
         }
         self.note(stretch, mapped);
+        if mapped != 0 && !attributes.no_huge_page && self.splits_by_rest {
+            self.unsplit.note(&range);
+        }
         match failure {
             Some(e) if mapped == 0 => Err(self.errors.refuse("mapping over guest memory", &e)),
             _ => Ok(mapped),
         }
     }
 
-    /// Splits huge pages that reach into `range`, with more to come at `next`. Splitting looks at
-    /// every page, even where nothing is left to split: the rest of a batch goes without it in huge
+    /// Splits huge pages that reach into `range`, with more to come at `next`, on kernels that cannot
+    /// do so afterwards ([`super::unsplit`]). Splitting looks at every page, even where nothing is left to split: the rest of a batch goes without it in huge
     /// pages that were whole, and are not any more.
     fn split_huge_pages(&mut self, range: &Range<usize>, next: Option<usize>) {
         if self.split.start <= range.start && range.end <= self.split.end {
