@@ -105,10 +105,11 @@ impl StoreFile {
         Ok(())
     }
 
-    /// Writes one page. On an error nothing of it is left behind.
-    pub(super) fn write(&self, page: StorePage, bytes: &[u8; PAGE]) -> io::Result<()> {
+    /// Writes whole pages from `page` on, at once. On an error, how many of them were written; nothing
+    /// is left behind of the others.
+    pub(super) fn write(&self, page: StorePage, bytes: &[u8]) -> Result<(), (u32, io::Error)> {
         let mut done = 0;
-        while done < PAGE {
+        while done < bytes.len() {
             let error =
                 match rustix::io::pwrite(&self.fd, &bytes[done..], offset(page) + done as u64) {
                     Ok(0) => io::ErrorKind::WriteZero.into(),
@@ -119,10 +120,12 @@ impl StoreFile {
                     Err(rustix::io::Errno::INTR) => continue,
                     Err(error) => io::Error::from(error),
                 };
-            if let Err(punch) = self.punch(page, 1) {
-                log::warn!("cannot remove a page that could not be written: {punch}");
+            let written = (done / PAGE) as u32;
+            let rest = (bytes.len() / PAGE) as u32 - written;
+            if let Err(punch) = self.punch(page + written, rest) {
+                log::warn!("cannot remove pages that could not be written: {punch}");
             }
-            return Err(error);
+            return Err((written, error));
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use super::files::{FileId, Files};
 use super::space::Space;
 use crate::protocol::{FileKey, StorePage};
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher;
 use std::ops::Range;
 
@@ -58,6 +58,8 @@ pub(super) struct Index {
     named: usize,
     chunks: BTreeMap<StorePage, Chunk>,
     space: Space,
+    /// Numbers taken, whose pages are not entered yet.
+    taken: BTreeSet<StorePage>,
     hasher: DefaultHashBuilder,
 }
 
@@ -70,6 +72,7 @@ impl Index {
             named: 0,
             chunks: BTreeMap::new(),
             space: Space::new(),
+            taken: BTreeSet::new(),
             hasher: DefaultHashBuilder::default(),
         }
     }
@@ -135,7 +138,7 @@ impl Index {
     }
 
     /// Takes a number for new content of a file page: its own place if that is free.
-    /// Numbers that do not get a page by [`Self::insert`] must be [given back](Self::give).
+    /// Those that do not get a page by [`Self::insert`] must be [given back](Self::give).
     pub(super) fn take(&mut self, files: &mut Files, file: FileId, page: u64) -> Option<StorePage> {
         let number = page / CHUNK;
         let record = files.get_mut(file);
@@ -158,8 +161,11 @@ impl Index {
             Some(base)
         });
         base.and_then(|base| self.in_chunk(base, page))
-            .filter(|store| !self.pages.contains_key(store))
+            .filter(|store| !self.pages.contains_key(store) && !self.taken.contains(store))
             .or_else(|| self.space.take(1))
+            .inspect(|store| {
+                self.taken.insert(*store);
+            })
     }
 
     /// How many pages from `store` on, of at most `most`, are not in the index.
@@ -170,17 +176,27 @@ impl Index {
             .count() as u32
     }
 
-    /// Gives a number back that has no page.
-    pub(super) fn give(&mut self, files: &mut Files, store: StorePage) {
-        match self.chunk_of(store) {
-            Some((base, chunk)) if chunk.used == 0 => self.remove_chunk(files, base),
-            Some(_) => {}
-            None => self.space.give(store, 1),
+    /// Gives numbers back that have no pages.
+    pub(super) fn give(&mut self, files: &mut Files, stores: Range<StorePage>) {
+        for store in stores {
+            self.taken.remove(&store);
+            self.free(files, store);
+        }
+    }
+
+    fn free(&mut self, files: &mut Files, store: StorePage) {
+        let Some((base, chunk)) = self.chunk_of(store) else {
+            return self.space.give(store, 1);
+        };
+        let is_taken = self.taken.range(base..base + chunk.pages).next().is_some();
+        if chunk.used == 0 && !is_taken {
+            self.remove_chunk(files, base);
         }
     }
 
     /// Enters a page that has been written and that nobody is granted yet.
     pub(super) fn insert(&mut self, store: StorePage, hash: u64, publisher: u32) {
+        self.taken.remove(&store);
         self.pages.insert(
             store,
             Page {
@@ -296,7 +312,7 @@ impl Index {
         if let Some(base) = self.chunk_of(store).map(|(base, _)| base) {
             self.chunks.get_mut(&base).expect("just found").used -= 1;
         }
-        self.give(files, store);
+        self.free(files, store);
         Some(page)
     }
 

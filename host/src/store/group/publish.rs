@@ -11,6 +11,35 @@ use crate::protocol::{FileKey, FileSpan, MAX_PUBLISH_PAGES, StorePage};
 use std::io;
 use std::ops::Range;
 
+/// A publication as it is worked on.
+struct Publication<'a> {
+    vm: u32,
+    bytes: &'a [u8],
+    /// One for each page.
+    answers: &'a mut [Option<StorePage>],
+    /// New content that is not written yet: side by side in `bytes` from page `first` on, and in the
+    /// store from `store` on.
+    new: Vec<NewPage<'a>>,
+    first: usize,
+    store: StorePage,
+    /// Store pages that have been found or made holes.
+    clean: Range<StorePage>,
+}
+
+struct NewPage<'a> {
+    file: &'a FileKey,
+    page: u64,
+    hash: u64,
+}
+
+impl Publication<'_> {
+    /// Whether page `index`, at `store`, continues what is new.
+    fn is_continued_by(&self, index: usize, store: StorePage) -> bool {
+        let next = self.store.checked_add(self.new.len() as u32);
+        index == self.first + self.new.len() && next == Some(store)
+    }
+}
+
 impl Group {
     /// [`crate::protocol::EngineRequest::Publish`]
     pub fn publish(
@@ -29,51 +58,59 @@ impl Group {
         }
         check_bytes(spans, bytes)?;
         check_spans(spans.iter().map(|it| (it.page, u64::from(it.pages))))?;
-        let mut bytes = whole_pages(bytes);
-        let mut clean = 0..0;
+        let begin = out.len();
+        out.resize(begin + pages as usize, None);
+        let mut work = Publication {
+            vm,
+            bytes,
+            answers: &mut out[begin..],
+            new: Vec::with_capacity(pages as usize),
+            first: 0,
+            store: 0,
+            clean: 0..0,
+        };
+        let mut pages = whole_pages(bytes).enumerate();
         for span in spans {
-            let pages = span.page..span.page + u64::from(span.pages);
-            for (page, bytes) in pages.clone().zip(&mut bytes) {
-                let following = (pages.end - page) as u32;
-                out.push(self.publish_page(vm, (&span.file, page), bytes, following, &mut clean));
+            let following = (1..=span.pages).rev();
+            for (following, page) in following.zip(&mut pages) {
+                let of_file = span.page + u64::from(span.pages - following);
+                self.publish_page(&mut work, page, (&span.file, of_file), following);
+            }
+        }
+        self.write_new(&mut work);
+        for span in spans {
+            // It may be forgotten already, with the last sighting in it.
+            if let Some(file) = self.files.find(&span.file) {
+                self.files.prune(file);
             }
         }
         Ok(())
     }
 
-    fn publish_page(
+    /// Page `index` of a publication, which is `page` of a file; `following` pages, this one among
+    /// them, may come to lie side by side.
+    fn publish_page<'a>(
         &mut self,
-        vm: u32,
-        (key, page): (&FileKey, u64),
-        bytes: &[u8; PAGE],
+        work: &mut Publication<'a>,
+        (index, bytes): (usize, &[u8; PAGE]),
+        (key, page): (&'a FileKey, u64),
         following: u32,
-        clean: &mut Range<StorePage>,
-    ) -> Option<StorePage> {
+    ) {
         let hash = hash_page(self.seed, bytes);
-        let file = self.files.intern(key);
-        let reporter = Reporter { vm, file, page };
-        let store = match self.find_equal(hash, bytes) {
-            Ok(Some(store)) => Some(store).filter(|&store| self.admits(vm, store)),
-            Ok(None) if self.room(vm) == 0 => {
-                self.limit(vm, 1);
-                None
-            }
-            Ok(None) => self.write_new(reporter, hash, bytes, following, clean),
-            Err(error) => {
-                log::error!("cannot read the page store: {error}");
-                None
-            }
-        };
-        if let Some(store) = store {
-            self.index.name(&mut self.files, file, page, store);
-            self.grant(vm, store);
-            self.consume_sighting(reporter, hash);
+        if work.new.iter().any(|new| new.hash == hash) {
+            self.write_new(work);
         }
-        // It may be forgotten already, with the last sighting in it.
-        if let Some(file) = self.files.find(key) {
-            self.files.prune(file);
+        match self.find_equal(hash, bytes) {
+            Ok(Some(store)) => {
+                if self.admits(work.vm, store) {
+                    self.note_published(work.vm, (key, page), hash, store);
+                    work.answers[index] = Some(store);
+                }
+            }
+            Ok(None) if self.room(work.vm) <= work.new.len() as u64 => self.limit(work.vm, 1),
+            Ok(None) => self.take_new(work, index, (key, page, hash), following),
+            Err(error) => log::error!("cannot read the page store: {error}"),
         }
-        store
     }
 
     /// A page of the store with the same bytes.
@@ -88,58 +125,63 @@ impl Group {
         Ok(None)
     }
 
-    /// `following` pages of the publication, this one among them, may come to lie side by side;
-    /// those in `clean` have been found or made holes.
-    fn write_new(
+    /// Takes a place for content that the store does not have, if somebody else has it, too.
+    fn take_new<'a>(
         &mut self,
-        by: Reporter,
-        hash: u64,
-        bytes: &[u8; PAGE],
+        work: &mut Publication<'a>,
+        index: usize,
+        (key, page, hash): (&'a FileKey, u64, u64),
         following: u32,
-        clean: &mut Range<StorePage>,
-    ) -> Option<StorePage> {
+    ) {
+        let vm = work.vm;
+        let file = self.files.intern(key);
         match self.sightings.find(hash) {
-            Some(other) if other != by => {}
+            Some(other) if other != (Reporter { vm, file, page }) => {}
             // The other reporter has gone in the meantime, or there never was one.
-            Some(_) => return None,
+            Some(_) => return,
             None => {
-                let key = self.files.get(by.file).key;
-                self.sight_page(by.vm, &key, by.page, hash);
-                return None;
+                self.sight_page(vm, key, page, hash);
+                return;
             }
         }
         if self.index.candidates(hash).count() >= MAX_CANDIDATES {
-            return None;
+            return;
         }
-        let may_publish = |vm: &Vm| vm.published < vm.limits.store_pages;
-        if self.index.len() as u64 >= self.limits.store_pages
-            || !self.vms.get(&by.vm).is_some_and(may_publish)
+        let waiting = work.new.len() as u64;
+        let may_publish = |vm: &Vm| vm.published + waiting < vm.limits.store_pages;
+        if self.index.len() as u64 + waiting >= self.limits.store_pages
+            || !self.vms.get(&vm).is_some_and(may_publish)
         {
             self.store_full += 1;
-            self.limit(by.vm, 1);
-            return None;
+            self.limit(vm, 1);
+            return;
         }
-        let Some(store) = self.index.take(&mut self.files, by.file, by.page) else {
+        let Some(store) = self.index.take(&mut self.files, file, page) else {
             self.store_full += 1;
-            return None;
+            return;
         };
-        if let Err(error) = self.write_anew(store, bytes, following, clean) {
-            log::debug!("cannot write to the page store: {error}");
+        if let Err(error) = self.make_room(store, following, &mut work.clean) {
+            log::debug!("cannot make room in the page store: {error}");
             self.store_full += 1;
-            self.index.give(&mut self.files, store);
-            return None;
+            self.index.give(&mut self.files, store..store + 1);
+            return;
         }
-        self.index.insert(store, hash, by.vm);
-        self.vms.entry(by.vm).or_default().published += 1;
-        Some(store)
+        if !work.is_continued_by(index, store) {
+            self.write_new(work);
+            (work.first, work.store) = (index, store);
+        }
+        work.new.push(NewPage {
+            file: key,
+            page,
+            hash,
+        });
     }
 
-    /// Writes a page into memory that nobody has mapped before it was a page, unless somebody
+    /// Has a page be written into memory that nobody has mapped before it was a page, unless somebody
     /// hurries to: `docs/threat-model.md` says what that means.
-    fn write_anew(
+    fn make_room(
         &self,
         store: StorePage,
-        bytes: &[u8; PAGE],
         following: u32,
         clean: &mut Range<StorePage>,
     ) -> io::Result<()> {
@@ -149,7 +191,48 @@ impl Group {
             self.file.punch(store, run)?;
             *clean = store..store.saturating_add(run);
         }
-        self.file.write(store, bytes)
+        Ok(())
+    }
+
+    /// Writes what is new, and enters what could be written.
+    fn write_new(&mut self, work: &mut Publication) {
+        let (vm, first, store) = (work.vm, work.first, work.store);
+        let new = std::mem::take(&mut work.new);
+        if new.is_empty() {
+            return;
+        }
+        let bytes = &work.bytes[first * PAGE..(first + new.len()) * PAGE];
+        let written = match self.file.write(store, bytes) {
+            Ok(()) => new.len(),
+            Err((written, error)) => {
+                log::debug!("cannot write to the page store: {error}");
+                written as usize
+            }
+        };
+        for (i, new) in new[..written].iter().enumerate() {
+            let store = store + i as u32;
+            self.index.insert(store, new.hash, vm);
+            self.vms.entry(vm).or_default().published += 1;
+            self.note_published(vm, (new.file, new.page), new.hash, store);
+            work.answers[first + i] = Some(store);
+        }
+        self.store_full += (new.len() - written) as u64;
+        let rest = store + written as u32..store + new.len() as u32;
+        self.index.give(&mut self.files, rest);
+    }
+
+    /// A VM has published a page that is in the store now.
+    fn note_published(
+        &mut self,
+        vm: u32,
+        (key, page): (&FileKey, u64),
+        hash: u64,
+        store: StorePage,
+    ) {
+        let file = self.files.intern(key);
+        self.index.name(&mut self.files, file, page, store);
+        self.grant(vm, store);
+        self.consume_sighting(Reporter { vm, file, page }, hash);
     }
 
     /// The page is in the store now: whoever else has it shall report it again.

@@ -160,3 +160,37 @@ fn a_full_file_system_is_no_page_and_no_crash() {
         }]
     );
 }
+
+#[test]
+fn what_still_fitted_into_a_full_file_system_is_shared() {
+    let mut group = group_of(2);
+    let file = key(1, 5);
+    let fd = rustix::fs::memfd_create(
+        "nearly-full",
+        rustix::fs::MemfdFlags::ALLOW_SEALING | rustix::fs::MemfdFlags::CLOEXEC,
+    )
+    .unwrap();
+    rustix::fs::ftruncate(&fd, 3 * PAGE as u64).unwrap();
+    rustix::fs::fcntl_add_seals(&fd, rustix::fs::SealFlags::GROW).unwrap();
+    group.replace_file(StoreFile::from_descriptor(fd));
+    for vm in [1, 2] {
+        sight(&mut group, vm, file, 0, &[1, 2, 3, 4, 5]);
+    }
+    let answers = publish(&mut group, 2, file, 0, &[1, 2, 3, 4, 5]);
+    assert_eq!(answers, [Some(0), Some(1), Some(2), None, None]);
+    assert_eq!(group.statistics().store_full, 2);
+    assert_eq!(group.statistics().store_pages, 3);
+    assert_eq!(allocated_pages(&group), 3);
+    // Their places are free again, and so is the whole file's with the last of its pages.
+    let answers = publish(&mut group, 2, file, 3, &[4]);
+    assert_eq!(answers, [None]);
+    group.end_vm(2);
+    assert_eq!(group.statistics().store_pages, 0);
+    group.add_vm(3);
+    let other = key(2, 3);
+    for vm in [1, 3] {
+        sight(&mut group, vm, other, 0, &[7, 8, 9]);
+    }
+    let answers = publish(&mut group, 3, other, 0, &[7, 8, 9]);
+    assert_eq!(answers, [Some(0), Some(1), Some(2)]);
+}

@@ -300,3 +300,39 @@ fn a_forecast_is_what_sharing_would_bring() {
     group.set_learning(false);
     assert_eq!(group.statistics().would_share, None);
 }
+
+#[test]
+fn content_that_is_twice_in_one_publication_is_stored_once() {
+    let mut group = group_of(2);
+    let file = key(1, 4);
+    for vm in [1, 2] {
+        sight(&mut group, vm, file, 0, &[5, 6, 5, 7]);
+    }
+    let answers = publish(&mut group, 2, file, 0, &[5, 6, 5, 7]);
+    assert_eq!(answers[0], answers[2]);
+    assert_eq!(group.statistics().store_pages, 3);
+    assert!(answers.iter().all(Option::is_some));
+}
+
+#[test]
+fn two_contents_under_one_page_of_one_publication_have_two_places() {
+    let mut group = group_of(2);
+    let file = key(1, 4);
+    for vm in [1, 2] {
+        sight(&mut group, vm, file, 0, &[5]);
+        sight(&mut group, vm, file, 1, &[6]);
+    }
+    let bytes = [content(5), content(6)].concat();
+    let mut answers = Vec::new();
+    let twice = [span(file, 0, 1), span(file, 0, 1)];
+    group.publish(2, &twice, &bytes, &mut answers).unwrap();
+    assert!(answers[0].is_some() && answers[1].is_some(), "{answers:?}");
+    assert_ne!(answers[0], answers[1]);
+    for (answer, number) in answers.into_iter().zip([5, 6]) {
+        let mut stored = [0; PAGE];
+        let view = group.read_only().unwrap();
+        let at = u64::from(answer.unwrap()) * PAGE as u64;
+        rustix::io::pread(&view, &mut stored, at).unwrap();
+        assert_eq!(stored, content(number));
+    }
+}
