@@ -17,7 +17,7 @@ use crate::{
     initramfs, interrupt,
     manifest::Manifest,
     services::{self, Load},
-    workdir,
+    workdir::{self, Store},
 };
 
 /// The trust group the guests are in.
@@ -129,7 +129,7 @@ pub struct World {
     initramfs: PathBuf,
     logs: PathBuf,
     started: u32,
-    _store: TempDir,
+    _store: Store,
     directory: TempDir,
 }
 
@@ -137,7 +137,7 @@ impl World {
     /// Sets up directories and starts the daemon. Logs go to `logs` if it is given, else they vanish.
     pub fn new(artifacts: &Artifacts, host: Host, logs: Option<&Path>) -> Result<Self> {
         let directory = workdir::create()?;
-        let store = workdir::create_on_tmpfs()?;
+        let store = Store::create()?;
         let runtime = directory.path().join("run");
         let logs = logs.map_or_else(|| directory.path().join("logs"), Path::to_owned);
         for path in [&runtime, &logs] {

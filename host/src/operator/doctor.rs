@@ -5,6 +5,7 @@
 use super::human_bytes;
 use super::{Facts, NoAnswer};
 use serde::Serialize;
+use std::path::Path;
 
 /// The first kernel whose `userfaultfd` protects pages that are not there yet.
 const FIRST_KERNEL: (u32, u32) = (6, 4);
@@ -242,6 +243,20 @@ fn store(facts: &Facts) -> Option<Finding> {
             format!("mount -o remount,size=50% {path}"),
         ));
     }
+    if store.huge.as_deref() == Some("never") {
+        let text = format!(
+            "{room}, in single pages: a tmpfs of its own with huge=within_size, mounted before the \
+             daemon starts, saves a quarter of the processor time that sharing takes"
+        );
+        let options = "size=50%,mode=700,huge=within_size";
+        let own = "/dev/shm/pagefusion";
+        let cure = if Path::new(own).starts_with(&store.path) {
+            format!("mkdir -p {own} && mount -t tmpfs -o {options} tmpfs {own}")
+        } else {
+            format!("mount -t tmpfs -o {options} tmpfs {path}")
+        };
+        return Some(mend(check, Verdict::Advice, text, cure));
+    }
     Some(fine(check, room))
 }
 
@@ -320,6 +335,7 @@ mod tests {
                 is_tmpfs: true,
                 bytes: 1 << 33,
                 free: 1 << 33,
+                huge: Some("within_size".into()),
                 foreign: None,
             }),
             qemu: Some(Ok("QEMU emulator version 10.0".into())),
@@ -330,11 +346,12 @@ mod tests {
     }
 
     /// Programs that mend something.
-    const COMMANDS: [&str; 10] = [
+    const COMMANDS: [&str; 11] = [
         "apt",
         "chmod",
         "echo",
         "install",
+        "mkdir",
         "mount",
         "mv",
         "sed",
@@ -387,6 +404,7 @@ mod tests {
             broken(|it| it.pressure = Some(false)),
             broken(|it| it.store.as_mut().unwrap().is_tmpfs = false),
             broken(|it| it.store.as_mut().unwrap().free = 1 << 20),
+            broken(|it| it.store.as_mut().unwrap().huge = Some("never".into())),
             broken(|it| {
                 let path = std::path::Path::new("/dev/shm/pagefusion");
                 let foreign = crate::daemon::foreign(7, 0o700, &[0]).unwrap();
@@ -408,6 +426,7 @@ mod tests {
             ("KSM", Advice),
             ("PSI", Advice),
             ("store", Bad),
+            ("store", Advice),
             ("store", Advice),
             ("store", Bad),
             ("QEMU", Bad),

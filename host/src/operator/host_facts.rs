@@ -22,6 +22,8 @@ pub struct Tmpfs {
     pub bytes: u64,
     /// What is free of it, bytes.
     pub free: u64,
+    /// What its files have large folios for (`huge=` of its mount), if that could be found out.
+    pub huge: Option<String>,
     /// Of a store directory that is there: what lets others write to it, and how to end that.
     pub foreign: Option<(String, String)>,
 }
@@ -181,12 +183,29 @@ fn store(directory: &Path) -> Option<Tmpfs> {
         is_tmpfs: found.f_type as u64 == crate::daemon::TMPFS_MAGIC,
         bytes: found.f_blocks * block,
         free: found.f_bavail * block,
+        huge: huge_of(path),
         foreign: if path == directory {
             foreign_store(path)
         } else {
             None
         },
     })
+}
+
+/// The option `huge` of the mount that holds `path`: `never` where it has none.
+fn huge_of(path: &Path) -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let device = fs::metadata(path).ok()?.dev();
+    let device = (rustix::fs::major(device), rustix::fs::minor(device));
+    huge_in(&fs::read_to_string("/proc/self/mountinfo").ok()?, device)
+}
+
+fn huge_in(mountinfo: &str, (major, minor): (u32, u32)) -> Option<String> {
+    let device = format!("{major}:{minor}");
+    let is_it = |line: &&str| line.split(' ').nth(2) == Some(&device);
+    let (_, options) = mountinfo.lines().find(is_it)?.rsplit_once(' ')?;
+    let huge = options.split(',').find_map(|it| it.strip_prefix("huge="));
+    Some(huge.unwrap_or("never").to_owned())
 }
 
 /// The daemon runs as root or, where somebody tries it, as whoever asks.
@@ -209,6 +228,18 @@ mod tests {
         let meminfo = "MemFree:  1 kB\nMemTotal:       24575472 kB\n";
         assert_eq!(total_memory(meminfo), Some(24_575_472 << 10));
         assert_eq!(total_memory("MemTotal: many"), None);
+    }
+
+    #[test]
+    fn large_folios_of_a_tmpfs_are_read_from_its_mount() {
+        let mountinfo = "22 1 0:21 / /sys rw,nosuid shared:7 - sysfs sysfs rw\n\
+                         30 24 0:26 / /dev/shm rw,nosuid - tmpfs tmpfs rw,size=8388608k\n\
+                         41 30 0:40 / /dev/shm/pagefusion rw - tmpfs tmpfs rw,mode=700,huge=within_size\n";
+        let huge = |device| huge_in(mountinfo, device);
+        assert_eq!(huge((0, 26)).as_deref(), Some("never"));
+        assert_eq!(huge((0, 40)).as_deref(), Some("within_size"));
+        assert_eq!(huge((0, 99)), None);
+        assert!(huge_of(Path::new("/dev/shm")).is_some());
     }
 
     #[test]
