@@ -58,10 +58,4 @@ extern "C" {
         sights: *mut Sight,
         most: c_uint,
     ) -> c_uint;
-    #[cfg(before_7_3)]
-    pub(crate) fn pagefusion_mb();
-    #[cfg(before_7_3)]
-    pub(crate) fn pagefusion_rmb();
-    #[cfg(before_7_3)]
-    pub(crate) fn pagefusion_wmb();
 }

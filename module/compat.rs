@@ -42,21 +42,26 @@ mod barriers {
 }
 #[cfg(before_7_3)]
 mod barriers {
-    use crate::bindings as helpers;
+    // Of `helpers.c`.
+    extern "C" {
+        fn pagefusion_mb();
+        fn pagefusion_rmb();
+        fn pagefusion_wmb();
+    }
 
     pub(crate) fn mb() {
         // SAFETY: Always callable.
-        unsafe { helpers::pagefusion_mb() }
+        unsafe { pagefusion_mb() }
     }
 
     pub(crate) fn rmb() {
         // SAFETY: Always callable.
-        unsafe { helpers::pagefusion_rmb() }
+        unsafe { pagefusion_rmb() }
     }
 
     pub(crate) fn wmb() {
         // SAFETY: Always callable.
-        unsafe { helpers::pagefusion_wmb() }
+        unsafe { pagefusion_wmb() }
     }
 }
 pub(crate) use barriers::{mb, rmb, wmb};
@@ -69,6 +74,22 @@ pub(crate) const fn parameter<T>(value: T) -> T {
 #[cfg(before_7_3)]
 pub(crate) const fn parameter<T: Copy>(value: &T) -> T {
     *value
+}
+
+/// The number of an inode, which older kernels have as an `unsigned long`.
+///
+/// # Safety
+///
+/// `inode` must be valid.
+#[cfg(not(before_7_3))]
+pub(crate) unsafe fn inode_number(inode: *const bindings::inode) -> u64 {
+    // SAFETY: By this function's requirements.
+    unsafe { (*inode).i_ino }
+}
+#[cfg(before_7_3)]
+pub(crate) unsafe fn inode_number(inode: *const bindings::inode) -> u64 {
+    // SAFETY: By this function's requirements.
+    unsafe { (*inode).i_ino as u64 }
 }
 
 /// `EOPNOTSUPP`, which has no name of its own in older kernels.

@@ -4,6 +4,7 @@
 //! its identity and its name.
 
 use crate::bindings as helpers;
+use crate::compat;
 use crate::superblock::HeldSuper;
 use crate::wire::{file_kind, FileIdentity};
 use core::ptr::{addr_of, NonNull};
@@ -166,17 +167,13 @@ impl<'a> CachedFile<'a> {
             fs_uuid[..8].copy_from_slice(&magic.to_le_bytes());
             fs_uuid[8..12].copy_from_slice(&device.to_le_bytes());
         }
-        #[allow(
-            clippy::unnecessary_cast,
-            reason = "inode numbers are `unsigned long` on older kernels"
-        )]
         // SAFETY: The inode is valid. Times may be torn by a concurrent change, which changes
         // the identity once more.
         let (seconds, nanoseconds, inode_number, generation, size) = unsafe {
             (
                 addr_of!((*inode).i_mtime_sec).read_volatile(),
                 addr_of!((*inode).i_mtime_nsec).read_volatile(),
-                (*inode).i_ino as u64,
+                compat::inode_number(inode),
                 (*inode).i_generation,
                 helpers::pagefusion_i_size_read(inode),
             )
@@ -268,12 +265,8 @@ pub(crate) unsafe fn hash_of(mapping: *mut bindings::address_space) -> u64 {
     if inode.is_null() {
         return 0;
     }
-    #[allow(
-        clippy::unnecessary_cast,
-        reason = "inode numbers are `unsigned long` on older kernels"
-    )]
     // SAFETY: The inode is valid while its mapping is.
-    let (number, generation) = unsafe { ((*inode).i_ino as u64, (*inode).i_generation) };
+    let (number, generation) = unsafe { (compat::inode_number(inode), (*inode).i_generation) };
     inode as u64 ^ number.rotate_left(20) ^ u64::from(generation).rotate_left(40)
 }
 
