@@ -243,8 +243,9 @@ impl Walk {
                 let _ = batch.list.push(candidate);
             }
         }
-        drop(locked);
+        // Once the lock is released others may run before this thread goes on.
         let held = thread::now_ns().saturating_sub(began);
+        drop(locked);
         self.seen.longest_hold_ns = self.seen.longest_hold_ns.max(held);
         if address == 0 && found.is_shared() {
             // Without memory to remember it, it is visited once for each of its processes.
