@@ -18,8 +18,10 @@ pub(crate) trait Word {
 /// Words of a filter: 32 KiB.
 pub(crate) const WORDS: usize = 4096;
 const BITS: u64 = WORDS as u64 * 64;
-/// With so many bits set about one new file in sixty looks known.
-const CROWDED: u32 = BITS as u32 / 8;
+/// One word in so many is counted to tell how full a filter is. Hashes fill all alike.
+const SAMPLED: usize = 16;
+/// With so many bits set in these about one new file in sixty looks known.
+const CROWDED: u32 = (BITS / SAMPLED as u64) as u32 / 8;
 
 /// The filter, by hashes of files.
 struct Filter<W>([W; WORDS]);
@@ -60,7 +62,8 @@ impl<W: Word> Filter<W> {
 
     /// Whether there are too many to tell new ones from.
     fn is_crowded(&self) -> bool {
-        let ones: u32 = self.0.iter().map(|word| word.load().count_ones()).sum();
+        let words = self.0.iter().step_by(SAMPLED);
+        let ones: u32 = words.map(|word| word.load().count_ones()).sum();
         ones > CROWDED
     }
 
@@ -79,14 +82,24 @@ pub(crate) struct Met<W> {
     current: W,
     /// Not 0 when something is to be forgotten.
     forgets: W,
+    /// Not 0 while the filter before it is in use.
+    uses_both: W,
 }
 
 impl<W: Word> Met<W> {
-    pub(crate) const fn new(one: [W; WORDS], other: [W; WORDS], current: W, forgets: W) -> Self {
+    /// All of it must be 0.
+    pub(crate) const fn new(
+        one: [W; WORDS],
+        other: [W; WORDS],
+        current: W,
+        forgets: W,
+        uses_both: W,
+    ) -> Self {
         Self {
             filters: [Filter::new(one), Filter::new(other)],
             current,
             forgets,
+            uses_both,
         }
     }
 
@@ -117,13 +130,17 @@ impl<W: Word> Met<W> {
         if self.forgets.load() != 0 || current.is_crowded() {
             self.forgets.store(0);
             before.clear();
+            self.uses_both.store(1);
             self.current.store(self.current.load() ^ 1);
         }
     }
 
     /// It has come to its end.
     pub(crate) fn end_pass(&self) {
-        self.both().1.clear();
+        if self.uses_both.load() != 0 {
+            self.both().1.clear();
+            self.uses_both.store(0);
+        }
     }
 
     /// Nothing was met.

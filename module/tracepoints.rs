@@ -33,6 +33,7 @@ static MET: Met<Atomic<u64>> = Met::new(
     [const { Atomic::new(0) }; WORDS],
     Atomic::new(0),
     Atomic::new(0),
+    Atomic::new(0),
 );
 /// Whether there was a fault in a file not met before.
 static NEWS: Atomic<u32> = Atomic::new(0);

@@ -23,6 +23,7 @@ fn nothing_met() -> Met<Bits> {
         [const { Bits(Cell::new(0)) }; WORDS],
         zero(),
         zero(),
+        zero(),
     )
 }
 
