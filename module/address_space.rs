@@ -255,8 +255,10 @@ unsafe fn mm_of(leader: NonNull<bindings::task_struct>) -> Option<(ARef<Mm>, boo
             return None;
         }
     };
+    // Not `nr_threads`: a leader that has ended is among those, and uses the address space no more.
+    // A thread begins to use it before it counts here, and ends to afterwards.
     // SAFETY: The task is valid, and with it its signal structure.
-    let threads = unsafe { addr_of!((*(*leader.as_ptr()).signal).nr_threads).read_volatile() };
+    let threads = unsafe { addr_of!((*(*leader.as_ptr()).signal).live.counter).read_volatile() };
     let is_shared = users(&mm) > threads;
     Some((mm, is_shared))
 }

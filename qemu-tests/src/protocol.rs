@@ -315,6 +315,8 @@ pub enum Kin {
     Threads,
     /// So are these, and the first of them has ended.
     WithoutLeader,
+    /// The same, and a process that is none of them has it as well.
+    TwinsWithoutLeader,
     /// Two processes that have it both.
     Twins,
     /// The same, one of which waits until the other has it no more, as after `vfork`.

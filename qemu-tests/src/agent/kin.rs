@@ -26,6 +26,8 @@ const THREAD: c_int = libc::CLONE_VM
     | libc::CLONE_SIGHAND
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM;
+/// What processes with one address space have in common.
+const TWIN: c_int = libc::CLONE_VM | libc::SIGCHLD;
 /// How long a thread may take to end.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -35,8 +37,8 @@ pub(super) fn start(kind: Kin, path: &str) -> Result<Herd> {
     let length = usize::try_from(file.metadata()?.len())?;
     let (flags, others) = match kind {
         Kin::Threads => (THREAD, MANY),
-        Kin::WithoutLeader => (THREAD, 1),
-        Kin::Twins => (libc::CLONE_VM | libc::SIGCHLD, 1),
+        Kin::WithoutLeader | Kin::TwinsWithoutLeader => (THREAD, 1),
+        Kin::Twins => (TWIN, 1),
         Kin::Borrower => (libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD, 1),
     };
     let (reader, writer) = rustix::pipe::pipe().context("make a pipe")?;
@@ -54,7 +56,7 @@ pub(super) fn start(kind: Kin, path: &str) -> Result<Herd> {
         ensure!(read > 0, "a task that shares an address space has ended");
         ready += read;
     }
-    if kind == Kin::WithoutLeader {
+    if is_without_leader(kind) {
         has_no_leader(pid)?;
     }
     Ok(herd)
@@ -63,44 +65,69 @@ pub(super) fn start(kind: Kin, path: &str) -> Result<Herd> {
 /// What the forked process does, without allocating or taking a lock.
 fn first(kind: Kin, flags: c_int, others: usize, file: &File, length: usize, ready: i32) -> ! {
     end_with_parent();
-    let map = |length, protection, flags, file| {
-        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
-        let mapped = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, file, 0) };
-        if mapped == libc::MAP_FAILED {
-            // SAFETY: a plain system call.
-            unsafe { libc::_exit(1) };
-        }
-        mapped
-    };
     let populated = libc::MAP_PRIVATE | libc::MAP_POPULATE;
     map(length, libc::PROT_READ, populated, file.as_raw_fd());
-    let both = libc::PROT_READ | libc::PROT_WRITE;
-    let own = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let next = if kind == Kin::TwinsWithoutLeader {
+        with_twin
+    } else {
+        other
+    };
     for _ in 0..others {
-        let stack = map(STACK, both, own, -1);
-        // SAFETY: the end of the mapping just made, which a stack grows down from.
-        let top = unsafe { stack.byte_add(STACK) };
-        let argument = ptr::without_provenance_mut::<c_void>(ready as usize);
-        // SAFETY: the new task has a stack of its own, which is never unmapped. It uses this one's thread-local memory
-        // for nothing but the error of a system call, which nobody looks at.
-        if unsafe { libc::clone(other, top, flags, argument) } < 0 {
-            // SAFETY: a plain system call.
-            unsafe { libc::_exit(1) };
-        }
+        clone(next, flags, ready);
     }
-    if kind == Kin::WithoutLeader {
+    if is_without_leader(kind) {
         // SAFETY: ends this thread and leaves the other alone.
         unsafe { libc::syscall(libc::SYS_exit, 0) };
     }
+    sleep()
+}
+
+/// Maps memory, or ends the process.
+fn map(length: usize, protection: c_int, flags: c_int, file: c_int) -> *mut c_void {
+    // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
+    let mapped = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, file, 0) };
+    if mapped == libc::MAP_FAILED {
+        // SAFETY: a plain system call.
+        unsafe { libc::_exit(1) };
+    }
+    mapped
+}
+
+/// Starts another task in this address space, or ends the process.
+fn clone(task: extern "C" fn(*mut c_void) -> c_int, flags: c_int, ready: i32) {
+    let both = libc::PROT_READ | libc::PROT_WRITE;
+    let stack = map(STACK, both, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+    // SAFETY: the end of the mapping just made, which a stack grows down from.
+    let top = unsafe { stack.byte_add(STACK) };
+    let argument = ptr::without_provenance_mut::<c_void>(ready as usize);
+    // SAFETY: the new task has a stack of its own, which is never unmapped. It uses this one's thread-local memory
+    // for nothing but the error of a system call, which nobody looks at.
+    if unsafe { libc::clone(task, top, flags, argument) } < 0 {
+        // SAFETY: a plain system call.
+        unsafe { libc::_exit(1) };
+    }
+}
+
+fn sleep() -> ! {
     loop {
         // SAFETY: sleeps until a signal ends this process.
         unsafe { libc::pause() };
     }
 }
 
+/// A thread with a child: it would end with its first thread, were it a child of that one.
+extern "C" fn with_twin(ready: *mut c_void) -> c_int {
+    clone(other, TWIN, ready.addr() as c_int);
+    sleep()
+}
+
 extern "C" fn other(ready: *mut c_void) -> c_int {
     end_with_parent();
     say_so_and_sleep(ready.addr() as c_int, 1)
+}
+
+const fn is_without_leader(kind: Kin) -> bool {
+    matches!(kind, Kin::WithoutLeader | Kin::TwinsWithoutLeader)
 }
 
 /// Waits until the first thread of a process has ended.
@@ -132,6 +159,7 @@ mod tests {
         let kinds = [
             (Kin::Threads, MANY + 1),
             (Kin::WithoutLeader, 2),
+            (Kin::TwinsWithoutLeader, 2),
             (Kin::Twins, 1),
             (Kin::Borrower, 1),
         ];
@@ -139,13 +167,15 @@ mod tests {
             let herd = start(kind, path).unwrap();
             let pid = herd.members()[0].as_raw_nonzero();
             let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-            assert_eq!(tasks.count(), threads, "{kind:?}");
-            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-            let children = children.unwrap_or_default();
-            let has_child = !children.trim().is_empty();
+            let tasks: Vec<_> = tasks.map(|task| task.unwrap().path()).collect();
+            assert_eq!(tasks.len(), threads, "{kind:?}");
+            let has_child = tasks.iter().any(|task| {
+                let children = fs::read_to_string(task.join("children"));
+                !children.unwrap_or_default().trim().is_empty()
+            });
             assert_eq!(
                 has_child,
-                matches!(kind, Kin::Twins | Kin::Borrower),
+                !matches!(kind, Kin::Threads | Kin::WithoutLeader),
                 "{kind:?}"
             );
         }

@@ -98,7 +98,13 @@ fn there(guest: &mut Guest, path: &str) -> Result<bool> {
 
 /// Whoever has it: what is mapped in it is shared.
 pub(super) fn every_address_space_is_visited_once(stage: &mut Stage) -> Result<()> {
-    const KINDS: [Kin; 4] = [Kin::Threads, Kin::WithoutLeader, Kin::Twins, Kin::Borrower];
+    const KINDS: [Kin; 5] = [
+        Kin::Threads,
+        Kin::WithoutLeader,
+        Kin::TwinsWithoutLeader,
+        Kin::Twins,
+        Kin::Borrower,
+    ];
     const BYTES: u64 = 1 << 20;
     let seed = stage.seed();
     stage.with_small_pair(&Small::default(), |world| {
