@@ -7,7 +7,7 @@
 //!
 //! - RCU read lock, then a task's `alloc_lock`: finding the next process and taking a reference to
 //!   its mm;
-//! - mmap read lock, by trylock and without preemption, while there is a [`Locked`].
+//! - mmap read lock, by trylock and without preemption or softirqs, while there is a [`Locked`].
 //!
 //! No process is kept: a reference to its mm keeps the `mm_struct` but not what it maps, which is
 //! gone as soon as the process is. So an unmount right after finds no file in use.
@@ -15,7 +15,7 @@
 use crate::bindings as helpers;
 use crate::file::CachedFile;
 use crate::superblock::{NotHeld, Superblocks};
-use crate::thread::NoPreemption;
+use crate::thread::Undisturbed;
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, addr_of_mut, NonNull};
@@ -85,7 +85,7 @@ impl AddressSpace {
     /// Takes the mmap lock for reading if nobody has it for writing. `None` also when the process
     /// is gone.
     pub(crate) fn try_lock(&self) -> Option<Locked<'_>> {
-        let undisturbed = NoPreemption::new();
+        let undisturbed = Undisturbed::new();
         // SAFETY: The mm is valid.
         if !unsafe { bindings::mmap_read_trylock(self.mm.as_raw()) } {
             return None;
@@ -99,8 +99,9 @@ impl AddressSpace {
     }
 }
 
-/// An mm's lock, held for reading, and preemption switched off: this thread has the lowest
-/// priority, and being put aside here would make others wait for the lock.
+/// An mm's lock, held for reading, and preemption and softirqs switched off: this thread has the
+/// lowest priority, and being put aside here would make others wait for the lock, as would the work
+/// of others that an interrupt has brought.
 ///
 /// # Invariants
 ///
@@ -108,7 +109,7 @@ impl AddressSpace {
 /// even when the last user leaves meanwhile, since `exit_mmap` takes the lock for writing first.
 pub(crate) struct Locked<'a> {
     mm: &'a Mm,
-    _undisturbed: NoPreemption,
+    _undisturbed: Undisturbed,
 }
 
 impl Locked<'_> {

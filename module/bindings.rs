@@ -23,8 +23,8 @@ extern "C" {
     pub(crate) fn pagefusion_wait(milliseconds: c_uint);
     pub(crate) fn pagefusion_wait_unfrozen(milliseconds: c_uint);
     pub(crate) fn pagefusion_cond_resched();
-    pub(crate) fn pagefusion_preempt_disable();
-    pub(crate) fn pagefusion_preempt_enable();
+    pub(crate) fn pagefusion_local_bh_disable();
+    pub(crate) fn pagefusion_local_bh_enable();
     pub(crate) fn pagefusion_vma_iter_init(
         iterator: *mut vma_iterator,
         mm: *mut mm_struct,

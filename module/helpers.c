@@ -6,13 +6,13 @@
 
 #include <linux/atomic.h>
 #include <linux/backing-dev.h>
+#include <linux/bottom_half.h>
 #include <linux/freezer.h>
 #include <linux/io.h>
 #include <linux/jiffies.h>
 #include <linux/kthread.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
-#include <linux/preempt.h>
 #include <linux/rwsem.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -64,14 +64,14 @@ void pagefusion_cond_resched(void)
 	cond_resched();
 }
 
-void pagefusion_preempt_disable(void)
+void pagefusion_local_bh_disable(void)
 {
-	preempt_disable();
+	local_bh_disable();
 }
 
-void pagefusion_preempt_enable(void)
+void pagefusion_local_bh_enable(void)
 {
-	preempt_enable();
+	local_bh_enable();
 }
 
 void pagefusion_vma_iter_init(struct vma_iterator *iterator, struct mm_struct *mm,

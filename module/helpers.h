@@ -15,8 +15,8 @@ void pagefusion_wait_unfrozen(unsigned int milliseconds);
 bool pagefusion_freezing(struct task_struct *task);
 void pagefusion_try_to_freeze(void);
 void pagefusion_cond_resched(void);
-void pagefusion_preempt_disable(void);
-void pagefusion_preempt_enable(void);
+void pagefusion_local_bh_disable(void);
+void pagefusion_local_bh_enable(void);
 void pagefusion_vma_iter_init(struct vma_iterator *iterator, struct mm_struct *mm,
 			      unsigned long address);
 bool pagefusion_rwsem_is_contended(struct rw_semaphore *semaphore);

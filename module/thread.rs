@@ -233,20 +233,21 @@ pub(crate) fn now_ns() -> u64 {
     unsafe { bindings::ktime_get_mono_fast_ns() }
 }
 
-/// While this exists the current thread is not put aside for another.
-pub(crate) struct NoPreemption(PhantomData<*mut ()>);
+/// While this exists the current thread is not put aside for another, and what interrupts have left
+/// to be done waits: no more than the interrupts themselves comes between.
+pub(crate) struct Undisturbed(PhantomData<*mut ()>);
 
-impl NoPreemption {
+impl Undisturbed {
     pub(crate) fn new() -> Self {
         // SAFETY: Undone when this is dropped, on the same thread, as it is not `Send`.
-        unsafe { helpers::pagefusion_preempt_disable() };
+        unsafe { helpers::pagefusion_local_bh_disable() };
         Self(PhantomData)
     }
 }
 
-impl Drop for NoPreemption {
+impl Drop for Undisturbed {
     fn drop(&mut self) {
         // SAFETY: Disabled when this was made.
-        unsafe { helpers::pagefusion_preempt_enable() };
+        unsafe { helpers::pagefusion_local_bh_enable() };
     }
 }
