@@ -28,6 +28,8 @@ pub(crate) struct Artifacts {
     pub(crate) lab_kernel: PathBuf,
     pub(crate) lab_modules_dir: PathBuf,
     pub(crate) qemu: PathBuf,
+    /// The oldest that is tested.
+    pub(crate) older_qemu: PathBuf,
     /// Where the workspace's release build puts its programs.
     pub(crate) bin_dir: PathBuf,
     pub(crate) cache: PathBuf,

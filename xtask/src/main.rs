@@ -14,6 +14,7 @@ mod key;
 mod library;
 mod module;
 mod namespace;
+mod older_qemu;
 mod pins;
 mod process;
 mod provision;

@@ -14,7 +14,7 @@ use crate::{
     headers::{self, BuildRoot},
     host_packages, images,
     kernel::{self, Kernel, USUAL},
-    module, pins, sets,
+    module, older_qemu, pins, sets,
 };
 
 /// What can be made by itself.
@@ -34,6 +34,8 @@ pub(crate) enum Part {
     Filesystems,
     /// The disk image of the host that has KVM in emulation
     LabImage,
+    /// The oldest QEMU that is tested, beside that of this machine
+    OlderQemu,
 }
 
 /// Everything a command needs to know about where it runs.
@@ -87,6 +89,7 @@ impl Project {
                 let kernel = kernel::find(USUAL)?.provision(&self.cache)?;
                 images::lab(&self.cache, &kernel)?;
             }
+            Part::OlderQemu => drop(older_qemu::provision(&self.cache)?),
         }
         Ok(())
     }
@@ -138,6 +141,7 @@ impl Project {
         let filesystems = images::filesystems(&self.cache)?;
         let lab_kernel = kernel::find(USUAL)?.provision(&self.cache)?;
         let lab = images::lab(&self.cache, &lab_kernel)?;
+        let older_qemu = older_qemu::provision(&self.cache)?;
         let module = self.module()?;
         let name = match self.kernel.series {
             USUAL => "artifacts.json".to_owned(),
@@ -156,6 +160,7 @@ impl Project {
             filesystems,
             lab_image: lab,
             qemu,
+            older_qemu,
             bin_dir: self.bin_dir(),
             cache: self.cache.root().to_owned(),
         }

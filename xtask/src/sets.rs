@@ -33,6 +33,8 @@ pub(crate) struct PackageSet {
 pub(crate) enum Contents {
     /// A root file system: the essential packages, apt, those of these lists, and all they depend on.
     Root(&'static [&'static [&'static str]]),
+    /// Programs and all they depend on but the C library, to be run where they were unpacked.
+    Programs(&'static [&'static str]),
     /// These alone; in the names `{release}` stands for a kernel release and `{series}` for its first two numbers.
     Kernel {
         /// What a release of this series begins and ends with; a number stands between.
@@ -82,6 +84,14 @@ pub(crate) const LAB: PackageSet = PackageSet {
         "util-linux",
     ]]),
     pins: include_str!("../pins/lab.pins"),
+};
+
+/// The oldest QEMU that this is tested with.
+pub(crate) const QEMU_7_2: PackageSet = PackageSet {
+    name: "qemu-7.2",
+    suites: &["bookworm"],
+    contents: Contents::Programs(&["qemu-system-x86"]),
+    pins: include_str!("../pins/qemu-7.2.pins"),
 };
 
 /// What makes file systems of the kinds that guests have, and some files to put into them.
@@ -175,7 +185,7 @@ const KERNEL_PACKAGES: &[&str] = &[
     "linux-source-{series}",
 ];
 
-pub(crate) const ALL: [&PackageSet; 8] = [
+pub(crate) const ALL: [&PackageSet; 9] = [
     &KERNEL_7_3,
     &KERNEL_7_2,
     &TRIXIE_TOOLS,
@@ -183,6 +193,7 @@ pub(crate) const ALL: [&PackageSet; 8] = [
     &DEBUG_TOOLS,
     &GUEST,
     &LAB,
+    &QEMU_7_2,
     &FILESYSTEMS,
 ];
 
@@ -191,7 +202,7 @@ impl PackageSet {
     pub(crate) fn requested(&self) -> Vec<&'static str> {
         match self.contents {
             Contents::Root(lists) => lists.concat(),
-            Contents::Kernel { packages, .. } => packages.to_vec(),
+            Contents::Programs(packages) | Contents::Kernel { packages, .. } => packages.to_vec(),
         }
     }
 
@@ -261,6 +272,14 @@ impl PackageSet {
                 let mut arguments = vec!["-t", self.suites[0], "install", "?essential", "apt"];
                 arguments.extend(self.requested());
                 apt.uris(&arguments)
+            }
+            Contents::Programs(packages) => {
+                let mut arguments = vec!["-t", self.suites[0], "install"];
+                arguments.extend(*packages);
+                let mut pins = apt.uris(&arguments)?;
+                // With one that is older than the machine's they could not load what was built here.
+                pins.retain(|pin| pin.name() != "libc6");
+                Ok(pins)
             }
             Contents::Kernel { release, packages } => {
                 let newest = newest_release(
@@ -362,7 +381,7 @@ mod tests {
         for set in ALL {
             let pins = pins::parse(set.pins).unwrap();
             let release = match set.contents {
-                Contents::Root(_) => String::new(),
+                Contents::Root(_) | Contents::Programs(_) => String::new(),
                 Contents::Kernel { .. } => kernel_release(&pins).unwrap(),
             };
             for template in set.requested() {
@@ -374,6 +393,13 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn programs_that_run_where_they_lie_take_the_machines_c_library() {
+        let pins = pins::parse(QEMU_7_2.pins).unwrap();
+        assert!(pins.iter().any(|pin| pin.name() == "libglib2.0-0"));
+        assert!(!pins.iter().any(|pin| pin.name() == "libc6"));
     }
 
     #[test]
