@@ -38,6 +38,9 @@ pub struct Artifacts {
     pub lab_modules_dir: Option<PathBuf>,
     /// The QEMU to run.
     pub qemu: PathBuf,
+    /// The oldest that is tested.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub older_qemu: Option<PathBuf>,
     /// Our own programs; without it, where this program is.
     pub bin_dir: Option<PathBuf>,
     /// An initramfs made elsewhere; without one it is built from the rest.
@@ -65,6 +68,14 @@ impl Artifacts {
             );
         }
         Ok(artifacts)
+    }
+
+    /// The same with the oldest QEMU that is tested, if there is one.
+    pub fn with_older_qemu(&self) -> Option<Self> {
+        let qemu = self.older_qemu.clone()?;
+        let mut artifacts = self.clone();
+        artifacts.qemu = qemu;
+        Some(artifacts)
     }
 
     /// The path of one of our programs.

@@ -39,9 +39,12 @@ const PROGRAMS: [&str; 5] = [
 /// The library's example: a VMM of two guests, which needs nothing but KVM.
 const EXAMPLE: &str = "two_guests";
 
-/// Ordinary scenarios in which what KVM does to memory, or knows of it, matters. The lab can play others as well:
-/// `qemu-tests lab-host test --host kvm NAME`.
-pub const SCENARIOS: [&str; 1] = ["memory_plugged_in_and_pulled_out"];
+/// Ordinary scenarios in which what KVM does to memory, or knows of it, matters, or QEMU's version, which is another one in
+/// the lab. It can play others as well: `qemu-tests lab-host test --host kvm NAME`.
+pub const SCENARIOS: [&str; 2] = [
+    "memory_plugged_in_and_pulled_out",
+    "machines_of_every_kind_share",
+];
 /// Drivers that a guest of some scenario needs; all have the same initramfs.
 const DRIVERS: [&str; 2] = ["virtio_balloon", "virtio_mem"];
 /// What scenarios inside need of the file systems that were made.
@@ -171,6 +174,7 @@ fn payload(artifacts: &Artifacts, directory: &Path) -> Result<PathBuf> {
         guest_manifest: inside("manifest"),
         guest_image: GUEST_DISK.into(),
         qemu: "/usr/bin/qemu-system-x86_64".into(),
+        older_qemu: None,
         bin_dir: Some(inside("bin")),
         filesystems: filesystems.map(|_| inside("filesystems")),
         lab_image: None,

@@ -74,11 +74,20 @@ pub struct Choice<'a> {
     pub tier: Tier,
     /// If there are any: those whose name contains one of these, of whatever tier.
     pub filters: &'a [String],
+    /// If it is there: these alone, and of these tiers.
+    pub among: Option<&'a [(&'a str, Tier)]>,
 }
 
 impl Choice<'_> {
     fn wants(self, scenario: &Scenario) -> bool {
-        self.wants_called(scenario.name, scenario.tier)
+        let tier = match self.among {
+            Some(among) => {
+                let found = among.iter().find(|(name, _)| *name == scenario.name);
+                found.map(|(_, tier)| *tier)
+            }
+            None => Some(scenario.tier),
+        };
+        tier.is_some_and(|tier| self.wants_called(scenario.name, tier))
     }
 
     /// Whether something of this name and tier is wanted.
@@ -91,8 +100,9 @@ impl Choice<'_> {
     }
 }
 
-/// Runs every scenario that is wanted.
+/// Runs every scenario that is wanted; verdicts are those of what is called `on`.
 pub fn run(
+    on: &str,
     artifacts: &Artifacts,
     host: Host,
     choice: Choice<'_>,
@@ -106,7 +116,7 @@ pub fn run(
         progress::now(scenario.name);
         if let Some(reason) = reason_to_skip(scenario.name, artifacts.debug) {
             let verdict = Verdict::Skipped(reason.to_owned());
-            tally.record(host.name(), scenario.name, &verdict, Duration::ZERO);
+            tally.record(on, scenario.name, &verdict, Duration::ZERO);
             continue;
         }
         let start = Instant::now();
@@ -127,7 +137,7 @@ pub fn run(
                 Verdict::Failed(format!("{error:#}"))
             }
         };
-        tally.record(host.name(), scenario.name, &verdict, start.elapsed());
+        tally.record(on, scenario.name, &verdict, start.elapsed());
     }
     if let Some(stage) = stage {
         let start = Instant::now();
@@ -135,12 +145,7 @@ pub fn run(
             |error| Verdict::Failed(format!("{error:#}")),
             |()| Verdict::Passed,
         );
-        tally.record(
-            host.name(),
-            "everything_ends_cleanly",
-            &verdict,
-            start.elapsed(),
-        );
+        tally.record(on, "everything_ends_cleanly", &verdict, start.elapsed());
     }
     Ok(())
 }
@@ -181,7 +186,13 @@ mod tests {
         let words = |words: &[&str]| words.iter().map(|&it| it.to_owned()).collect::<Vec<_>>();
         let wants = |tier, filters: &[&str], of| {
             let filters = &words(filters);
-            Choice { tier, filters }.wants(&scenario(of))
+            let among = None;
+            Choice {
+                tier,
+                filters,
+                among,
+            }
+            .wants(&scenario(of))
         };
         assert!(wants(Tier::Usual, &[], Tier::Smoke));
         assert!(wants(Tier::Usual, &[], Tier::Usual));
@@ -193,6 +204,36 @@ mod tests {
         assert!(!wants(Tier::Debug, &[], Tier::Deep));
         assert!(wants(Tier::Smoke, &["other", "name"], Tier::Deep));
         assert!(!wants(Tier::Deep, &["other"], Tier::Smoke));
+    }
+
+    #[test]
+    fn with_an_older_qemu_some_are_played_and_of_other_tiers() {
+        let wanted = |tier, filters: &[String]| -> Vec<_> {
+            let choice = Choice {
+                tier,
+                filters,
+                among: Some(scenarios::WITH_AN_OLDER_QEMU),
+            };
+            let all = scenarios::ALL.iter();
+            all.filter(|scenario| choice.wants(scenario))
+                .map(|scenario| scenario.name)
+                .collect()
+        };
+        assert_eq!(
+            wanted(Tier::Usual, &[]),
+            ["machines_of_every_kind_share"],
+            "what every change waits for"
+        );
+        let named = scenarios::WITH_AN_OLDER_QEMU.iter().map(|(name, _)| *name);
+        assert_eq!(wanted(Tier::Deep, &[]), named.collect::<Vec<_>>());
+        assert_eq!(
+            wanted(Tier::Smoke, &["share".into()]).len(),
+            wanted(Tier::Deep, &[])
+                .iter()
+                .filter(|name| name.contains("share"))
+                .count()
+        );
+        assert!(wanted(Tier::Deep, &["ten_thousand".into()]).is_empty());
     }
 
     #[test]

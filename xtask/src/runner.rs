@@ -32,8 +32,8 @@ pub(crate) struct DemoArguments {
     /// How many guests share their memory
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
     vms: u32,
-    /// Where the guests run: in emulation here, in KVM inside an emulated machine, or in KVM here
-    #[arg(long, default_value = "tcg", value_parser = ["tcg", "kvm-lab", "kvm"])]
+    /// Where the guests run: in emulation here, in that of an older QEMU, in KVM inside an emulated machine, or in KVM here
+    #[arg(long, default_value = "tcg", value_parser = ["tcg", "qemu-7.2", "kvm-lab", "kvm"])]
     host: String,
     /// Also write the results to this file
     #[arg(long, value_name = "FILE")]
@@ -49,7 +49,7 @@ pub(crate) struct TestArguments {
     #[arg(long, conflicts_with = "quick")]
     deep: bool,
     /// Run the QEMU tests of this kind of host only
-    #[arg(long, value_parser = ["tcg", "kvm-lab", "kvm"])]
+    #[arg(long, value_parser = ["tcg", "qemu-7.2", "kvm-lab", "kvm"])]
     host: Option<String>,
 }
 
@@ -553,6 +553,7 @@ mod tests {
         assert!(in_lab(USUAL, true, Some("kvm-lab")));
         assert!(!in_lab(USUAL, true, None));
         assert!(!in_lab(USUAL, false, Some("tcg")));
+        assert!(!in_lab(USUAL, false, Some("qemu-7.2")));
         assert!(!in_lab(DEBUG, false, None));
     }
 

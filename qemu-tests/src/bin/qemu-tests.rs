@@ -4,7 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -21,7 +21,7 @@ use qemu_tests::{
     lab::{self, Lab},
     progress,
     report::Report,
-    scenarios::Tier,
+    scenarios::{self, Tier},
     services::Load,
     suite::{self, Choice, Tally, Verdict},
     world::Host,
@@ -116,6 +116,9 @@ enum Task {
 enum HostKind {
     /// This machine, guests under QEMU's translator.
     Tcg,
+    /// The same with the oldest QEMU that is tested.
+    #[value(name = "qemu-7.2")]
+    OlderQemu,
     /// A lab host under TCG with emulated virtualisation, KVM guests in it.
     KvmLab,
     /// This machine, KVM guests.
@@ -165,7 +168,12 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             filters,
         } => {
             let filters = &filters;
-            harness.test(quick, host, Choice { tier, filters })
+            let choice = Choice {
+                tier,
+                filters,
+                among: None,
+            };
+            harness.test(quick, host, choice)
         }
         Task::Bench { host, compare } => harness.compare(host, &compare),
         Task::BenchDocument { .. } => unreachable!("has been done"),
@@ -208,6 +216,12 @@ impl Harness<'_> {
         };
         let results = match host {
             HostKind::Tcg => here(Accelerator::Tcg)?,
+            HostKind::OlderQemu => compare::run(
+                &self.older()?,
+                compare,
+                self.host(Accelerator::Tcg),
+                self.logs,
+            )?,
             HostKind::Kvm => {
                 kvm::probe(self.artifacts)?;
                 here(Accelerator::Kvm)?
@@ -253,6 +267,10 @@ impl Harness<'_> {
         };
         match host {
             HostKind::Tcg => here(Accelerator::Tcg),
+            HostKind::OlderQemu => {
+                let host = self.host(Accelerator::Tcg);
+                demo::run(&self.older()?, host, vms, load, self.logs)
+            }
             HostKind::Kvm => {
                 kvm::probe(self.artifacts)?;
                 here(Accelerator::Kvm)
@@ -292,7 +310,10 @@ impl Harness<'_> {
     ) -> Result<()> {
         if wanted(HostKind::Tcg) {
             let host = self.host(Accelerator::Tcg);
-            suite::run(self.artifacts, host, choice, self.logs, tally)?;
+            suite::run(host.name(), self.artifacts, host, choice, self.logs, tally)?;
+        }
+        if wanted(HostKind::OlderQemu) {
+            self.test_with_older_qemu(choice, tally)?;
         }
         if wanted(HostKind::Kvm) {
             let start = Instant::now();
@@ -301,10 +322,35 @@ impl Harness<'_> {
                 tally.record("kvm", "all_scenarios", &verdict, start.elapsed());
             } else {
                 let host = self.host(Accelerator::Kvm);
-                suite::run(self.artifacts, host, choice, self.logs, tally)?;
+                suite::run(host.name(), self.artifacts, host, choice, self.logs, tally)?;
             }
         }
         Ok(())
+    }
+
+    fn test_with_older_qemu(self, choice: Choice<'_>, tally: &mut Tally) -> Result<()> {
+        const NAME: &str = "qemu-7.2";
+        let artifacts = match self.older() {
+            Ok(artifacts) => artifacts,
+            Err(error) => {
+                let verdict = Verdict::Skipped(format!("{error:#}"));
+                tally.record(NAME, "all_scenarios", &verdict, Duration::ZERO);
+                return Ok(());
+            }
+        };
+        let choice = Choice {
+            among: Some(scenarios::WITH_AN_OLDER_QEMU),
+            ..choice
+        };
+        let version = artifacts.qemu_version()?;
+        ensure!(
+            version.starts_with("7.2."),
+            "the older QEMU says that it is {version}"
+        );
+        let host = self.host(Accelerator::Tcg);
+        // Logs are called after guests, which are called as those with the other QEMU.
+        let logs = self.logs.map(|logs| logs.join(NAME));
+        suite::run(NAME, &artifacts, host, choice, logs.as_deref(), tally)
     }
 
     /// What is run on the nested KVM host, one after the other; what fails may have broken that host.
@@ -339,6 +385,12 @@ impl Harness<'_> {
         let verdict = run(self.artifacts, &mut running, name)?;
         *lab = Some(running);
         Ok(verdict)
+    }
+
+    /// The same artifacts with the oldest QEMU that is tested.
+    fn older(self) -> Result<Artifacts> {
+        let artifacts = self.artifacts.with_older_qemu();
+        artifacts.context("there is no older QEMU; provision the machine again")
     }
 
     fn host(self, accelerator: Accelerator) -> Host {

@@ -57,13 +57,29 @@ fn large_machine(stage: &mut Stage, machine: &str) -> Result<()> {
         for guest in &mut world.guests {
             above(guest, path.clone())?;
         }
+        let sums = files.rewrite(&mut world.guests[0], &path, seed + 500, MIB)?;
         files.are_right(world)?;
+        is_own(world, &path, &sums)?;
         world.site.ctl(&["undo", "--all"])?;
+        let shared = world.status()?.pages_shared;
+        ensure!(shared == 0, "{shared} pages are shared after the undo");
         files.are_right(world)?;
+        is_own(world, &path, &sums)?;
         world.site.ctl(&["resume", "--all"])?;
         files.are_shared(world)?;
-        files.are_right(world)
+        files.are_right(world)?;
+        is_own(world, &path, &sums)
     })
+}
+
+/// A file is in each guest what that has made of it.
+fn is_own(world: &mut World, path: &str, sums: &[String]) -> Result<()> {
+    let mut integrity = Integrity::default();
+    for (guest, sum) in world.guests.iter_mut().zip(sums) {
+        integrity.file(guest, path, sum)?;
+        integrity.held(guest, path, sum)?;
+    }
+    integrity.verdict()
 }
 
 fn on_memory(machine: &str, backend: &str, size: &str) -> Vec<String> {

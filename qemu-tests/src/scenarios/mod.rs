@@ -455,6 +455,21 @@ pub const ALL: &[Scenario] = &[
     },
 ];
 
+/// What depends on QEMU, and is played with an older one as well, and of which tier it is there.
+pub const WITH_AN_OLDER_QEMU: &[(&str, Tier)] = &[
+    ("qemu_runs_without_a_daemon", Tier::Deep),
+    ("device_taken_away_and_found_again", Tier::Deep),
+    ("memory_plugged_in_and_pulled_out", Tier::Deep),
+    ("a_plain_device_shares", Tier::Deep),
+    ("machines_of_every_kind_share", Tier::Usual),
+    ("memory_with_a_file_is_left_alone", Tier::Deep),
+    ("a_balloon_takes_what_was_shared", Tier::Deep),
+    ("virtio_mem_brings_and_takes_memory", Tier::Deep),
+    ("loaded_again_in_the_same_qemu", Tier::Deep),
+    ("migrated_while_it_runs", Tier::Deep),
+    ("two_guests_share", Tier::Deep),
+];
+
 /// What cannot be played on a kernel with detectors, and why.
 pub const NOT_WITH_DETECTORS: &[(&str, &str)] = &[
     (
