@@ -240,12 +240,7 @@ impl Harness<'_> {
         let mut arguments = vec!["bench", "--host", "kvm", "--json", RESULTS];
         arguments.extend(more.iter().map(String::as_str));
         let mut last = String::new();
-        let status = lab.run(&arguments, |line| {
-            eprintln!("lab: {line}");
-            if !line.trim().is_empty() {
-                line.clone_into(&mut last);
-            }
-        })?;
+        let status = lab.run(&arguments, relay(&mut last))?;
         ensure!(
             status == 0,
             "the benchmark in the lab ended with {status}: {last}"
@@ -423,10 +418,7 @@ fn example_in_lab(artifacts: &Artifacts, lab: &mut Lab, _: &str) -> Result<Verdi
         ));
     }
     let mut last = String::new();
-    let status = lab.run_example(|line| {
-        eprintln!("lab: {line}");
-        line.clone_into(&mut last);
-    })?;
+    let status = lab.run_example(relay(&mut last))?;
     ensure!(status == 0, "it ended with {status}: {last}");
     Ok(Verdict::Passed)
 }
@@ -434,6 +426,16 @@ fn example_in_lab(artifacts: &Artifacts, lab: &mut Lab, _: &str) -> Result<Verdi
 fn main_scenario_in_lab(_: &Artifacts, lab: &mut Lab, _: &str) -> Result<Verdict> {
     let report = report_from(lab, 2, Load::Light)?;
     demo::nested_verdict(&report).map(|()| Verdict::Passed)
+}
+
+/// Shows what the lab says, and keeps its last words in `last`.
+fn relay(last: &mut String) -> impl FnMut(&str) {
+    move |line| {
+        eprintln!("lab: {line}");
+        if !line.trim().is_empty() {
+            line.clone_into(last);
+        }
+    }
 }
 
 /// The demo inside the lab host.
@@ -445,12 +447,7 @@ fn report_from(lab: &mut Lab, vms: u32, load: Load) -> Result<Report> {
         arguments.push("--light");
     }
     let mut last = String::new();
-    let status = lab.run(&arguments, |line| {
-        eprintln!("lab: {line}");
-        if !line.trim().is_empty() {
-            line.clone_into(&mut last);
-        }
-    })?;
+    let status = lab.run(&arguments, relay(&mut last))?;
     // A report that is there speaks for itself; without one the last line says why.
     match lab.read(REPORT) {
         Ok(text) => serde_json::from_str(&text).context("parse the lab's report"),
