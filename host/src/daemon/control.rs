@@ -3,167 +3,81 @@
 //! What the daemon asks an engine: one thread for each connection, so that an engine that
 //! does not answer keeps nobody else waiting.
 
+use super::line::{Inbox, Line, Reports, Work};
 use super::status;
 use crate::protocol::{Connection, ControlReply, ControlRequest, FileSpan, HelloReply};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, ThreadId};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::Duration;
 
 /// Longest wait for an answer that only needs a look.
 pub(super) const QUICK: Duration = Duration::from_secs(2);
 /// Longest wait for all overlays of a VM to be undone.
 pub(super) const SLOW: Duration = Duration::from_secs(120);
-/// Most spans kept for an engine that is not connected or slow; where there would be more, its
-/// guest is asked for everything instead.
-const MAX_REPORTS: usize = 4096;
-
 pub(super) type Answer = Result<ControlReply, String>;
 
-enum Job {
-    Ask(ControlRequest, SyncSender<Answer>),
-    Report,
-}
+/// A request, and where its answer goes.
+type Asked = (ControlRequest, SyncSender<Answer>);
 
 /// The daemon's end of one VM's control connection, if there is one.
-#[derive(Debug, Default)]
 pub(super) struct Control {
-    link: Arc<Mutex<Option<Link>>>,
-    reports: Arc<Mutex<Reports>>,
-    /// Whether sharing is paused, so that nothing need be reported until it goes on.
-    paused: Arc<AtomicBool>,
+    line: Line<Asked, FileSpan, End>,
 }
 
-/// What the guest is to report again.
-#[derive(Debug)]
-enum Reports {
-    Spans(Vec<FileSpan>),
-    Everything,
-}
-
-impl Default for Reports {
-    fn default() -> Self {
-        Self::Spans(Vec::new())
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").finish_non_exhaustive()
     }
 }
 
-impl Reports {
-    fn is_empty(&self) -> bool {
-        matches!(self, Self::Spans(spans) if spans.is_empty())
-    }
+/// Ends an exchange under way when it is dropped.
+struct End(UnixStream);
 
-    fn add(&mut self, more: Self) {
-        match (&mut *self, more) {
-            (Self::Spans(spans), Self::Spans(more)) if spans.len() + more.len() <= MAX_REPORTS => {
-                spans.extend(more);
-            }
-            _ => *self = Self::Everything,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Link {
-    jobs: Sender<Job>,
-    /// Who serves it.
-    thread: ThreadId,
-    stream: std::os::unix::net::UnixStream,
-}
-
-impl Drop for Link {
+impl Drop for End {
     fn drop(&mut self) {
-        // Ends an exchange under way. That it is closed already is fine.
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        // That it is closed already is fine.
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 }
 
 impl Control {
+    /// Nobody is connected.
+    pub(super) fn new() -> Self {
+        Self { line: Line::new() }
+    }
+
     /// Takes a connection into use in place of the one before it, and greets the engine.
     pub(super) fn connect(&self, mut connection: Connection) -> std::io::Result<()> {
-        let (jobs, inbox) = mpsc::channel();
-        let stream = connection.stream().try_clone()?;
-        let (reports, paused) = (self.reports.clone(), self.paused.clone());
-        let held = Arc::downgrade(&self.link);
-        // Not before the link is there may its thread end.
-        let mut link = lock(&self.link);
-        let serving = thread::Builder::new()
-            .name("control".into())
-            .spawn(move || {
-                if let Some(link) = held.upgrade() {
-                    // Until the link is there: an engine that is greeted can be asked.
-                    drop(lock(&link));
-                }
-                match connection.send(&HelloReply::Ready) {
-                    Ok(()) => serve(connection, &inbox, &reports, &paused),
-                    Err(error) => log::debug!("an engine has gone: {error}"),
-                }
-                if let Some(link) = held.upgrade() {
-                    leave(&link);
-                }
-            })?;
-        let thread = serving.thread().id();
-        *link = Some(Link {
-            jobs,
-            thread,
-            stream,
+        let end = End(connection.stream().try_clone()?);
+        let serving = self.line.connect(end, move |inbox| {
+            match connection.send(&HelloReply::Ready) {
+                Ok(()) => serve(connection, inbox),
+                Err(error) => log::debug!("an engine has gone: {error}"),
+            }
         });
-        drop(link);
-        wake(&self.link);
-        Ok(())
+        serving.map(drop)
     }
 
     /// Closes the connection.
     pub(super) fn disconnect(&self) {
-        *lock(&self.link) = None;
+        self.line.disconnect();
     }
 
     /// Asks, and returns where the answer will come; `None` when nobody is connected.
     pub(super) fn ask(&self, request: ControlRequest) -> Option<Receiver<Answer>> {
         let (sender, answer) = mpsc::sync_channel(1);
-        let mut link = lock(&self.link);
-        if link.as_ref()?.jobs.send(Job::Ask(request, sender)).is_err() {
-            *link = None;
-            return None;
-        }
-        Some(answer)
+        self.line.ask((request, sender)).then_some(answer)
     }
 
     /// Notes whether sharing is paused, before the engine is told.
     pub(super) fn set_paused(&self, paused: bool) {
-        self.paused.store(paused, Ordering::SeqCst);
+        self.line.set_paused(paused);
     }
 
     /// Has the guest report these pages again, as soon as the engine listens.
     pub(super) fn report(&self, spans: Vec<FileSpan>) {
-        let mut reports = lock(&self.reports);
-        let begins = reports.is_empty();
-        reports.add(Reports::Spans(spans));
-        drop(reports);
-        if begins {
-            wake(&self.link);
-        }
+        self.line.report(spans);
     }
-}
-
-fn wake(link: &Mutex<Option<Link>>) {
-    if let Some(link) = &*lock(link) {
-        // If the thread has ended, the next one takes the reports.
-        let _ = link.jobs.send(Job::Report);
-    }
-}
-
-/// The thread that calls this serves no more. The engine is told so, and connects again; another
-/// connection that is there already takes the reports that this one could not make.
-fn leave(link: &Mutex<Option<Link>>) {
-    let mut held = lock(link);
-    let is_own = |it: &Link| it.thread == thread::current().id();
-    if held.as_ref().is_some_and(is_own) {
-        *held = None;
-        return;
-    }
-    drop(held);
-    wake(link);
 }
 
 /// Waits for an answer.
@@ -173,15 +87,10 @@ pub(super) fn wait(answer: &Receiver<Answer>, limit: Duration) -> Answer {
         .unwrap_or_else(|_| Err("the engine does not answer".into()))
 }
 
-fn serve(
-    mut connection: Connection,
-    inbox: &Receiver<Job>,
-    reports: &Mutex<Reports>,
-    paused: &AtomicBool,
-) {
-    while let Ok(job) = inbox.recv() {
-        let answer = match job {
-            Job::Ask(request, answer_to) => {
+fn serve(mut connection: Connection, inbox: &Inbox<Asked, FileSpan>) {
+    while let Some(work) = inbox.next() {
+        let answer = match work {
+            Work::Ask((request, answer_to)) => {
                 let answer = exchange(&mut connection, &request);
                 let failed = answer.is_err();
                 // Whoever asked may have stopped waiting.
@@ -191,22 +100,17 @@ fn serve(
                 }
                 continue;
             }
-            Job::Report => {
-                let taken = std::mem::take(&mut *lock(reports));
-                let request = match &taken {
-                    Reports::Spans(spans) if spans.is_empty() => continue,
+            Work::Report(reports) => {
+                let request = match &reports {
                     Reports::Spans(spans) => ControlRequest::Report {
                         spans: spans.clone(),
                     },
-                    // An engine that goes on has its guest report everything. Whoever pauses it
-                    // after this look tells it behind us.
-                    Reports::Everything if paused.load(Ordering::SeqCst) => continue,
+                    // An engine that goes on has its guest report everything.
                     Reports::Everything => ControlRequest::Resume,
                 };
                 let answer = exchange(&mut connection, &request);
                 if answer.is_err() {
-                    // The next connection asks for them. To ask twice does no harm.
-                    lock(reports).add(taken);
+                    inbox.put_back(reports);
                 }
                 answer
             }
@@ -257,18 +161,14 @@ fn tamed(reply: ControlReply) -> ControlReply {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::line::MAX_REPORTS;
     use super::super::registry::{Caller, Pause, Registry};
     use super::super::runtime::Runtime;
     use super::super::vm::Vm;
     use super::*;
     use crate::protocol::{Encoding, EngineStatus, FileKey};
-    use std::os::unix::net::UnixStream;
 
     fn connected(control: &Control) -> Connection {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -300,7 +200,7 @@ mod tests {
 
     #[test]
     fn more_than_is_kept_for_an_engine_is_asked_for_as_everything() {
-        let control = Control::default();
+        let control = Control::new();
         let all = spans(MAX_REPORTS);
         control.report(all.clone());
         let mut engine = connected(&control);
@@ -356,7 +256,7 @@ mod tests {
 
     #[test]
     fn what_an_engine_did_not_answer_is_asked_of_the_next_connection() {
-        let control = Control::default();
+        let control = Control::new();
         let spans = spans(1);
         let wanted = ControlRequest::Report {
             spans: spans.clone(),
@@ -371,7 +271,7 @@ mod tests {
 
     #[test]
     fn whatever_an_engine_answers_is_tamed() {
-        let control = Control::default();
+        let control = Control::new();
         let mut engine = connected(&control);
         let mut ask = |reply: ControlReply| {
             let answer = control.ask(ControlRequest::Pause).unwrap();
@@ -399,7 +299,7 @@ mod tests {
 
     #[test]
     fn an_engine_that_is_given_up_is_told_so() {
-        let control = Control::default();
+        let control = Control::new();
         let mut engine = connected(&control);
         let answer = control.ask(ControlRequest::Pause).unwrap();
         engine.receive::<ControlRequest>().unwrap();

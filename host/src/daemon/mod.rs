@@ -18,6 +18,7 @@ mod gate;
 mod http;
 mod leftover;
 mod limits;
+mod line;
 mod metrics;
 mod orders;
 mod pace;
@@ -28,6 +29,14 @@ mod runtime;
 mod status;
 mod tidy;
 mod vm;
+
+/// What threads meet at; the tests of such files put `loom`'s in place of these.
+mod primitives {
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering};
+    pub(super) use std::sync::mpsc::{Receiver, Sender, channel};
+    pub(super) use std::sync::{Mutex, MutexGuard};
+    pub(super) use std::thread::{Builder, JoinHandle, ThreadId, current};
+}
 
 pub use error::DaemonError;
 pub use pressure::PressureThresholds;

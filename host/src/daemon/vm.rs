@@ -114,7 +114,7 @@ impl Vm {
         } else {
             None
         };
-        let control = Control::default();
+        let control = Control::new();
         control.set_paused(record.paused);
         Ok(Self {
             number: record.number,
