@@ -168,13 +168,17 @@ mod tests {
     use super::super::runtime::Runtime;
     use super::super::vm::Vm;
     use super::*;
-    use crate::protocol::{Encoding, EngineStatus, FileKey};
+    use crate::protocol::{Encoding, EngineStatus, FileKey, Undo};
 
     fn connected(control: &Control) -> Connection {
+        connected_by(|connection| control.connect(connection))
+    }
+
+    fn connected_by(connect: impl FnOnce(Connection) -> std::io::Result<()>) -> Connection {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let limit = Duration::from_secs(10);
         let connection = |stream| Connection::new(stream, Encoding::Postcard, limit).unwrap();
-        control.connect(connection(ours)).unwrap();
+        connect(connection(ours)).unwrap();
         let mut engine = connection(theirs);
         assert!(matches!(engine.receive().unwrap(), HelloReply::Ready));
         engine
@@ -252,6 +256,38 @@ mod tests {
         let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
         let registry = Registry::adopt(runtime, None).unwrap();
         assert_eq!(first(&registry.vms()[0]), ControlRequest::Status);
+    }
+
+    #[test]
+    fn what_is_ordered_after_an_engine_was_welcomed_it_is_told_and_what_it_knows_it_is_not() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let of = |name| directory.path().join(name);
+        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
+        let registry = Registry::adopt(runtime, None).unwrap();
+        let caller = Caller {
+            pid: std::process::id() as i32,
+            uid: rustix::process::geteuid().as_raw(),
+        };
+        let vm = registry.create(caller, None, Some("g".into())).unwrap();
+        let note = |pause| vm.set_pause(registry.runtime(), pause).unwrap();
+        let undo = ControlRequest::Undo(Undo::All);
+        for (welcome, order, told) in [
+            (Pause::Running, Pause::Running, ControlRequest::Status),
+            (Pause::Running, Pause::Paused, ControlRequest::Pause),
+            (Pause::Paused, Pause::Paused, ControlRequest::Pause),
+            (Pause::Paused, Pause::Running, ControlRequest::Resume),
+            (Pause::Running, Pause::Undone, undo.clone()),
+            (Pause::Undone, Pause::Undone, undo),
+            (Pause::Undone, Pause::Running, ControlRequest::Resume),
+        ] {
+            note(welcome);
+            assert_eq!(vm.welcome().0, welcome.is_paused());
+            note(order);
+            let mut engine = connected_by(|connection| vm.connect_control(connection));
+            let _answer = vm.control.ask(ControlRequest::Status).unwrap();
+            let request = engine.receive::<ControlRequest>().unwrap();
+            assert_eq!(request, told, "{welcome:?}, then {order:?}");
+        }
     }
 
     #[test]

@@ -3,11 +3,11 @@
 //! One connection of an engine, on a thread of its own.
 
 use super::gate::Gate;
-use super::registry::{Pause, Registry};
+use super::registry::Registry;
 use super::vm::{Asker, Vm};
 use crate::protocol::{
-    Connection, ControlRequest, Encoding, EngineReply, EngineRequest, Hello, HelloReply,
-    MAX_PUBLISH_PAGES, Role, VERSION, Welcome,
+    Connection, Encoding, EngineReply, EngineRequest, Hello, HelloReply, MAX_PUBLISH_PAGES, Role,
+    VERSION, Welcome,
 };
 use crate::store::batches::pages_of;
 use crate::store::{PAGE, StoreError};
@@ -35,16 +35,7 @@ pub(super) fn serve(registry: &Registry, vm: &Arc<Vm>, stream: UnixStream) {
             None => Ok(false),
             Some(Role::Requests) => serve_requests(registry, vm, connection),
             Some(Role::Control) => {
-                vm.control.connect(connection)?;
-                // Asked for after the connection is in use: an operator's request that came
-                // before it has been noted. One that comes meanwhile may have been asked first.
-                let mut told = Pause::Running;
-                while vm.pause() != told {
-                    told = vm.pause();
-                    let request = told.request().unwrap_or(ControlRequest::Resume);
-                    vm.control.ask(request);
-                }
-                vm.tell_split_huge_pages();
+                vm.connect_control(connection)?;
                 Ok(true)
             }
         }
@@ -176,6 +167,7 @@ fn welcome(vm: &Vm, connection: &mut Connection) -> io::Result<()> {
         (store.read_only()?, store.hash_seed())
     };
     let uffd = open_uffd();
+    let (paused, split_huge_pages) = vm.welcome();
     let mut descriptors = vec![store.as_fd()];
     if let Some(device) = &vm.device {
         descriptors.extend([device.memory(), device.doorbell(), device.interrupt()]);
@@ -188,8 +180,8 @@ fn welcome(vm: &Vm, connection: &mut Connection) -> io::Result<()> {
         hash_seed,
         has_device: vm.device.is_some(),
         has_uffd_device: uffd.is_some(),
-        paused: vm.pause().is_paused(),
-        split_huge_pages: vm.welcome_split_huge_pages(),
+        paused,
+        split_huge_pages,
     };
     connection.send_with_descriptors(&HelloReply::Welcome(Box::new(welcome)), &descriptors)
 }

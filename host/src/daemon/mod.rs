@@ -29,6 +29,7 @@ mod runtime;
 mod status;
 mod tidy;
 mod vm;
+mod word;
 
 /// What threads meet at; the tests of such files put `loom`'s in place of these.
 mod primitives {

@@ -3,7 +3,7 @@
 //! What an operator has VMs do: noted first, so that it holds for engines that connect later
 //! and for the next daemon, then told to the engines that are there.
 
-use super::control::{self, SLOW};
+use super::control::{self, Answer, SLOW};
 use super::files;
 use super::pace::SLOWEST;
 use super::registry::{Pause, Registry, check_name};
@@ -15,6 +15,7 @@ use crate::protocol::{
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 /// Most files in one request: far fewer than the longest message has room for.
@@ -24,14 +25,14 @@ const MOST_FILES: usize = 8192;
 pub(super) fn undo_all(registry: &Registry, scope: &Scope) -> Result<Outcome, String> {
     let vms = registry.in_scope(scope)?;
     noted(registry.set_paused(scope, &vms, Pause::Undone))?;
-    Ok(tell(&vms, &ControlRequest::Undo(Undo::All), true))
+    Ok(tell_pause(&vms, Pause::Undone, true))
 }
 
 /// Shares nothing more; what is shared stays.
 pub(super) fn pause(registry: &Registry, scope: &Scope) -> Result<Outcome, String> {
     let vms = registry.in_scope(scope)?;
     noted(registry.set_paused(scope, &vms, Pause::Paused))?;
-    Ok(tell(&vms, &ControlRequest::Pause, false))
+    Ok(tell_pause(&vms, Pause::Paused, false))
 }
 
 /// Shares again, files that were undone one by one included.
@@ -39,7 +40,7 @@ pub(super) fn resume(registry: &Registry, scope: &Scope) -> Result<Outcome, Stri
     let vms = registry.in_noted_scope(scope)?;
     noted(registry.clear_undone_files(scope, &vms))?;
     noted(registry.set_paused(scope, &vms, Pause::Running))?;
-    Ok(tell(&vms, &ControlRequest::Resume, false))
+    Ok(tell_pause(&vms, Pause::Running, false))
 }
 
 /// Turns files back; they stay unshared.
@@ -154,10 +155,8 @@ pub(super) fn set(
 /// Has guests report everything again where learning has begun or ended.
 pub(super) fn rescan(registry: &Registry) {
     for vm in registry.take_changed() {
-        if !vm.pause().is_paused() {
-            // Nobody waits for the answer: the guest reports whenever it is ready.
-            vm.control.ask(ControlRequest::Resume);
-        }
+        // Nobody waits for the answer: the guest reports whenever it is ready.
+        vm.ask_for_everything();
     }
 }
 
@@ -178,11 +177,22 @@ fn tell_each(
     requests: impl Iterator<Item = ControlRequest>,
     must_reach: bool,
 ) -> Outcome {
-    let asked: Vec<_> = vms
-        .iter()
-        .zip(requests)
-        .map(|(vm, request)| vm.control.ask(request))
-        .collect();
+    let asked = vms.iter().zip(requests);
+    let asked = asked.map(|(vm, request)| vm.control.ask(request));
+    wait_for_all(vms, asked.collect(), must_reach)
+}
+
+/// The same with what is noted of each, which another operator may have changed since.
+fn tell_pause(vms: &[Arc<Vm>], order: Pause, must_reach: bool) -> Outcome {
+    let asked = vms.iter().map(|vm| vm.tell_pause(order));
+    wait_for_all(vms, asked.collect(), must_reach)
+}
+
+fn wait_for_all(
+    vms: &[Arc<Vm>],
+    asked: Vec<Option<Receiver<Answer>>>,
+    must_reach: bool,
+) -> Outcome {
     let deadline = Instant::now() + SLOW;
     let mut failed = Vec::new();
     for (vm, answer) in vms.iter().zip(asked) {

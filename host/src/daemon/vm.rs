@@ -2,14 +2,15 @@
 
 //! One VM as the daemon sees it: a process, its sockets, its device, its store.
 
-use super::control::Control;
+use super::control::{Answer, Control};
 use super::pace::Pace;
 use super::process::Process;
 use super::registry::{Pause, SharedGroup, store_name_of};
 use super::runtime::{Runtime, UndoneFile, VmRecord};
+use super::word::Word;
 use crate::device::PagefusionDevice;
 use crate::protocol::{
-    ControlRequest, EngineStatus, FileKey, LimitChanges, Limits, SplitHugePages,
+    Connection, ControlRequest, EngineStatus, FileKey, LimitChanges, Limits, SplitHugePages,
 };
 use crate::store::{Group, PAGE, VmLimits};
 use std::collections::{BTreeMap, HashSet};
@@ -18,6 +19,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most connections of an engine at one time.
@@ -25,13 +27,6 @@ const MAX_CONNECTIONS: usize = 4;
 /// Most threads that serve them. One whose connection is closed may still be at its last
 /// request.
 const MAX_THREADS: usize = 16;
-
-/// Whether huge pages are split: as the operator wants it, and as the engine was told last.
-#[derive(Clone, Copy, Debug, Default)]
-struct HugePages {
-    wanted: SplitHugePages,
-    told: SplitHugePages,
-}
 
 /// A connection on which the engine asks.
 #[derive(Debug)]
@@ -79,7 +74,11 @@ pub(super) struct Vm {
     /// What it may put into the store.
     pub(super) pace: Pace,
     limits: Mutex<Limits>,
-    huge_pages: Mutex<HugePages>,
+    /// Whether huge pages are split, as the operator wants it.
+    split_huge_pages: Mutex<SplitHugePages>,
+    told_split_huge_pages: Word<SplitHugePages>,
+    /// `None`: that it shall not share, and not what else.
+    told_pause: Word<Option<Pause>>,
     pub(super) control: Control,
     /// What its engine said of itself last.
     heard: Mutex<EngineStatus>,
@@ -128,7 +127,9 @@ impl Vm {
             group_store,
             pace: Pace::default(),
             limits: Mutex::default(),
-            huge_pages: Mutex::default(),
+            split_huge_pages: Mutex::default(),
+            told_split_huge_pages: Word::new(SplitHugePages::default()),
+            told_pause: Word::new(Some(Pause::Running)),
             control,
             heard: Mutex::default(),
             undone_files: Mutex::new(Arc::new(keys(&record.undone_files))),
@@ -235,29 +236,61 @@ impl Vm {
 
     /// Has huge pages be split or not once the engine is told.
     pub(super) fn set_split_huge_pages(&self, wanted: SplitHugePages) {
-        lock(&self.huge_pages).wanted = wanted;
+        *lock(&self.split_huge_pages) = wanted;
     }
 
-    /// Whether huge pages are split, for an engine that is told so now.
-    pub(super) fn welcome_split_huge_pages(&self) -> SplitHugePages {
-        let mut huge_pages = lock(&self.huge_pages);
-        huge_pages.told = huge_pages.wanted;
-        huge_pages.told
+    /// Whether it is paused and whether huge pages are split, for an engine that is told so now.
+    pub(super) fn welcome(&self) -> (bool, SplitHugePages) {
+        let pause = self
+            .told_pause
+            .welcome(|| Some(self.pause()).filter(|noted| !noted.is_paused()));
+        let split = self
+            .told_split_huge_pages
+            .welcome(|| *lock(&self.split_huge_pages));
+        (pause.is_none(), split)
     }
 
-    /// Tells the engine whether to split huge pages, if it believes something else.
+    /// Takes the connection into use by which the engine that was welcomed is asked, and tells it
+    /// what is new since.
+    pub(super) fn connect_control(&self, connection: Connection) -> io::Result<()> {
+        let connect = || self.control.connect(connection);
+        self.told_pause
+            .begin(|| self.told_split_huge_pages.begin(connect))?;
+        // Nobody waits for the answers.
+        let noted = || Some(self.pause());
+        self.told_pause.tell(noted, |it| self.ask_to(it));
+        self.tell_split_huge_pages();
+        Ok(())
+    }
+
+    /// Tells the engine of an order that was noted, or what was noted since.
+    pub(super) fn tell_pause(&self, order: Pause) -> Option<Receiver<Answer>> {
+        let noted = || match (order, self.pause()) {
+            // Whoever has had it undone tells that.
+            (Pause::Paused, Pause::Undone) => Some(order),
+            (_, noted) => Some(noted),
+        };
+        self.told_pause.tell_again(noted, |it| self.ask_to(it))
+    }
+
+    /// Has the guest report everything again, unless it is paused.
+    pub(super) fn ask_for_everything(&self) {
+        // Whoever has noted that it is paused tells it.
+        let running = || Some(self.pause()).filter(|noted| !noted.is_paused());
+        self.told_pause.tell_again(running, |it| self.ask_to(it));
+    }
+
+    fn ask_to(&self, pause: Option<Pause>) -> Option<Receiver<Answer>> {
+        self.control.ask(pause?.request())
+    }
+
+    /// Tells the engine whether to split huge pages, if it believes something else. One that is not
+    /// connected is told when it is.
     pub(super) fn tell_split_huge_pages(&self) {
-        let mut huge_pages = lock(&self.huge_pages);
-        let HugePages { wanted, told } = *huge_pages;
-        // One that is not connected is told when it is.
-        if wanted != told
-            && self
-                .control
-                .ask(ControlRequest::SplitHugePages(wanted))
-                .is_some()
-        {
-            huge_pages.told = wanted;
-        }
+        self.told_split_huge_pages.tell(
+            || *lock(&self.split_huge_pages),
+            |it| self.control.ask(ControlRequest::SplitHugePages(it)),
+        );
     }
 
     /// Whether the VMM has the device; not known of a VM older than this daemon.

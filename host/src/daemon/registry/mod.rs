@@ -122,12 +122,12 @@ impl Pause {
         self != Self::Running
     }
 
-    /// What an engine that has connected is to be told.
-    pub(super) fn request(self) -> Option<ControlRequest> {
+    /// What an engine is told to have it so.
+    pub(super) fn request(self) -> ControlRequest {
         match self {
-            Self::Running => None,
-            Self::Paused => Some(ControlRequest::Pause),
-            Self::Undone => Some(ControlRequest::Undo(Undo::All)),
+            Self::Running => ControlRequest::Resume,
+            Self::Paused => ControlRequest::Pause,
+            Self::Undone => ControlRequest::Undo(Undo::All),
         }
     }
 }
