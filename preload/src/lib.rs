@@ -8,6 +8,7 @@
 //! cannot start, one line on standard error says why, and it is the same from then on.
 
 mod blkio;
+mod connection;
 mod device;
 mod environment;
 mod interpose;
@@ -19,3 +20,9 @@ mod runtime;
 mod search;
 mod service;
 mod signals;
+mod unmapped;
+
+/// What threads meet at; the tests of such files put `loom`'s in place of these.
+mod primitives {
+    pub(crate) use std::sync::Mutex;
+}

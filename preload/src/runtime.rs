@@ -20,6 +20,7 @@ use rustix::process::{Pid, getpid};
 
 use crate::kvm::{MemoryRegion, UffdRange};
 use crate::service;
+use crate::unmapped::Unmapped;
 
 static ACTIVE: AtomicBool = AtomicBool::new(false);
 static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -36,9 +37,7 @@ pub(crate) struct Config {
 pub(crate) struct Runtime {
     process: Pid,
     slots: Mutex<Slots>,
-    /// What was unmapped since QEMU's monitor was asked where guest memory is; `None` while it
-    /// is not asked.
-    unmapped: Mutex<Option<Vec<Range<usize>>>>,
+    unmapped: Unmapped,
 }
 
 /// Memory slots as KVM knows them; kept from the first on, before there is an engine.
@@ -129,12 +128,12 @@ impl Runtime {
 
     /// QEMU's monitor is about to be asked where guest memory is.
     pub(crate) fn begin_search(&self) {
-        *lock(&self.unmapped) = Some(Vec::new());
+        self.unmapped.begin();
     }
 
     /// What was unmapped meanwhile. No more can be while `_memory` is locked.
     pub(crate) fn end_search(&self, _memory: &Memory) -> Vec<Range<usize>> {
-        lock(&self.unmapped).take().unwrap_or_default()
+        self.unmapped.end()
     }
 
     /// Whether KVM has said anything.
@@ -189,7 +188,7 @@ pub(crate) fn start() {
     let runtime = Runtime {
         process: getpid(),
         slots: Mutex::default(),
-        unmapped: Mutex::default(),
+        unmapped: Unmapped::new(),
     };
     let runtime = RUNTIME.get_or_init(|| runtime);
     // Before the threads, which may find that there is nothing to be active for.
@@ -385,9 +384,7 @@ pub(crate) fn unmap_and_move<T>(
             memory.unmapped(range);
         }
         if let Some(runtime) = current() {
-            if let Some(unmapped) = lock(&runtime.unmapped).as_mut() {
-                unmapped.extend_from_slice(ranges);
-            }
+            runtime.unmapped.note(ranges);
         }
     }
     Ok(result)
@@ -425,7 +422,7 @@ mod tests {
         let runtime = RUNTIME.get_or_init(|| Runtime {
             process: getpid(),
             slots: Mutex::default(),
-            unmapped: Mutex::default(),
+            unmapped: Unmapped::new(),
         });
         ACTIVE.store(true, Ordering::Relaxed);
         let memory = MemoryRegion {

@@ -30,6 +30,7 @@ use pagefusion_host::store::StoreError;
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
+use crate::connection::Held;
 use crate::device::Device;
 use crate::runtime::{Config, Runtime};
 use crate::search::Search;
@@ -77,7 +78,7 @@ struct Service {
     /// Where guest memory was found.
     source: OnceLock<&'static str>,
     /// Shut down by whoever finds the daemon gone, to have the connection renewed.
-    control: Mutex<Option<UnixStream>>,
+    control: Held<UnixStream>,
     /// What the guest's part of the status was after its last batch: whoever asks does not wait
     /// for a batch, which may wait for the daemon.
     guest_status: Mutex<EngineStatus>,
@@ -163,7 +164,7 @@ fn start(config: Config, runtime: &'static Runtime) -> Result<(), Box<dyn Error>
         to_guest,
         tidier: Mutex::default(),
         source: OnceLock::new(),
-        control: Mutex::new(None),
+        control: Held::new(),
         guest_status: Mutex::default(),
         cpu: Default::default(),
     });
@@ -336,7 +337,7 @@ impl Service {
 
     /// Ends the control connection, so that both are made anew.
     fn reconnect(&self) {
-        if let Some(stream) = lock(&self.control).take() {
+        if let Some(stream) = self.control.take() {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -383,7 +384,10 @@ impl Service {
 
     fn serve_one_connection(&self) -> io::Result<()> {
         let mut control = ControlConnection::connect(&self.config.engine_socket)?;
-        *lock(&self.control) = Some(control.try_clone_stream()?);
+        let stream = control.try_clone_stream()?;
+        if !self.control.hold(stream, || self.sharing.is_connected()) {
+            return Err(io::Error::other("it does not answer"));
+        }
         loop {
             let request = control.recv()?;
             let reply = self.answer(request);
