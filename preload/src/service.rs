@@ -425,24 +425,18 @@ impl Service {
                     _ => self.sharing.undo(&what),
                 };
                 lock(&self.guest).publish_shared(self.sharing.memory().overlays().pages());
-                match undone {
-                    Ok(()) => ControlReply::Done,
-                    Err(e) => ControlReply::Error(format!("undoing an overlay: {e}")),
-                }
+                ControlReply::done("undoing an overlay", undone)
             }
             ControlRequest::Tidy { alone } => {
                 let tidied = lock(&self.tidier).round(&self.sharing, &alone);
-                match tidied {
-                    Ok(spans) => {
-                        let mut guest = lock(&self.guest);
-                        guest.publish_shared(self.sharing.memory().overlays().pages());
-                        if guest.request_report(&spans) {
-                            self.ring_guest();
-                        }
-                        ControlReply::Done
+                let reported = tidied.map(|spans| {
+                    let mut guest = lock(&self.guest);
+                    guest.publish_shared(self.sharing.memory().overlays().pages());
+                    if guest.request_report(&spans) {
+                        self.ring_guest();
                     }
-                    Err(e) => ControlReply::Error(format!("tidying up: {e}")),
-                }
+                });
+                ControlReply::done("tidying up", reported)
             }
             ControlRequest::Pause => {
                 self.set_paused(true);

@@ -6,7 +6,6 @@
 //!
 //! Everything that shares the memory of one VM, put together for its VMM.
 
-use std::fmt::Display;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -458,7 +457,9 @@ impl Engine {
                 Ok(status) => ControlReply::Status(Box::new(status)),
                 Err(e) => ControlReply::Error(e.to_string()),
             },
-            ControlRequest::Report { spans } => done("asking the guest", self.report(&spans)),
+            ControlRequest::Report { spans } => {
+                ControlReply::done("asking the guest", self.report(&spans))
+            }
             ControlRequest::Files { after } => {
                 let guest = lock(&self.guest);
                 let name_of = |file: &_| guest.name_of(file);
@@ -467,16 +468,18 @@ impl Engine {
                     Err(e) => ControlReply::Error(e.to_string()),
                 }
             }
-            ControlRequest::Undo(what) => done("undoing an overlay", self.undo(&what)),
+            ControlRequest::Undo(what) => {
+                ControlReply::done("undoing an overlay", self.undo(&what))
+            }
             ControlRequest::Tidy { alone } => {
                 let tidied = self.enter().and_then(|_open| self.tidy(&alone));
-                done("tidying up", tidied)
+                ControlReply::done("tidying up", tidied)
             }
-            ControlRequest::Pause => done("pausing", self.set_paused(true)),
+            ControlRequest::Pause => ControlReply::done("pausing", self.set_paused(true)),
             ControlRequest::SplitHugePages(choice) => {
-                done("asking the guest", self.set_split_huge_pages(choice))
+                ControlReply::done("asking the guest", self.set_split_huge_pages(choice))
             }
-            ControlRequest::Resume => done("going on", self.set_paused(false)),
+            ControlRequest::Resume => ControlReply::done("going on", self.set_paused(false)),
         }
     }
 
@@ -565,11 +568,4 @@ fn pieces(memory: &Memory, frames: Range<u64>) -> Vec<Range<usize>> {
     pieces
         .map(|piece| piece.hva..piece.hva + piece.pages * PAGE)
         .collect()
-}
-
-fn done(what: &str, result: Result<(), impl Display>) -> ControlReply {
-    match result {
-        Ok(()) => ControlReply::Done,
-        Err(e) => ControlReply::Error(format!("{what}: {e}")),
-    }
 }

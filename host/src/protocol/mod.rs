@@ -28,6 +28,7 @@ pub use transport::{Connection, Encoding};
 
 use pagefusion_abi::wire;
 use serde::{Deserialize, Serialize};
+use std::fmt::Display;
 
 /// Both sides must speak the same version.
 pub const VERSION: u32 = 7;
@@ -335,6 +336,16 @@ pub enum ControlReply {
     Files(Vec<FileUse>),
     /// It could not be done.
     Error(String),
+}
+
+impl ControlReply {
+    /// How `what` has ended.
+    pub fn done(what: &str, result: Result<(), impl Display>) -> Self {
+        match result {
+            Ok(()) => Self::Done,
+            Err(e) => Self::Error(format!("{what}: {e}")),
+        }
+    }
 }
 
 /// A file of which pages lie on overlays.
