@@ -16,6 +16,7 @@ use super::{
 use crate::{
     guest::Guest,
     protocol::{Op, Unmounts},
+    services,
     settle::settle,
 };
 
@@ -280,11 +281,28 @@ pub(super) fn daemon_killed_and_restarted(stage: &mut Stage) -> Result<()> {
 }
 
 pub(super) fn a_third_guest_shares_at_once(stage: &mut Stage) -> Result<()> {
-    let store = stage.world.status()?.store_pages;
-    let from = stage.world.guests.len();
-    stage.world.start_guest()?;
-    stage.world.wait_booted(from)?;
-    let guest = &mut stage.world.guests[from];
+    let world = &mut stage.world;
+    let from = world.guests.len();
+    world.start_guest()?;
+    world.wait_booted(from)?;
+    // For minutes after its boot a kernel joins pages of files into huge pages, and reads whatever of these is not
+    // there: what the first two come to share by that is not the third one's doing.
+    services::stop_joining_pages(&mut world.guests)?;
+    let shares = third_shares_at_once(stage);
+    services::join_pages_again(&mut stage.world.guests)?;
+    shares?;
+    stage.files_are_right()
+}
+
+/// The last guest has not loaded the module yet.
+fn third_shares_at_once(stage: &mut Stage) -> Result<()> {
+    let world = &mut stage.world;
+    let third = world.guests.pop().context("no guest")?;
+    settle(world, Instant::now()).context("without the third guest")?;
+    let store = world.status()?.store_pages;
+    let from = world.guests.len();
+    world.guests.push(third);
+    let guest = &mut world.guests[from];
     guest.load_hurried_module()?;
     guest.wait_passes(2, PASS_LIMIT)?;
     answered(guest)?;
@@ -300,11 +318,14 @@ pub(super) fn a_third_guest_shares_at_once(stage: &mut Stage) -> Result<()> {
         "the third guest shares {at_once} pages after two passes, and {third} in the end"
     );
     let grown = stage.world.status()?.store_pages;
+    println!(
+        "{at_once} pages shared at once, {third} in the end; the store went from {store} to {grown}"
+    );
     ensure!(
         grown <= store + store / 4,
         "the store grew from {store} to {grown} pages for a third guest of the same image"
     );
-    stage.files_are_right()
+    Ok(())
 }
 
 pub(super) fn a_guest_killed_while_sharing(stage: &mut Stage) -> Result<()> {
