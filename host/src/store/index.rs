@@ -2,7 +2,7 @@
 
 //! What is where in the store: by file and page, by content hash, by store page.
 //!
-//! The first content of a file page lies in the file's own *chunk*, a range of store pages
+//! The first content of a file page lies in a *chunk* of the file's own, a range of store pages
 //! in the order of the file, so that a run of a file is a run in the store and neighbouring
 //! overlays become one VMA. A chunk is only numbers until its pages are written. Any other
 //! content of the page lies elsewhere and is found by an *alias*, and so is a page whose
@@ -12,12 +12,14 @@ use super::files::{FileId, Files};
 use super::space::Space;
 use crate::protocol::{FileKey, StorePage};
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher;
 use std::ops::Range;
 
-/// Pages of a file that one chunk has room for: 64 MiB.
-pub(super) const CHUNK: u64 = 16_384;
+/// Pages of a file that one chunk has room for: 2 MiB, so that what is published of a file here and
+/// there leaves no large holes.
+pub(super) const CHUNK: u64 = 512;
 /// Most pages with the same hash. Without ill will there is one.
 pub(super) const MAX_CANDIDATES: usize = 4;
 /// Most names of one store page besides that of its own place.
@@ -27,6 +29,24 @@ const NAMES_PER_PAGE: usize = 4;
 const MORE_NAMES: usize = 1 << 16;
 /// Below this many free page numbers new files get no chunks any more, only single pages.
 const SCARCE: u64 = 1 << 30;
+
+/// How much of a file is published at a time: so many pages, of so many from the first to the last.
+///
+/// With pages here and there a chunk would have holes, and what is written into those takes more
+/// memory than it needs, on a tmpfs with large folios. Such pages lie where others end.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Dense {
+    pub(super) pages: u32,
+    pub(super) extent: u64,
+}
+
+impl Dense {
+    /// Whether a file gets a chunk of so many pages for it: a quarter of what it reaches over is
+    /// there, and that is 16 pages or an eighth of all.
+    fn is_enough_for(self, chunk: u32) -> bool {
+        u64::from(self.pages) * 4 >= self.extent && self.pages >= chunk.div_ceil(8).min(16)
+    }
+}
 
 /// What is known of one store page.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +78,9 @@ pub(super) struct Index {
     named: usize,
     chunks: BTreeMap<StorePage, Chunk>,
     space: Space,
+    /// Pages that lie where their file has its place for them. Others may lie between those: a chunk
+    /// that was found again after the index was lost may reach over what never was its.
+    home: RoaringBitmap,
     /// Numbers taken, whose pages are not entered yet.
     taken: BTreeSet<StorePage>,
     hasher: DefaultHashBuilder,
@@ -72,9 +95,16 @@ impl Index {
             named: 0,
             chunks: BTreeMap::new(),
             space: Space::new(),
+            home: RoaringBitmap::new(),
             taken: BTreeSet::new(),
             hasher: DefaultHashBuilder::default(),
         }
+    }
+
+    /// Numbers that nothing has.
+    #[cfg(test)]
+    pub(super) fn free_numbers(&self) -> u64 {
+        self.space.free_pages()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -110,7 +140,7 @@ impl Index {
                 let own = base
                     .filter(|_| offset < room)
                     .map(|base| base + offset)
-                    .filter(|store| self.pages.contains_key(store));
+                    .filter(|store| self.home.contains(*store));
                 each(if record.has_aliases() {
                     self.most_used(own, record.aliases(page))
                 } else {
@@ -137,13 +167,23 @@ impl Index {
         self.contents.iter_hash(spread).copied().filter(has_hash)
     }
 
-    /// Takes a number for new content of a file page: its own place if that is free.
+    /// Takes a number for new content of a file page: its own place if that is free, and the file has
+    /// places or is `dense` enough to get them now.
     /// Those that do not get a page by [`Self::insert`] must be [given back](Self::give).
-    pub(super) fn take(&mut self, files: &mut Files, file: FileId, page: u64) -> Option<StorePage> {
+    pub(super) fn take(
+        &mut self,
+        files: &mut Files,
+        file: FileId,
+        page: u64,
+        dense: Dense,
+    ) -> Option<StorePage> {
         let number = page / CHUNK;
         let record = files.get_mut(file);
         let base = record.chunk(number).or_else(|| {
             let pages = chunk_pages(record.key.size, page)?;
+            if !dense.is_enough_for(pages) {
+                return None;
+            }
             if self.space.free_pages() < SCARCE {
                 return None;
             }
@@ -235,6 +275,7 @@ impl Index {
         let record = files.get_mut(file);
         let base = record.chunk(page / CHUNK);
         if base.and_then(|base| self.in_chunk(base, page)) == Some(store) {
+            self.home.insert(store);
             return;
         }
         let names = self.names.get(&store).map_or(&[][..], Vec::as_slice);
@@ -303,6 +344,7 @@ impl Index {
             entry.remove();
         }
         self.pages.remove(&store);
+        self.home.remove(store);
         let names = self.names.remove(&store).unwrap_or_default();
         self.named -= names.len();
         for (file, page) in names {
@@ -339,6 +381,7 @@ impl Index {
             + self.names.allocation_size()
             + self.names.len() * 16
             + self.chunks.len() * size_of::<(StorePage, Chunk)>()
+            + self.home.serialized_size()
     }
 
     fn in_chunk(&self, base: StorePage, page: u64) -> Option<StorePage> {
@@ -392,6 +435,37 @@ mod tests {
             generation: 0,
             kind: 1,
         })
+    }
+
+    #[test]
+    fn what_lies_between_pages_of_a_file_is_not_taken_for_its() {
+        let (mut files, mut index) = (Files::default(), Index::new());
+        let file = files.intern(&FileKey {
+            fs_uuid: [0; 16],
+            inode: 1,
+            size: 100 * super::super::PAGE as u64,
+            mtime_ns: 0,
+            generation: 0,
+            kind: 1,
+        });
+        for store in 5..8 {
+            index.insert_foreign(store, store.into());
+        }
+        for (page, store) in [(0, 5), (2, 7)] {
+            index.restore_chunk(&mut files, file, page, store);
+            index.name(&mut files, file, page, store);
+        }
+        let mut found = Vec::new();
+        index.lookup(&files, file, 0..4, |store| found.push(store));
+        assert_eq!(found, [Some(5), None, Some(7), None]);
+    }
+
+    #[test]
+    fn a_file_gets_places_for_what_is_no_page_here_and_there() {
+        let enough = |pages, extent, chunk| Dense { pages, extent }.is_enough_for(chunk);
+        assert!(enough(1, 1, 8) && !enough(1, 1, 9));
+        assert!(enough(16, 16, 512) && enough(16, 64, 512));
+        assert!(!enough(15, 15, 512) && !enough(64, 300, 512));
     }
 
     #[test]

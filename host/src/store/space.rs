@@ -6,11 +6,17 @@ use crate::protocol::StorePage;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Free page numbers, as ranges that never touch each other.
+///
+/// Numbers are taken behind all that were ever taken, as long as there are any: a tmpfs with large
+/// folios makes them as large as what is appended to a file, but 2 MiB for a page anywhere before its
+/// end.
 #[derive(Debug)]
 pub(super) struct Space {
     by_start: BTreeMap<StorePage, u32>,
     by_length: BTreeSet<(u32, StorePage)>,
     free: u64,
+    /// End of all that were ever taken.
+    end: StorePage,
 }
 
 impl Space {
@@ -20,6 +26,7 @@ impl Space {
             by_start: BTreeMap::new(),
             by_length: BTreeSet::new(),
             free: 0,
+            end: 0,
         };
         space.add(0, StorePage::MAX);
         space
@@ -30,8 +37,14 @@ impl Space {
         self.free
     }
 
-    /// Takes `pages` numbers out of the smallest range that has them.
+    /// Takes `pages` numbers, out of the smallest range that has them once none are left behind the
+    /// end.
     pub(super) fn take(&mut self, pages: u32) -> Option<StorePage> {
+        if pages <= StorePage::MAX - self.end {
+            let start = self.end;
+            self.take_at(start, pages);
+            return Some(start);
+        }
         let &(length, start) = self.by_length.range((pages, 0)..).next()?;
         self.drop_range(start, length);
         if length > pages {
@@ -43,6 +56,7 @@ impl Space {
     /// Takes what is free of `start .. start + pages`.
     pub(super) fn take_at(&mut self, start: StorePage, pages: u32) {
         let end = start.saturating_add(pages);
+        self.end = self.end.max(end);
         let first = self
             .by_start
             .range(..=start)
@@ -113,6 +127,21 @@ mod tests {
         space.give(b, 16);
         assert_eq!(space.by_start, BTreeMap::from([(0, StorePage::MAX)]));
         assert_eq!(space.free_pages(), u64::from(StorePage::MAX));
+        assert_eq!(space.take(1), Some(48));
+    }
+
+    #[test]
+    fn what_was_given_back_is_taken_again_when_nothing_else_is_left() {
+        let mut space = Space::new();
+        let all = StorePage::MAX;
+        assert_eq!(space.take(all - 10), Some(0));
+        space.give(100, 8);
+        space.give(200, 20);
+        assert_eq!(space.take(10), Some(all - 10));
+        assert_eq!((space.take(8), space.take(10)), (Some(100), Some(200)));
+        assert_eq!(space.take(11), None);
+        assert_eq!(space.take(10), Some(210));
+        assert_eq!((space.free_pages(), space.take(1)), (0, None));
     }
 
     #[test]
@@ -120,8 +149,9 @@ mod tests {
         let mut space = Space::new();
         space.take_at(10, 5);
         space.take_at(12, 10);
+        assert_eq!(space.take(10), Some(22));
+        assert_eq!(space.take(StorePage::MAX - 32), Some(32));
         assert_eq!(space.take(10), Some(0));
-        assert_eq!(space.take(1), Some(22));
     }
 
     #[test]

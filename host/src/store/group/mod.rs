@@ -125,6 +125,11 @@ impl Group {
     }
 
     #[cfg(test)]
+    pub(super) fn free_numbers(&self) -> u64 {
+        self.index.free_numbers()
+    }
+
+    #[cfg(test)]
     pub(super) fn several(&self) -> &RoaringBitmap {
         &self.several
     }

@@ -3,7 +3,7 @@
 //! Pages become canonical ones.
 
 use super::super::batches::{check_bytes, pages_of};
-use super::super::index::MAX_CANDIDATES;
+use super::super::index::{Dense, MAX_CANDIDATES};
 use super::super::sightings::Reporter;
 use super::super::{PAGE, StoreError, hash_page, whole_pages};
 use super::{Group, Vm, check_spans};
@@ -24,12 +24,24 @@ struct Publication<'a> {
     store: StorePage,
     /// Store pages that have been found or made holes.
     clean: Range<StorePage>,
+    /// How much of the file at hand it has.
+    dense: Dense,
 }
 
 struct NewPage<'a> {
     file: &'a FileKey,
     page: u64,
     hash: u64,
+}
+
+/// How much of a file such spans are.
+fn dense(spans: &[FileSpan]) -> Dense {
+    let first = spans.iter().map(|it| it.page).min().unwrap_or_default();
+    let end = spans.iter().map(|it| it.page + u64::from(it.pages)).max();
+    Dense {
+        pages: pages_of(spans) as u32,
+        extent: end.unwrap_or_default() - first,
+    }
 }
 
 impl Publication<'_> {
@@ -68,13 +80,17 @@ impl Group {
             first: 0,
             store: 0,
             clean: 0..0,
+            dense: dense(&[]),
         };
         let mut pages = whole_pages(bytes).enumerate();
-        for span in spans {
-            let following = (1..=span.pages).rev();
-            for (following, page) in following.zip(&mut pages) {
-                let of_file = span.page + u64::from(span.pages - following);
-                self.publish_page(&mut work, page, (&span.file, of_file), following);
+        for of_file in spans.chunk_by(|a, b| a.file == b.file) {
+            work.dense = dense(of_file);
+            for span in of_file {
+                let following = (1..=span.pages).rev();
+                for (following, page) in following.zip(&mut pages) {
+                    let of_file = span.page + u64::from(span.pages - following);
+                    self.publish_page(&mut work, page, (&span.file, of_file), following);
+                }
             }
         }
         self.write_new(&mut work);
@@ -156,7 +172,7 @@ impl Group {
             self.limit(vm, 1);
             return;
         }
-        let Some(store) = self.index.take(&mut self.files, file, page) else {
+        let Some(store) = self.index.take(&mut self.files, file, page, work.dense) else {
             self.store_full += 1;
             return;
         };

@@ -25,7 +25,7 @@ fn what_one_vm_has_takes_no_store_page() {
 #[test]
 fn the_second_reporter_publishes_and_the_first_is_asked_again() {
     let mut group = group_of(2);
-    let file = key(1, 100);
+    let file = key(1, 24);
     sight(&mut group, 1, file, 10, &[1, 2, 3]);
     assert_eq!(
         sight(&mut group, 2, file, 10, &[1, 2, 3]),
