@@ -118,6 +118,10 @@ impl Group {
         }
         match self.find_equal(hash, bytes) {
             Ok(Some(store)) => {
+                if self.room(work.vm) <= work.new.len() as u64 {
+                    // What waits comes first, and may leave no room.
+                    self.write_new(work);
+                }
                 if self.admits(work.vm, store) {
                     self.note_published(work.vm, (key, page), hash, store);
                     work.answers[index] = Some(store);

@@ -93,6 +93,18 @@ fn a_group_has_a_limit_over_all_its_vms() {
 }
 
 #[test]
+fn what_is_new_and_what_is_found_in_one_publication_share_a_limit() {
+    let mut group = group_of(3);
+    let file = key(1, 10);
+    share(&mut group, file, 0, &[1]);
+    sight(&mut group, 1, file, 1, &[2]);
+    // VM 2 is granted one page; there is room for one more.
+    group.set_limits(100, 2);
+    let answers = publish(&mut group, 3, key(2, 10), 0, &[2, 1]);
+    assert_eq!(answers, [Some(1), None]);
+}
+
+#[test]
 fn oversized_requests_are_refused() {
     let mut group = group_of(1);
     let file = key(1, 10);
