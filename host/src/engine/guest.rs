@@ -61,6 +61,21 @@ struct Withdrawal {
     goodbye: Option<Batch>,
     /// An undo is under way.
     undoing: bool,
+    /// How often that failed.
+    failures: u64,
+}
+
+impl Withdrawal {
+    /// It is tried again many times a second.
+    fn complain(&mut self, error: &std::io::Error) {
+        self.failures += 1;
+        if self.failures.is_power_of_two() {
+            log::warn!(
+                "the guest withdrew its pages, and undoing failed: {error}; trying again ({} times so far)",
+                self.failures
+            );
+        }
+    }
 }
 
 /// A file as the guest has announced it.
@@ -333,7 +348,7 @@ impl<M: Words> Guest<M> {
             self.forget_files(sharing);
             self.withdrawal = Some(Withdrawal {
                 goodbye: Some(batch),
-                undoing: false,
+                ..Withdrawal::default()
             });
         } else {
             done.ring |= self.ring.acknowledge(batch);
@@ -391,12 +406,13 @@ impl<M: Words> Guest<M> {
             return done;
         };
         if !withdrawal.undoing {
-            withdrawal.undoing = sharing.begin_undo().inspect_err(complain).is_ok();
+            let begun = sharing.begin_undo();
+            withdrawal.undoing = begun.inspect_err(|e| withdrawal.complain(e)).is_ok();
         }
         let some = withdrawal.undoing.then(|| {
             sharing
                 .undo_some(WITHDRAW_WINDOWS)
-                .inspect_err(complain)
+                .inspect_err(|e| withdrawal.complain(e))
                 .ok()
         });
         match some.flatten() {
@@ -611,10 +627,6 @@ fn join(a: &Request, b: &Request) -> Option<Request> {
         page: start,
         pages: end - start,
     })
-}
-
-fn complain(error: &std::io::Error) {
-    log::warn!("the guest withdrew its pages, and undoing failed: {error}; trying again");
 }
 
 /// Forgets that a file has this number. Another may have the same key, and keeps that.

@@ -288,7 +288,9 @@ impl Sharing {
     }
 
     /// Resolves runs whose pages the guest holds pinned; one outcome per run. What was spared
-    /// for the sake of huge pages ([`Memory::take_spared`]) counts as remembered.
+    /// for the sake of huge pages ([`Memory::take_spared`]) counts as remembered. Huge pages of which
+    /// something is shared take all of their memory until [`Sharing::split_cut`], which
+    /// [`super::Guest`] calls.
     pub fn share(&self, runs: &[ReportedRun]) -> Vec<Outcome> {
         self.share_while(runs, &|| true)
     }
