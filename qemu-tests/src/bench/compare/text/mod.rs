@@ -506,6 +506,24 @@ mod tests {
         );
     }
 
+    #[test]
+    fn ratios_that_were_written_follow_from_the_runs_beside_them() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../docs/benchmarks/results.json");
+        let written: Results = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let follow = super::super::read(&path).unwrap().ratios;
+        let shown = |ratios| serde_json::to_value(ratios).unwrap();
+        let (written, follow) = (shown(written.ratios), shown(follow));
+        for (name, follows) in follow.as_object().unwrap() {
+            let (follows, written) = (follows.as_f64(), written[name].as_f64());
+            let same = match (follows, written) {
+                (Some(follows), Some(written)) => (follows - written).abs() <= follows.abs() * 1e-9,
+                other => other == (None, None),
+            };
+            assert!(same, "{name}: {written:?} is written, {follows:?} follows");
+        }
+    }
+
     /// The document and its plots are made of the results beside it.
     #[test]
     fn the_document_says_what_the_results_say() {
