@@ -344,6 +344,39 @@ fn the_daemon_is_answered() {
 }
 
 #[test]
+fn a_guest_is_told_at_once_when_a_look_finds_that_it_shares_less() {
+    let [_one, mut two] = two();
+    let told = |vmm: &Vmm| vmm.module.host_word(host_area::PAGES_SHARED);
+    let rung = |vmm: &Vmm| {
+        let mut counter = [0; 8];
+        rustix::io::read(vmm.engine.device().interrupt(), &mut counter).is_ok()
+    };
+    // A hole, which stays in the overlay.
+    two.memory.write_obj(!content()[0], at(FILE + 9)).unwrap();
+    rung(&two);
+    let tidy = || {
+        let alone = Vec::new();
+        let answer = two.engine.answer(ControlRequest::Tidy { alone });
+        assert_eq!(answer, ControlReply::Done);
+    };
+    assert_eq!(told(&two), PAGES as u64);
+    tidy();
+    assert_eq!((told(&two), rung(&two)), (PAGES as u64 - 1, true));
+    assert_eq!(two.shared(), told(&two));
+    tidy();
+    assert_eq!((told(&two), rung(&two)), (PAGES as u64 - 1, false));
+
+    let pages = Undo::Pages {
+        gfn: FILE as u64,
+        pages: 4,
+    };
+    two.engine.undo(&pages).unwrap();
+    assert_eq!((told(&two), rung(&two)), (PAGES as u64 - 5, true));
+    two.stop();
+    assert_eq!(told(&two), 0);
+}
+
+#[test]
 fn a_second_store_is_refused() {
     let vmm = Vmm::idle(&group(), 1);
     let again = vmm.engine.join(&group(), 1);

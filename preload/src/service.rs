@@ -424,15 +424,17 @@ impl Service {
                     }
                     _ => self.sharing.undo(&what),
                 };
-                lock(&self.guest).publish_shared(self.sharing.memory().overlays().pages());
+                if lock(&self.guest).publish_shared(&self.sharing.memory()) {
+                    self.ring_guest();
+                }
                 ControlReply::done("undoing an overlay", undone)
             }
             ControlRequest::Tidy { alone } => {
                 let tidied = lock(&self.tidier).round(&self.sharing, &alone);
                 let reported = tidied.map(|spans| {
                     let mut guest = lock(&self.guest);
-                    guest.publish_shared(self.sharing.memory().overlays().pages());
-                    if guest.request_report(&spans) {
+                    let told = guest.publish_shared(&self.sharing.memory());
+                    if guest.request_report(&spans) || told {
                         self.ring_guest();
                     }
                 });

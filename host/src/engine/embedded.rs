@@ -417,8 +417,8 @@ impl Engine {
             }
             _ => self.sharing.undo(what),
         };
-        self.publish_shared();
-        undone
+        let told = self.publish_shared();
+        undone.and(told)
     }
 
     /// Whether huge pages are split from now on, for what little of them is shared.
@@ -492,7 +492,8 @@ impl Engine {
         self.is_served()?;
         self.set_paused(true)?;
         let undone = self.sharing.undo_all();
-        self.publish_shared();
+        // A guest that cannot be rung sees it later.
+        let _ = self.publish_shared();
         undone?;
         *open = false;
         rustix::io::write(&self.stopped, &1_u64.to_ne_bytes())?;
@@ -536,13 +537,13 @@ impl Engine {
 
     fn tidy(&self, alone: &[StoreSpan]) -> io::Result<()> {
         let spans = lock(&self.tidier).round(&self.sharing, alone)?;
-        self.publish_shared();
+        self.publish_shared()?;
         self.report(&spans)
     }
 
-    fn publish_shared(&self) {
-        let guest = lock(&self.guest);
-        guest.publish_shared(self.sharing.memory().overlays().pages());
+    fn publish_shared(&self) -> io::Result<()> {
+        let ring = lock(&self.guest).publish_shared(&self.sharing.memory());
+        if ring { self.ring_guest() } else { Ok(()) }
     }
 
     fn note_cpu(&self, since: u64) {

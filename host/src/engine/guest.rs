@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use pagefusion_abi::wire::{Layout, MAX_NAME, Outcome, Record, Request, reason};
 
 use super::attributes::Unsuitable;
+use super::memory::Memory;
 use super::ring::{Attachment, Batch, RingConsumer};
 use super::shared_memory::Words;
 use super::sharing::{Progress, ReportedRun, Sharing};
@@ -368,8 +369,7 @@ impl<M: Words> Guest<M> {
                 );
             }
         }
-        self.ring
-            .set_pages_shared(sharing.memory().overlays().pages());
+        self.ring.set_pages_shared(sharing.memory().pages_shared());
     }
 
     /// Nothing is known of the guest, and it knows nothing of us.
@@ -382,8 +382,7 @@ impl<M: Words> Guest<M> {
         sharing.memory().forget_spared();
         self.progress = Progress::start();
         self.ring.set_paused(self.paused);
-        self.ring
-            .set_pages_shared(sharing.memory().overlays().pages());
+        self.ring.set_pages_shared(sharing.memory().pages_shared());
     }
 
     /// The guest owns no file any more.
@@ -427,8 +426,7 @@ impl<M: Words> Guest<M> {
             // The guest has not been told that nothing is shared; sooner or later it leaves.
             None => done.retry = true,
         }
-        self.ring
-            .set_pages_shared(sharing.memory().overlays().pages());
+        self.ring.set_pages_shared(sharing.memory().pages_shared());
         done
     }
 
@@ -478,8 +476,7 @@ impl<M: Words> Guest<M> {
         }
         if shared > 0 {
             self.progress.shared();
-            self.ring
-                .set_pages_shared(sharing.memory().overlays().pages());
+            self.ring.set_pages_shared(sharing.memory().pages_shared());
         }
     }
 
@@ -560,9 +557,9 @@ impl<M: Words> Guest<M> {
         self.post_waiting();
     }
 
-    /// Tells the guest how much of it is shared.
-    pub fn publish_shared(&self, pages: u64) {
-        self.ring.set_pages_shared(pages);
+    /// Tells the guest how much of it is shared; whether it is to be rung.
+    pub fn publish_shared(&self, memory: &Memory) -> bool {
+        self.ring.set_pages_shared(memory.pages_shared())
     }
 
     /// Pages reported so far that are not in guest memory as far as it is known.

@@ -66,6 +66,8 @@ pub struct Memory {
     /// Guest memory that is none of the regions, and why.
     left_out: BTreeMap<u64, (Region, Unsuitable)>,
     pub(super) overlays: Overlays,
+    /// Pages of overlays that the guest had written when all were looked at last.
+    pub(super) broken: u64,
     pub(super) written: Written,
     pub(super) changes: Changes,
     pub(super) files: Files,
@@ -107,6 +109,7 @@ impl Memory {
             suitability: HashMap::new(),
             left_out: BTreeMap::new(),
             overlays: Overlays::default(),
+            broken: 0,
             written: Written::default(),
             changes: Changes::default(),
             files: Files::default(),
@@ -446,6 +449,12 @@ impl Memory {
     pub fn check(&mut self, address: usize) -> Result<(), Refusal> {
         self.allowed()?;
         self.prepare(address).map(drop)
+    }
+
+    /// Pages on overlays, without those that the guest had written when [`super::tidy`] looked last:
+    /// what a guest is told. Only [`super::audit`] knows how many have been written since.
+    pub fn pages_shared(&self) -> u64 {
+        self.overlays.pages().saturating_sub(self.broken)
     }
 
     /// Gives back what comparing with the store has cost: for when nothing is compared for a

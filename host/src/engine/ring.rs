@@ -338,9 +338,13 @@ impl<M: Words> RingConsumer<M> {
         self.set_host(host_area::POLICY, if paused { policy::PAUSE } else { 0 });
     }
 
-    /// Tells the guest how many of its pages are shared.
-    pub fn set_pages_shared(&self, pages: u64) {
-        self.set_host(host_area::PAGES_SHARED, pages);
+    /// Tells the guest how many of its pages are shared; whether it was told another number before.
+    pub fn set_pages_shared(&self, pages: u64) -> bool {
+        let changed = self.host(host_area::PAGES_SHARED) != pages;
+        if changed {
+            self.set_host(host_area::PAGES_SHARED, pages);
+        }
+        changed
     }
 
     /// The epoch attached to, 0 before the first.

@@ -90,7 +90,7 @@ pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>>
 }
 
 /// What the guest is to report again of what overlays were turned back or are broken, and how many
-/// pages it has broken.
+/// pages that it has broken are left.
 fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u64)> {
     let (overlays, written, alone) = {
         let memory = sharing.memory();
@@ -128,10 +128,10 @@ fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u6
             let mask = mask | alike(sharing, at, part, pagemap.written_lately(at, count)?);
             same.extend((0..count).map(|i| mask >> i & 1 == 1));
         }
-        broken += intact.iter().filter(|it| !**it).count() as u64;
         let worth = |i: usize| same[i] && !alone.contains(overlay.store + i as u32);
         let gone = removable(worthless(pages, worth, beside), &intact, beside);
         let is_gone = |i: usize| gone.iter().any(|part| part.contains(&i));
+        broken += (0..pages).filter(|&i| !intact[i] && !is_gone(i)).count() as u64;
         let is_wanted = |i: &usize| same[*i] && (is_gone(*i) || !intact[*i]);
         let mut rest = 0..pages;
         let mut file = None;
@@ -152,6 +152,7 @@ fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u6
     }
     sharing.memory().look_away();
     sharing.undo_ranges(|_| ranges)?;
+    sharing.memory().broken = broken;
     Ok((wanted, broken))
 }
 
