@@ -26,6 +26,7 @@ pub struct Site {
     runtime: PathBuf,
     store: PathBuf,
     logs: PathBuf,
+    arguments: Vec<String>,
 }
 
 /// A running daemon.
@@ -84,7 +85,14 @@ impl Site {
             runtime: runtime.to_owned(),
             store: store.to_owned(),
             logs: logs.to_owned(),
+            arguments: Vec::new(),
         })
+    }
+
+    /// Has daemons that are started from now on look every so many seconds for overlays that save
+    /// nothing.
+    pub fn tidy_every(&mut self, seconds: u32) {
+        self.arguments = vec!["--tidy-interval".to_owned(), seconds.to_string()];
     }
 
     /// Starts the daemon and waits until it is ready.
@@ -106,7 +114,8 @@ impl Site {
             .arg("--runtime-dir")
             .arg(&self.runtime)
             .arg("--store-dir")
-            .arg(&self.store);
+            .arg(&self.store)
+            .args(&self.arguments);
         command
             .env("NOTIFY_SOCKET", &notify)
             .stdin(Stdio::null())

@@ -34,17 +34,29 @@ pub(super) fn agree(stage: &mut Stage) -> Result<()> {
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
         world.guests[0].set("max_sleep_millisecs", "100")?;
+        // What guests have written of what is shared is known once the daemon has had them look.
+        world.site.tidy_every(1);
+        restart(world)?;
+        files.are_shared(world)?;
         meet(world)?;
         waits_are_counted(world, &mut files)?;
         files_that_are_gone_are_not(world, &mut files)?;
 
         world.daemon.take().context("no daemon")?.kill()?;
         refused(world, &mut files, "pages_refused_no_store")?;
-        world.daemon = Some(world.site.start(&world.cgroup)?);
+        restart(world)?;
         files.are_shared(world)?;
         meet(world)?;
         files.are_right(world)
     })
+}
+
+fn restart(world: &mut World) -> Result<()> {
+    if let Some(daemon) = world.daemon.take() {
+        daemon.kill()?;
+    }
+    world.daemon = Some(world.site.start(&world.cgroup)?);
+    Ok(())
 }
 
 /// A page at a time: the pass waits for the host after each.
@@ -99,13 +111,13 @@ fn meet(world: &mut World) -> Result<()> {
     guest.set("run", "0")?;
     answered(guest)?;
     let name = guest.name().to_owned();
-    wait_until(
-        "the guest says of what it shares what the host says",
-        || {
-            let host = world.status()?.vm(&name)?.pages_shared;
-            Ok(world.guests[0].counter("pages_shared")? == host)
-        },
-    )?;
+    let (mut host, mut said) = (0, 0);
+    let meet = wait_until("both to say the same", || {
+        host = world.status()?.vm(&name)?.pages_shared;
+        said = world.guests[0].counter("pages_shared")?;
+        Ok(said == host)
+    });
+    meet.with_context(|| format!("the host says {host} pages are shared, the guest {said}"))?;
 
     let host = world.status()?.vm(&name)?.pages_reported;
     let guest = &mut world.guests[0];
