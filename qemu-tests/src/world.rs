@@ -349,6 +349,26 @@ impl World {
             let numbers = told(guest.numbers());
             text.push_str(&format!("\n{}: {numbers}", guest.name()));
         }
+        text.push_str(&self.last_lines());
+        text
+    }
+
+    /// How their logs end.
+    fn last_lines(&self) -> String {
+        const LINES: usize = 20;
+        let mut text = String::new();
+        let names = self
+            .guests
+            .iter()
+            .flat_map(|guest| ["qemu", "console"].map(|kind| format!("{}.{kind}", guest.name())));
+        for name in std::iter::once("pagefusiond".to_owned()).chain(names) {
+            let log = std::fs::read(self.logs.join(&name)).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let lines: Vec<&str> = log.lines().collect();
+            for line in &lines[lines.len().saturating_sub(LINES)..] {
+                text.push_str(&format!("\n{name}: {line}"));
+            }
+        }
         text
     }
 
