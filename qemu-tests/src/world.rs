@@ -347,7 +347,8 @@ impl World {
         let mut text = told(self.site.ctl(&["status", "--json"]));
         for guest in &mut self.guests {
             let numbers = told(guest.numbers());
-            text.push_str(&format!("\n{}: {numbers}", guest.name()));
+            let words = told(guest.device_words());
+            text.push_str(&format!("\n{}: {numbers}\n    {words}", guest.name()));
         }
         text.push_str(&self.last_lines());
         text

@@ -2,6 +2,7 @@
 
 mod config;
 mod debugger;
+mod device;
 mod lines;
 mod monitor;
 mod qmp;

@@ -1,11 +1,8 @@
 //! What may be plugged into a machine and pulled out of it while its guest shares.
 
-use std::{
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::{
@@ -86,7 +83,7 @@ pub(super) fn plain_device(stage: &mut Stage) -> Result<()> {
         for guest in &mut world.guests {
             let before = guest.counter("host_instance")?;
             remove_device(guest)?;
-            let path = device_memory(guest)?;
+            let path = guest.device_memory()?;
             guest.monitor(
                 "object-add",
                 json!({
@@ -128,19 +125,6 @@ pub(super) fn plain_device(stage: &mut Stage) -> Result<()> {
         drop(standstill);
         files.are_right(world)
     })
-}
-
-/// The memory that a guest's engine looks at, which QEMU has from the daemon.
-fn device_memory(guest: &Guest) -> Result<PathBuf> {
-    let directory = format!("/proc/{}/fd", guest.pid());
-    for entry in std::fs::read_dir(&directory).context(directory)? {
-        let path = entry?.path();
-        let target = std::fs::read_link(&path).unwrap_or_default();
-        if target.to_string_lossy().contains("memfd:pagefusion-device") {
-            return Ok(path);
-        }
-    }
-    bail!("QEMU has no memory of our device")
 }
 
 fn write_one(guest: &mut Guest, path: String) -> Result<()> {
