@@ -27,6 +27,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// How long a page may have one user before it is not worth keeping. A guest without interrupts looks
+/// for what it is asked every five seconds, and those who are to share a page take turns: looked at
+/// more often, it would be given up before the second has come, published again, and so for ever.
+pub(in crate::store) const ALONE: Duration = Duration::from_secs(15);
 
 /// Most pages in one request other than a publication.
 pub const MAX_REQUEST_PAGES: u64 = 1 << 16;
@@ -37,8 +43,8 @@ struct Vm {
     published: u64,
     limited: u64,
     limits: VmLimits,
-    /// Granted to nobody else when that was last asked.
-    alone: RoaringBitmap,
+    /// Granted to nobody else whenever that was asked since then.
+    alone: Option<(Instant, RoaringBitmap)>,
     /// While its engine announces what it maps: what was granted, or granted again, since it
     /// began to.
     renewed: Option<RoaringBitmap>,
@@ -315,9 +321,14 @@ impl Group {
         Ok(())
     }
 
-    /// Pages granted to this VM and to no other, now and when this was called before. Pages whose
-    /// second user has only gone for a moment, or is about to come, are not among them.
+    /// Pages that this VM has been granted for a quarter of a minute, and no other whenever this was
+    /// called meanwhile; told as often at most. Pages whose second user has only gone for a moment, or is about to
+    /// come, are not among them.
     pub fn take_alone(&mut self, vm: u32) -> Vec<StoreSpan> {
+        self.take_alone_at(vm, Instant::now())
+    }
+
+    pub(super) fn take_alone_at(&mut self, vm: u32, now: Instant) -> Vec<StoreSpan> {
         if self.adoption.is_some() {
             return Vec::new();
         }
@@ -326,8 +337,17 @@ impl Group {
         };
         // As sets: a look at each page would hold up everybody for milliseconds.
         let alone = &it.granted - &self.several;
-        let before = std::mem::replace(&mut it.alone, alone);
-        spans(&(before & &it.alone))
+        let Some((since, before)) = &mut it.alone else {
+            it.alone = Some((now, alone));
+            return Vec::new();
+        };
+        *before &= &alone;
+        if now.saturating_duration_since(*since) < ALONE {
+            return Vec::new();
+        }
+        let lasting = std::mem::replace(before, alone);
+        *since = now;
+        spans(&lasting)
     }
 
     /// File pages that have become worth sharing, and the VMs whose guests should report

@@ -3,7 +3,9 @@
 //! Who is granted what, and what is remembered, asked for and given back.
 
 use super::*;
+use crate::store::group::ALONE;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 #[test]
 fn what_one_vm_has_takes_no_store_page() {
@@ -221,25 +223,50 @@ fn a_huge_file_costs_only_what_is_published() {
 }
 
 #[test]
-fn a_vm_is_alone_with_what_no_other_has_had_twice_in_a_row() {
+fn a_vm_is_alone_with_what_no_other_has_had_for_a_while() {
     let mut group = group_of(3);
     let file = key(1, 10);
     let pages = share(&mut group, file, 0, &[1, 2, 3, 4]);
     lookup(&mut group, 1, file, 0, 4);
     lookup(&mut group, 3, file, 1, 1);
-    assert_eq!(group.take_alone(1), []);
-    assert_eq!(group.take_alone(1), [], "2 has them as well");
-    group.end_vm(2);
-    assert_eq!(group.take_alone(1), [], "2 has only just gone");
+    let start = Instant::now();
+    let alone = |group: &mut Group, vm, times| group.take_alone_at(vm, start + ALONE * times);
     let span = |page, pages| StoreSpan { page, pages };
-    assert_eq!(group.take_alone(1), [span(pages[0], 1), span(pages[2], 2)]);
+    assert_eq!(alone(&mut group, 1, 1), []);
+    assert_eq!(alone(&mut group, 1, 2), [], "2 has them as well");
+    group.end_vm(2);
+    assert_eq!(alone(&mut group, 1, 3), [], "2 has only just gone");
+    let found = alone(&mut group, 1, 4);
+    assert_eq!(found, [span(pages[0], 1), span(pages[2], 2)]);
     lookup(&mut group, 3, file, 2, 1);
-    assert_eq!(group.take_alone(1), [span(pages[0], 1), span(pages[3], 1)]);
-    assert_eq!(group.take_alone(3), []);
-    assert_eq!(group.take_alone(9), [], "there is no such VM");
+    let found = alone(&mut group, 1, 5);
+    assert_eq!(found, [span(pages[0], 1), span(pages[3], 1)]);
+    assert_eq!(alone(&mut group, 3, 5), []);
+    assert_eq!(alone(&mut group, 9, 5), [], "there is no such VM");
     group.end_vm(1);
-    assert_eq!(group.take_alone(3), [], "1 has only just gone");
-    assert_eq!(group.take_alone(3), [span(pages[1], 2)]);
+    assert_eq!(alone(&mut group, 3, 6), [], "1 has only just gone");
+    assert_eq!(alone(&mut group, 3, 7), [span(pages[1], 2)]);
+}
+
+/// Who is asked to share a page may take five seconds to come.
+#[test]
+fn looking_often_makes_nobody_alone_sooner() {
+    let mut group = group_of(2);
+    let file = key(1, 10);
+    let pages = share(&mut group, file, 0, &[1, 2]);
+    let start = Instant::now();
+    let mut told = Vec::new();
+    for second in 0..=15 {
+        let now = start + Duration::from_secs(second);
+        if second == 8 {
+            lookup(&mut group, 1, file, 0, 1);
+        }
+        told.push(group.take_alone_at(2, now));
+    }
+    let last = told.pop();
+    assert!(told.iter().all(Vec::is_empty), "{told:?}");
+    let (page, pages) = (pages[1], 1);
+    assert_eq!(last, Some(vec![StoreSpan { page, pages }]));
 }
 
 #[test]
