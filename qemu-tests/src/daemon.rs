@@ -90,9 +90,10 @@ impl Site {
     }
 
     /// Has daemons that are started from now on look every so many seconds for overlays that save
-    /// nothing.
-    pub fn tidy_every(&mut self, seconds: u32) {
-        self.arguments = vec!["--tidy-interval".to_owned(), seconds.to_string()];
+    /// nothing, or as often as they do by themselves.
+    pub fn tidy_every(&mut self, seconds: Option<u32>) {
+        let argument = |it: u32| ["--tidy-interval".to_owned(), it.to_string()];
+        self.arguments = seconds.map(argument).into_iter().flatten().collect();
     }
 
     /// Starts the daemon and waits until it is ready.

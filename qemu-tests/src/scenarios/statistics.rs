@@ -35,7 +35,7 @@ pub(super) fn agree(stage: &mut Stage) -> Result<()> {
         let mut files = SharedFiles::hold(world, seed)?;
         world.guests[0].set("max_sleep_millisecs", "100")?;
         // What guests have written of what is shared is known once the daemon has had them look.
-        world.site.tidy_every(1);
+        world.site.tidy_every(Some(1));
         restart(world)?;
         files.are_shared(world)?;
         meet(world)?;
@@ -47,7 +47,9 @@ pub(super) fn agree(stage: &mut Stage) -> Result<()> {
         restart(world)?;
         files.are_shared(world)?;
         meet(world)?;
-        files.are_right(world)
+        files.are_right(world)?;
+        world.site.tidy_every(None);
+        restart(world)
     })
 }
 
