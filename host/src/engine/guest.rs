@@ -9,6 +9,7 @@ use pagefusion_abi::wire::{Layout, MAX_NAME, Outcome, Record, Request, reason};
 
 use super::attributes::Unsuitable;
 use super::memory::Memory;
+use super::requests::Requests;
 use super::ring::{Attachment, Batch, RingConsumer};
 use super::shared_memory::Words;
 use super::sharing::{Progress, ReportedRun, Sharing};
@@ -40,8 +41,7 @@ pub struct Guest<M> {
     ring: RingConsumer<M>,
     files: HashMap<u32, Announced>,
     numbers: HashMap<FileKey, u32>,
-    /// Requests that found the ring full; `Rescan` stands for any number of them.
-    waiting: Vec<Request>,
+    requests: Requests,
     attached: bool,
     withdrawal: Option<Withdrawal>,
     paused: bool,
@@ -161,7 +161,7 @@ impl<M: Words> Guest<M> {
             ring: RingConsumer::new(memory, layout, instance, max_inflight_pages),
             files: HashMap::new(),
             numbers: HashMap::new(),
-            waiting: Vec::new(),
+            requests: Requests::default(),
             attached: false,
             withdrawal: None,
             paused: false,
@@ -209,7 +209,7 @@ impl<M: Words> Guest<M> {
         if self.withdrawal.is_some() {
             return self.withdraw_some(sharing);
         }
-        done.ring |= self.post_waiting();
+        done.ring |= self.requests.post(&mut self.ring);
         let mut steps = vec![Step::default()];
         let mut outcomes: Vec<(u64, Outcome)> = Vec::new();
         let mut withdrawn = false;
@@ -378,7 +378,7 @@ impl<M: Words> Guest<M> {
         self.end_withdrawal(sharing);
         self.files.clear();
         self.numbers.clear();
-        self.waiting.clear();
+        self.requests.clear();
         sharing.memory().forget_spared();
         self.progress = Progress::start();
         self.ring.set_paused(self.paused);
@@ -480,18 +480,6 @@ impl<M: Words> Guest<M> {
         }
     }
 
-    fn post_waiting(&mut self) -> bool {
-        let mut posted = false;
-        while let Some(request) = self.waiting.pop() {
-            if !self.ring.post(request) {
-                self.waiting.push(request);
-                break;
-            }
-            posted = true;
-        }
-        posted
-    }
-
     /// Whether a call of [`Guest::progress`] has something to do though nobody has rung: ask now and
     /// then, as a machine that was restored from a snapshot, or has come from another host, does not
     /// know that it has to ring, nor does one that has no doorbell, and leaves.
@@ -502,7 +490,7 @@ impl<M: Words> Guest<M> {
     /// Asks the guest to report these file pages again; whether it is to be rung.
     pub fn request_report(&mut self, spans: &[FileSpan]) -> bool {
         self.request_all(spans);
-        self.post_waiting()
+        self.requests.post(&mut self.ring)
     }
 
     fn request_all(&mut self, spans: &[FileSpan]) {
@@ -511,7 +499,7 @@ impl<M: Words> Guest<M> {
                 continue;
             };
             let (page, pages) = (span.page, u64::from(span.pages));
-            self.request(Request::Report {
+            self.requests.add(Request::Report {
                 file: *file,
                 page,
                 pages,
@@ -519,42 +507,20 @@ impl<M: Words> Guest<M> {
         }
     }
 
-    fn request(&mut self, request: Request) {
-        /// Beyond so many files, asking for everything is cheaper.
-        const MOST: usize = 4096;
-        if self.waiting.contains(&Request::Rescan) {
-            return;
-        }
-        if request == Request::Rescan || self.waiting.len() >= MOST {
-            self.waiting.clear();
-            self.waiting.push(Request::Rescan);
-            return;
-        }
-        // Requests for one file that wait become one: what lies between is mostly wanted as
-        // well, and what is shared already costs little to see again.
-        for waiting in &mut self.waiting {
-            if let Some(joined) = join(waiting, &request) {
-                *waiting = joined;
-                return;
-            }
-        }
-        self.waiting.push(request);
-    }
-
     /// Asks the guest to stop reporting, or to report everything again; it is to be rung.
     pub fn set_paused(&mut self, paused: bool) {
         self.paused = paused;
         self.ring.set_paused(paused);
         if !paused {
-            self.request(Request::Rescan);
-            self.post_waiting();
+            self.requests.add(Request::Rescan);
+            self.requests.post(&mut self.ring);
         }
     }
 
     /// Asks the guest to report everything again; it is to be rung.
     pub fn request_rescan(&mut self) {
-        self.request(Request::Rescan);
-        self.post_waiting();
+        self.requests.add(Request::Rescan);
+        self.requests.post(&mut self.ring);
     }
 
     /// Tells the guest how much of it is shared; whether it is to be rung.
@@ -591,39 +557,6 @@ impl<M: Words> Guest<M> {
         status.guest_errors = self.counts.errors;
         status.guest_passes = self.counts.passes;
     }
-}
-
-/// One request for what both ask of the same file.
-fn join(a: &Request, b: &Request) -> Option<Request> {
-    let (Request::Report { file, page, pages }, Request::Report { file: other, .. }) = (a, b)
-    else {
-        return None;
-    };
-    let Request::Report {
-        page: from,
-        pages: count,
-        ..
-    } = b
-    else {
-        return None;
-    };
-    if file != other {
-        return None;
-    }
-    if *pages == 0 || *count == 0 {
-        return Some(Request::Report {
-            file: *file,
-            page: 0,
-            pages: 0,
-        });
-    }
-    let start = *page.min(from);
-    let end = page.saturating_add(*pages).max(from.saturating_add(*count));
-    Some(Request::Report {
-        file: *file,
-        page: start,
-        pages: end - start,
-    })
 }
 
 /// Forgets that a file has this number. Another may have the same key, and keeps that.

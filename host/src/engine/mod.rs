@@ -27,6 +27,7 @@ mod overcommit;
 mod overlays;
 mod pagemap;
 mod regions;
+mod requests;
 mod restore;
 mod ring;
 mod shared_memory;
