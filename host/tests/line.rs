@@ -146,93 +146,94 @@ fn check(preemptions: usize, play: impl Fn() + Sync + Send + 'static) {
     builder.check(play);
 }
 
+/// A line, and the engine at its other end.
+#[derive(Clone)]
+struct Scene {
+    line: Arc<Line<Pause, usize, End>>,
+    engine: Arc<Mutex<Engine>>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        Self {
+            line: Arc::new(Line::new()),
+            engine: Arc::default(),
+        }
+    }
+
+    /// A connection on which the engine answers so many times.
+    fn connect(&self, answers: usize) -> thread::JoinHandle<()> {
+        let engine = self.engine.clone();
+        let serve = move |inbox: &Inbox<_, _>| serve(inbox, &engine, answers);
+        self.line.connect(end(), serve).unwrap()
+    }
+
+    /// By a thread of its own.
+    fn report(&self, spans: Vec<usize>) -> thread::JoinHandle<()> {
+        let line = self.line.clone();
+        thread::spawn(move || line.report(spans))
+    }
+
+    /// What the engine was told when both of these have come to their end.
+    fn reported(
+        &self,
+        reporter: thread::JoinHandle<()>,
+        serving: thread::JoinHandle<()>,
+    ) -> Vec<usize> {
+        reporter.join().unwrap();
+        self.line.disconnect();
+        serving.join().unwrap();
+        let mut reported = self.engine.lock().unwrap().reported.clone();
+        reported.sort_unstable();
+        reported
+    }
+}
+
 #[test]
 fn what_one_connection_cannot_ask_for_another_does() {
     // Four threads: with three, it takes longer than all others together.
     check(2, || {
-        let line = Arc::new(Line::<Pause, usize, End>::new());
-        let engine = Arc::new(Mutex::new(Engine::default()));
-        let connect = |answers| {
-            let engine = engine.clone();
-            let serve = move |inbox: &Inbox<_, _>| serve(inbox, &engine, answers);
-            line.connect(end(), serve).unwrap()
-        };
-        line.report(vec![1]);
-        let one = connect(0);
-        let reporter = {
-            let line = line.clone();
-            thread::spawn(move || line.report(vec![2]))
-        };
-        let other = connect(usize::MAX);
+        let scene = Scene::new();
+        scene.line.report(vec![1]);
+        let one = scene.connect(0);
+        let reporter = scene.report(vec![2]);
+        let other = scene.connect(usize::MAX);
         reporter.join().unwrap();
-        one.join().unwrap();
-        line.disconnect();
-        other.join().unwrap();
-        let mut reported = engine.lock().unwrap().reported.clone();
-        reported.sort_unstable();
-        assert_eq!(reported, [1, 2]);
+        assert_eq!(scene.reported(one, other), [1, 2]);
     });
 }
 
 #[test]
 fn what_is_reported_before_an_engine_is_there_is_asked_for_when_it_is() {
     check(3, || {
-        let line = Arc::new(Line::<Pause, usize, End>::new());
-        let engine = Arc::new(Mutex::new(Engine::default()));
-        let reporter = {
-            let line = line.clone();
-            thread::spawn(move || line.report(vec![1]))
-        };
-        let served = engine.clone();
-        let serve = move |inbox: &Inbox<_, _>| serve(inbox, &served, usize::MAX);
-        let serving = line.connect(end(), serve).unwrap();
-        reporter.join().unwrap();
-        line.disconnect();
-        serving.join().unwrap();
-        assert_eq!(engine.lock().unwrap().reported, [1]);
+        let scene = Scene::new();
+        let reporter = scene.report(vec![1]);
+        let serving = scene.connect(usize::MAX);
+        assert_eq!(scene.reported(reporter, serving), [1]);
     });
 }
 
 #[test]
 fn what_is_reported_while_an_engine_answers_is_asked_for_as_well() {
     check(3, || {
-        let line = Arc::new(Line::<Pause, usize, End>::new());
-        let engine = Arc::new(Mutex::new(Engine::default()));
-        let served = engine.clone();
-        let serve = move |inbox: &Inbox<_, _>| serve(inbox, &served, usize::MAX);
-        let serving = line.connect(end(), serve).unwrap();
-        let reporter = {
-            let line = line.clone();
-            thread::spawn(move || line.report(vec![2]))
-        };
-        line.report(vec![1]);
-        reporter.join().unwrap();
-        line.disconnect();
-        serving.join().unwrap();
-        let mut reported = engine.lock().unwrap().reported.clone();
-        reported.sort_unstable();
-        assert_eq!(reported, [1, 2]);
+        let scene = Scene::new();
+        let serving = scene.connect(usize::MAX);
+        let reporter = scene.report(vec![2]);
+        scene.line.report(vec![1]);
+        assert_eq!(scene.reported(reporter, serving), [1, 2]);
     });
 }
 
 #[test]
 fn who_is_paused_stays_so_whatever_is_to_be_reported() {
     check(3, || {
-        let line = Arc::new(Line::<Pause, usize, End>::new());
-        let engine = Arc::new(Mutex::new(Engine::default()));
-        let served = engine.clone();
-        let serve = move |inbox: &Inbox<_, _>| serve(inbox, &served, usize::MAX);
-        let serving = line.connect(end(), serve).unwrap();
-        let reporter = {
-            let line = line.clone();
-            thread::spawn(move || line.report(vec![0; MAX_REPORTS + 1]))
-        };
-        line.set_paused(true);
-        assert!(line.ask(Pause));
-        reporter.join().unwrap();
-        line.disconnect();
-        serving.join().unwrap();
-        assert!(engine.lock().unwrap().paused);
+        let scene = Scene::new();
+        let serving = scene.connect(usize::MAX);
+        let reporter = scene.report(vec![0; MAX_REPORTS + 1]);
+        scene.line.set_paused(true);
+        assert!(scene.line.ask(Pause));
+        scene.reported(reporter, serving);
+        assert!(scene.engine.lock().unwrap().paused);
     });
 }
 

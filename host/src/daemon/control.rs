@@ -164,8 +164,8 @@ fn tamed(reply: ControlReply) -> ControlReply {
 #[cfg(test)]
 mod tests {
     use super::super::line::MAX_REPORTS;
-    use super::super::registry::{Caller, Pause, Registry};
-    use super::super::runtime::Runtime;
+    use super::super::registry::Pause;
+    use super::super::testing::{Place, caller};
     use super::super::vm::Vm;
     use super::*;
     use crate::protocol::{Encoding, EngineStatus, FileKey, Undo};
@@ -230,14 +230,9 @@ mod tests {
 
     #[test]
     fn a_vm_that_is_paused_is_not_resumed_to_be_asked_for_everything() {
-        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-        let of = |name| directory.path().join(name);
-        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
-        let registry = Registry::adopt(runtime, None).unwrap();
-        let caller = Caller {
-            pid: std::process::id() as i32,
-            uid: rustix::process::geteuid().as_raw(),
-        };
+        let place = Place::new();
+        let registry = place.registry();
+        let caller = caller(std::process::id());
         let first = |vm: &Vm| {
             vm.control.report(spans(MAX_REPORTS + 1));
             let mut engine = connected(&vm.control);
@@ -253,21 +248,15 @@ mod tests {
         // One that was paused before this daemon.
         vm.set_pause(registry.runtime(), Pause::Paused).unwrap();
         drop((vm, registry));
-        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
-        let registry = Registry::adopt(runtime, None).unwrap();
+        let registry = place.registry();
         assert_eq!(first(&registry.vms()[0]), ControlRequest::Status);
     }
 
     #[test]
     fn what_is_ordered_after_an_engine_was_welcomed_it_is_told_and_what_it_knows_it_is_not() {
-        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-        let of = |name| directory.path().join(name);
-        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
-        let registry = Registry::adopt(runtime, None).unwrap();
-        let caller = Caller {
-            pid: std::process::id() as i32,
-            uid: rustix::process::geteuid().as_raw(),
-        };
+        let place = Place::new();
+        let registry = place.registry();
+        let caller = caller(std::process::id());
         let vm = registry.create(caller, None, Some("g".into())).unwrap();
         let note = |pause| vm.set_pause(registry.runtime(), pause).unwrap();
         let undo = ControlRequest::Undo(Undo::All);

@@ -201,8 +201,7 @@ fn open_uffd() -> Option<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::super::pace::SLOWEST;
-    use super::super::registry::Caller;
-    use super::super::runtime::Runtime;
+    use super::super::testing::{Place, caller};
     use super::super::{metrics, status};
     use super::*;
     use crate::protocol::{FileKey, FileSpan, Limit, LimitChanges, PolicyChanges, Scope};
@@ -210,14 +209,9 @@ mod tests {
 
     #[test]
     fn pages_that_come_too_fast_are_refused_and_counted_for_whom_sent_them() {
-        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-        let of = |name| directory.path().join(name);
-        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
-        let registry = Registry::adopt(runtime, None).unwrap();
-        let caller = Caller {
-            pid: std::process::id() as i32,
-            uid: rustix::process::geteuid().as_raw(),
-        };
+        let place = Place::new();
+        let registry = place.registry();
+        let caller = caller(std::process::id());
         let create = registry.create(caller, Some("fast".into()), Some("g".into()));
         let vm = create.unwrap();
         let (stream, _engine) = UnixStream::pair().unwrap();
@@ -295,17 +289,12 @@ mod tests {
 
     #[test]
     fn the_rate_of_a_group_is_that_of_all_its_vms_and_of_no_other_group() {
-        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-        let of = |name| directory.path().join(name);
-        let runtime = Runtime::open(&of("run"), &of("store")).unwrap();
-        let registry = Registry::adopt(runtime, None).unwrap();
+        let place = Place::new();
+        let registry = place.registry();
         let processes = [Somebody::new(), Somebody::new(), Somebody::new()];
         let names = [("one", "g"), ("two", "g"), ("other", "h")];
         let create = |(process, (name, group)): (&Somebody, (&str, &str))| {
-            let caller = Caller {
-                pid: process.0.id() as i32,
-                uid: rustix::process::geteuid().as_raw(),
-            };
+            let caller = caller(process.0.id());
             let created = registry.create(caller, Some(name.into()), Some(group.into()));
             created.unwrap()
         };

@@ -27,6 +27,8 @@ mod process;
 mod registry;
 mod runtime;
 mod status;
+#[cfg(test)]
+mod testing;
 mod tidy;
 mod vm;
 mod word;
