@@ -54,22 +54,11 @@ pub(super) fn migrated_while_it_runs(stage: &mut Stage) -> Result<()> {
     let small = with_disk(&stage.world)?;
     stage.with_small_pair(&small, |world| {
         let mut files = SharedFiles::hold(world, seed)?;
-        let uri = format!("unix:{}", world.directory().join("migration").display());
         // There and back again, the second time with reports in flight.
         for busy in [false, true] {
             let standstill = busy.then(|| with_reports_in_flight(world, &mut files));
             let standstill = standstill.transpose()?;
-            let mut before = world.guests.remove(0);
-            let instance = before.counter("host_instance")?;
-            let mut guest = incoming(world, &small)?;
-            guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
-            migrate(&mut before, &uri)?;
-            // Its engine answers reports of a guest that is gone.
-            drop(standstill);
-            before.kill()?;
-            guest.take_over(&before);
-            world.guests.insert(0, guest);
-            awake(world, instance)?;
+            goes_on_elsewhere(world, &small, standstill)?;
             files.are_right(world)?;
             files.are_shared(world)?;
             files.add(world)?;
@@ -83,21 +72,28 @@ pub(super) fn migrated_before_anything_was_shared(stage: &mut Stage) -> Result<(
     let seed = stage.seed();
     let small = with_disk(&stage.world)?;
     stage.with_small_pair(&small, |world| {
-        let uri = format!("unix:{}", world.directory().join("migration").display());
-        let mut before = world.guests.remove(0);
-        let instance = before.counter("host_instance")?;
-        let mut guest = incoming(world, &small)?;
-        guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
-        migrate(&mut before, &uri)?;
-        before.kill()?;
-        guest.take_over(&before);
-        world.guests.insert(0, guest);
-        awake(world, instance)?;
+        goes_on_elsewhere(world, &small, ())?;
         let mut files = SharedFiles::hold(world, seed)?;
         files.are_right(world)?;
         files.add(world)?;
         files.are_right(world)
     })
+}
+
+/// The first guest goes on in another QEMU. What `standstill` has kept standing still goes on when it has gone.
+fn goes_on_elsewhere<T>(world: &mut World, small: &Small, standstill: T) -> Result<()> {
+    let uri = format!("unix:{}", world.directory().join("migration").display());
+    let mut before = world.guests.remove(0);
+    let instance = before.counter("host_instance")?;
+    let mut guest = incoming(world, small)?;
+    guest.monitor("migrate-incoming", json!({ "uri": uri }))?;
+    migrate(&mut before, &uri)?;
+    // Its engine answers reports of a guest that is gone.
+    drop(standstill);
+    before.kill()?;
+    guest.take_over(&before);
+    world.guests.insert(0, guest);
+    awake(world, instance)
 }
 
 /// The guest runs in the other QEMU before its memory is there, which comes when it is touched. Meanwhile nothing is

@@ -105,10 +105,7 @@ pub(super) fn plain_device(stage: &mut Stage) -> Result<()> {
         files.are_shared(world)?;
         files.add(world)?;
         // What the host asks for arrives as well.
-        world.site.ctl(&["undo", "--all"])?;
-        files.are_right(world)?;
-        world.site.ctl(&["resume", "--all"])?;
-        files.are_shared(world)?;
+        files.are_undone_and_shared_again(world)?;
         files.are_right(world)?;
 
         // QEMU takes it away, from a guest that waits for answers. It cannot show this memory twice.
@@ -261,10 +258,7 @@ pub(super) fn without_interrupts(stage: &mut Stage) -> Result<()> {
         let mut files = SharedFiles::hold(world, seed)?;
         files.are_right(world)?;
         // What the host asks for arrives as well.
-        world.site.ctl(&["undo", "--all"])?;
-        files.are_right(world)?;
-        world.site.ctl(&["resume", "--all"])?;
-        files.are_shared(world)?;
+        files.are_undone_and_shared_again(world)?;
         files.add(world)?;
         files.are_right(world)
     })

@@ -146,6 +146,14 @@ impl SharedFiles {
         }
         integrity.verdict()
     }
+
+    /// Undone by the operator and let be shared again.
+    pub(super) fn are_undone_and_shared_again(&self, world: &mut World) -> Result<()> {
+        world.site.ctl(&["undo", "--all"])?;
+        self.are_right(world)?;
+        world.site.ctl(&["resume", "--all"])?;
+        self.are_shared(world)
+    }
 }
 
 impl File {

@@ -42,10 +42,7 @@ pub(super) fn a_qemu_of_an_ordinary_user_shares(stage: &mut Stage) -> Result<()>
         }
         let mut files = SharedFiles::hold(world, seed)?;
         files.are_right(world)?;
-        world.site.ctl(&["undo", "--all"])?;
-        files.are_right(world)?;
-        world.site.ctl(&["resume", "--all"])?;
-        files.are_shared(world)?;
+        files.are_undone_and_shared_again(world)?;
         files.add(world)?;
         files.are_right(world)
     })
