@@ -8,18 +8,23 @@
 //! from the machine: how much longer than wanted the same thread spins for as long as its median
 //! wait, while another one spins too; and, before all others, how long a write waits to a page
 //! that is protected and let go as soon as the kernel says that somebody waits, which no window
-//! can be shorter than.
+//! can be shorter than; and one to a page that nothing is done with but what a window is for: it is
+//! protected, compared with a page of a file, and mapped over.
+
+#![expect(unsafe_code, reason = "maps over memory of its own")]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{GuestRam, Random, Vm, file, fill};
 use pagefusion_host::engine::{ReportedRun, Uffd, WINDOW_MAPPINGS};
 use pagefusion_host::store::{Group, PAGE};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 
 const PAGES: usize = 4096;
 const BATCH: usize = 256;
@@ -80,25 +85,10 @@ fn round(group: &Arc<Mutex<Group>>, bytes: &[u8], case: &Case, samples: &mut Vec
         let (opened, done, vm) = (&opened, &done, &vm);
         let writer = scope.spawn(move || {
             let mut random = Random(1);
-            let mut waits = Vec::new();
-            let mut seen = 0;
-            loop {
-                let now = opened.load(Ordering::Acquire);
-                if now == seen {
-                    if done.load(Ordering::Acquire) {
-                        return waits;
-                    }
-                    std::hint::spin_loop();
-                    continue;
-                }
-                seen = now;
+            write_when(opened, done, |now| {
                 let place = (now - 1) * together + random.below(together);
-                let word = vm.ram.word(place * stride + random.below(run), 1);
-                let value = word.load(Ordering::Relaxed);
-                let start = Instant::now();
-                word.store(value, Ordering::Relaxed);
-                waits.push(start.elapsed());
-            }
+                vm.ram.word(place * stride + random.below(run), 1)
+            })
         });
         for batch in runs.chunks(BATCH) {
             // Asked while writers are stopped.
@@ -158,6 +148,77 @@ fn let_go_at_once() -> Vec<Duration> {
     })
 }
 
+/// How long a write waits that meets a window of one page with nothing in it but system calls and the
+/// comparison. `pause` is how long the next one is waited with.
+fn bare(pause: Duration) -> Vec<Duration> {
+    let store = memfd_create("window", MemfdFlags::CLOEXEC).expect("a file");
+    let bytes = Random(1).bytes(PAGES * PAGE);
+    assert_eq!(rustix::io::pwrite(&store, &bytes, 0), Ok(bytes.len()));
+    let mut samples = Vec::new();
+    while samples.len() < SAMPLES {
+        let ram = GuestRam::new(PAGES * 2, false);
+        let uffd = Uffd::open(None).expect("a userfaultfd");
+        uffd.register(&(ram.at(0)..ram.at(PAGES * 2)))
+            .expect("to register it");
+        for (page, content) in bytes.chunks(PAGE).enumerate() {
+            ram.write_page(page * 2, content);
+        }
+        let (opened, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let writer =
+                scope.spawn(|| write_when(&opened, &done, |now| ram.word((now - 1) * 2, 1)));
+            for (page, content) in bytes.chunks(PAGE).enumerate() {
+                let range = ram.at(page * 2)..ram.at(page * 2 + 1);
+                uffd.protect(&range).expect("to protect it");
+                opened.store(page + 1, Ordering::Release);
+                assert!(ram.read_page(page * 2) == content);
+                let (protection, flags) = (
+                    ProtFlags::READ | ProtFlags::WRITE,
+                    MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                );
+                let at = range.start as *mut _;
+                // SAFETY: over memory of our own, which is looked at through atomics only.
+                unsafe { mmap(at, PAGE, protection, flags, &store, (page * PAGE) as u64) }
+                    .expect("to map over it");
+                uffd.wake(&range).expect("to let writers go");
+                let closed = Instant::now();
+                while closed.elapsed() < pause {
+                    std::hint::spin_loop();
+                }
+            }
+            done.store(true, Ordering::Release);
+            samples.extend(writer.join().expect("the writer"));
+        });
+    }
+    samples
+}
+
+/// Each time that `opened` has grown, writes to a word what is there: how long each of that takes.
+fn write_when<'a>(
+    opened: &AtomicUsize,
+    done: &AtomicBool,
+    mut word: impl FnMut(usize) -> &'a AtomicU64,
+) -> Vec<Duration> {
+    let mut waits = Vec::new();
+    let mut seen = 0;
+    loop {
+        let now = opened.load(Ordering::Acquire);
+        if now == seen {
+            if done.load(Ordering::Acquire) {
+                return waits;
+            }
+            std::hint::spin_loop();
+            continue;
+        }
+        seen = now;
+        let word = word(now);
+        let value = word.load(Ordering::Relaxed);
+        let start = Instant::now();
+        word.store(value, Ordering::Relaxed);
+        waits.push(start.elapsed());
+    }
+}
+
 /// What the machine adds by itself to spinning for `length`.
 fn machine_alone(length: Duration) -> Vec<Duration> {
     let done = AtomicBool::new(false);
@@ -207,6 +268,17 @@ fn main() {
         percentiles(alone),
         percentiles(machine_alone(median)),
     );
+    for (what, pause) in [("one after the other", 0), ("100 µs apart", 100)] {
+        let mut bare = bare(Duration::from_micros(pause));
+        bare.sort_unstable();
+        let median = bare[bare.len() / 2];
+        println!(
+            "| 1 page, system calls alone, {what} | 1 | {} | {} | {} |",
+            bare.len(),
+            percentiles(bare),
+            percentiles(machine_alone(median)),
+        );
+    }
     for huge in [false, true] {
         for (run, touching) in [(1, false), (16, false), (64, false), (1, true), (8, true)] {
             let case = Case {
