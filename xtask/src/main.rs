@@ -20,11 +20,11 @@ mod process;
 mod provision;
 mod rootfs;
 mod runner;
-mod sanitizers;
 mod sets;
 mod space;
 mod trouble;
 mod ui;
+mod watched;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 

@@ -4,7 +4,8 @@
 //! us and we end it in order. `setpriv --pdeathsig` ends it when we are killed.
 
 use std::{
-    ffi::OsStr,
+    env,
+    ffi::{OsStr, OsString},
     fs::File,
     io::{self, Read, Write},
     os::{fd::OwnedFd, unix::process::CommandExt},
@@ -61,6 +62,11 @@ pub(crate) fn bound_command(program: impl AsRef<OsStr>) -> Command {
         .env("LC_ALL", "C")
         .process_group(0);
     command
+}
+
+/// The cargo that runs this, or the one that is found.
+pub(crate) fn cargo_program() -> OsString {
+    env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"))
 }
 
 /// A command that gets Ctrl-C itself and clears up by itself; it has as long as it takes.

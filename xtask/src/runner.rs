@@ -1,8 +1,7 @@
 //! `test`, `demo` and `check`: cargo and the QEMU harness, one after the other.
 
 use std::{
-    env,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io::{BufRead, BufReader},
     path::Path,
     process::{ChildStdout, Command, ExitCode, ExitStatus, Stdio},
@@ -17,9 +16,9 @@ use crate::{
     counts::Counts,
     kernel::{DEBUG, SECOND, USUAL},
     library, module,
-    process::{bound_in_group, stop_if_interrupted},
+    process::{bound_in_group, cargo_program, stop_if_interrupted},
     provision::Project,
-    sanitizers,
+    watched,
 };
 
 /// Set for tests that can try harder when there is time.
@@ -218,7 +217,7 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
     total += counted("cargo test", &mut unit, Tally::Sum)?;
     times.push(("unit tests".to_owned(), start.elapsed()));
     if arguments.deep {
-        for tests in sanitizers::ALL {
+        for tests in watched::ALL {
             println!("{}:", tests.what);
             if let Some(reason) = tests.missing() {
                 println!("skipped: {reason}");
@@ -226,8 +225,8 @@ pub(crate) fn test(project: &Project, arguments: &TestArguments) -> Result<ExitC
                 continue;
             }
             let start = Instant::now();
-            let mut command =
-                tests.command(cargo(project), &project.checkout, &project.target_dir());
+            let start_in = |program: &OsStr| in_checkout(project, program);
+            let mut command = tests.command(start_in, &project.checkout, &project.target_dir());
             total += counted(tests.what, &mut command, Tally::Sum)?;
             times.push((tests.what.to_owned(), start.elapsed()));
         }
@@ -397,7 +396,10 @@ fn build(project: &Project, arguments: &[&str]) -> Result<()> {
 }
 
 fn cargo(project: &Project) -> Command {
-    let program = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    in_checkout(project, &cargo_program())
+}
+
+fn in_checkout(project: &Project, program: &OsStr) -> Command {
     let mut command = bound_in_group(program);
     command.current_dir(&project.checkout);
     command
