@@ -537,8 +537,9 @@ impl Engine {
 
     fn tidy(&self, alone: &[StoreSpan]) -> io::Result<()> {
         let spans = lock(&self.tidier).round(&self.sharing, alone)?;
-        self.publish_shared()?;
-        self.report(&spans)
+        // What is to be reported again is known here alone: it is asked for in any case.
+        let told = self.publish_shared();
+        self.report(&spans).and(told)
     }
 
     fn publish_shared(&self) -> io::Result<()> {

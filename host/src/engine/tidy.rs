@@ -63,10 +63,10 @@ impl Tidier {
         }
         // Should it fail, the next round tries again.
         let last = self.last.take();
-        let (spans, broken) = look(sharing, alone)?;
+        let spans = look(sharing, alone)?;
         let looked = Looked {
             overlaid: overlaid(),
-            broken,
+            broken: sharing.memory().broken,
         };
         let nothing_new = spans.is_empty() && last == Some(looked);
         self.may_skip = if nothing_new {
@@ -85,13 +85,13 @@ impl Tidier {
 /// of which the store knows nothing afterwards, and those that are on overlays, were written, and
 /// have the same content all the same, and those that were spared for huge pages that are none any more.
 pub fn tidy(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>> {
-    let (spans, _) = look(sharing, alone)?;
+    let spans = look(sharing, alone)?;
     Ok(take_split(sharing, spans))
 }
 
-/// What the guest is to report again of what overlays were turned back or are broken, and how many
+/// What the guest is to report again of what overlays were turned back or are broken. Notes how many
 /// pages that it has broken are left.
-fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u64)> {
+fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<Vec<FileSpan>> {
     let (overlays, written, alone) = {
         let memory = sharing.memory();
         let overlays: Vec<(usize, Overlay)> = memory.overlays().iter().collect();
@@ -153,7 +153,7 @@ fn look(sharing: &Sharing, alone: &[StoreSpan]) -> io::Result<(Vec<FileSpan>, u6
     sharing.memory().look_away();
     sharing.undo_ranges(|_| ranges)?;
     sharing.memory().broken = broken;
-    Ok((wanted, broken))
+    Ok(wanted)
 }
 
 /// The file of an overlay that was at `address`, if anything of it still is: its number may have become

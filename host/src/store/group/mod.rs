@@ -322,8 +322,8 @@ impl Group {
     }
 
     /// Pages that this VM has been granted for a quarter of a minute, and no other whenever this was
-    /// called meanwhile; told as often at most. Pages whose second user has only gone for a moment, or is about to
-    /// come, are not among them.
+    /// called meanwhile; told as often at most. Pages whose second user has only gone for a moment, or
+    /// is about to come, are not among them.
     pub fn take_alone(&mut self, vm: u32) -> Vec<StoreSpan> {
         self.take_alone_at(vm, Instant::now())
     }
