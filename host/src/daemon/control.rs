@@ -184,6 +184,14 @@ mod tests {
         engine
     }
 
+    /// Ends the engine, and returns once what it did not answer is kept for the next one.
+    fn leave(engine: Connection, control: &Control) {
+        drop(engine);
+        while let Some(answer) = control.ask(ControlRequest::Status) {
+            wait(&answer, Duration::from_secs(10)).unwrap_err();
+        }
+    }
+
     /// So many spans.
     fn spans(count: usize) -> Vec<FileSpan> {
         let file = FileKey {
@@ -213,12 +221,13 @@ mod tests {
         // It answers nothing, and what comes then would be too much.
         control.report(spans(1));
         control.report(spans(MAX_REPORTS));
-        drop(engine);
+        leave(engine, &control);
         for _ in 0..2 {
             let mut engine = connected(&control);
             let request = engine.receive::<ControlRequest>().unwrap();
             assert_eq!(request, ControlRequest::Resume);
             // Not answered either at first.
+            leave(engine, &control);
         }
         let mut engine = connected(&control);
         engine.receive::<ControlRequest>().unwrap();
