@@ -44,6 +44,7 @@ def compiles(rng):
     cache = WORK + "/cache"
     shutil.rmtree(cache, ignore_errors=True)
     run(sys.executable, "-m", "compileall", "-q", "-f", rng.choice(packages), env={"PYTHONPYCACHEPREFIX": cache})
+    run("gcc", "-O2", "-o", WORK + "/program", "/var/tmp/compiler/program.c", "-lm")
 
 
 def reads(rng):

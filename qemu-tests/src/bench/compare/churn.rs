@@ -27,7 +27,7 @@ pub enum Step {
     Begin,
     /// Packages are installed again, which replaces their files by others of the same bytes, and services start again.
     Upgrade,
-    /// A part of Python's library is compiled.
+    /// A part of Python's library is compiled, and a program in C.
     Compile,
     /// What caches can let go of is dropped.
     Drop,

@@ -22,6 +22,8 @@ const DISK: &str = "/tmp/disk";
 /// For what takes a guest long.
 const LONG: Duration = Duration::from_secs(1800);
 const AGE: &str = include_str!("aged.py");
+const COMPILER: &str = include_str!("compiler.py");
+const PROGRAM: &str = include_str!("program.c");
 /// For how long guests work before memory is shared, and by how many times as often as usual their kernels join small
 /// pages into huge ones meanwhile: an hour, compressed.
 const WORK: Duration = Duration::from_secs(180);
@@ -36,7 +38,7 @@ pub enum Workload {
         /// MiB of files.
         mib: u32,
     },
-    /// (b) Debian guests that boot from one image and run its services.
+    /// (b) Debian guests that boot from one image, run its services and have a compiler in use.
     Boot {
         /// How many.
         guests: u32,
@@ -180,6 +182,7 @@ impl Workload {
                 }
                 world.artifacts.guest_image = image;
                 world.wait_booted(booted)?;
+                everybody(&mut world.guests, COMPILER, |_| vec![PROGRAM.to_owned()])?;
                 // Whether they come to rest or not: all systems get what they are then.
                 services::wait_quiet(&mut world.guests)?;
                 Ok(())
