@@ -156,3 +156,32 @@ impl Drop for Looking {
         let _ = unsafe { munmap(self.base as *mut c_void, self.bytes) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::StoreFile;
+    use std::os::fd::AsFd;
+
+    /// The store relies on it: [`StoreFile`] writes there without making a hole first.
+    #[test]
+    fn nobody_gets_memory_behind_the_end_of_a_store() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = directory.path().join("group.pages");
+        let file = StoreFile::create(&path).unwrap();
+        let writer = std::fs::File::options().write(true).open(&path).unwrap();
+        writer.set_len(4 * PAGE as u64).unwrap();
+        let view = Looking::new(&file.read_only().unwrap(), 8 * PAGE).unwrap();
+        let populate = |page: usize| {
+            let at = (view.base + page * PAGE) as *mut c_void;
+            // SAFETY: of the mapping made above; the kernel alone touches it.
+            unsafe { madvise(at, PAGE, Advice::LinuxPopulateRead) }
+        };
+        populate(3).unwrap();
+        populate(4).unwrap_err();
+        assert_eq!(file.allocated_bytes().unwrap(), PAGE as u64);
+        // Nor does who has it for reading move the end.
+        let reader = file.read_only().unwrap();
+        rustix::fs::ftruncate(reader.as_fd(), 8 * PAGE as u64).unwrap_err();
+    }
+}

@@ -15,6 +15,9 @@ use std::path::Path;
 #[derive(Debug)]
 pub struct StoreFile {
     fd: OwnedFd,
+    /// Pages up to its end, or more. Who maps the file, and cannot write to it, has nothing behind that:
+    /// to touch it there is an error.
+    end: StorePage,
 }
 
 impl StoreFile {
@@ -23,7 +26,7 @@ impl StoreFile {
         let fd = rustix::fs::memfd_create("pagefusion-store", MemfdFlags::CLOEXEC)?;
         // Others may get a descriptor, and only what they get: no second one by /proc.
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
-        Ok(Self { fd })
+        Ok(Self { fd, end: 0 })
     }
 
     /// Opens the file at `path`, which is created with mode 0600 if it is not there. One that
@@ -59,12 +62,17 @@ impl StoreFile {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
         }
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
-        Ok(Self { fd })
+        let mut file = Self { fd, end: 0 };
+        file.end = file.pages()?;
+        Ok(file)
     }
 
     #[cfg(test)]
     pub(super) fn from_descriptor(fd: OwnedFd) -> Self {
-        Self { fd }
+        Self {
+            fd,
+            end: StorePage::MAX,
+        }
     }
 
     /// A descriptor of its own that can only read.
@@ -88,6 +96,11 @@ impl StoreFile {
         Ok(StorePage::try_from(bytes.div_ceil(PAGE as u64)).unwrap_or(StorePage::MAX))
     }
 
+    /// The first page from which on nobody can have mapped memory of the file.
+    pub(super) fn end(&self) -> StorePage {
+        self.end
+    }
+
     /// Reads whole pages into `bytes`. Holes and what lies behind the end read as zeros.
     pub(super) fn read(&self, page: StorePage, bytes: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
@@ -107,7 +120,8 @@ impl StoreFile {
 
     /// Writes whole pages from `page` on, at once. On an error, how many of them were written; nothing
     /// is left behind of the others.
-    pub(super) fn write(&self, page: StorePage, bytes: &[u8]) -> Result<(), (u32, io::Error)> {
+    pub(super) fn write(&mut self, page: StorePage, bytes: &[u8]) -> Result<(), (u32, io::Error)> {
+        self.end = self.end.max(page + (bytes.len() / PAGE) as StorePage);
         let mut done = 0;
         while done < bytes.len() {
             let error =
@@ -194,6 +208,19 @@ mod tests {
             assert!(reason.contains("belongs to user 65534"), "{reason}");
             assert!(reason.contains("remove it"), "{reason}");
         }
+    }
+
+    #[test]
+    fn its_end_is_behind_all_that_was_ever_written() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = directory.path().join("group.pages");
+        let mut file = StoreFile::create(&path).unwrap();
+        assert_eq!(file.end(), 0);
+        file.write(4, &[7; 3 * PAGE]).unwrap();
+        file.write(1, &[7; PAGE]).unwrap();
+        file.punch(4, 3).unwrap();
+        assert_eq!(file.end(), 7);
+        assert_eq!(StoreFile::open(&path).unwrap().end(), 7);
     }
 
     #[test]

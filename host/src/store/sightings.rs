@@ -81,12 +81,6 @@ impl Leaf {
         words.push(word);
         self.words = words.into_boxed_slice();
     }
-
-    fn swap_remove(&mut self, slot: usize) {
-        let mut words = std::mem::take(&mut self.words).into_vec();
-        words.swap_remove(slot);
-        self.words = words.into_boxed_slice();
-    }
 }
 
 impl Leaves for Vec<Leaf> {
@@ -386,34 +380,35 @@ impl Sightings {
 
     fn clear(&mut self, files: &mut Files, part: Part, which: impl Fn(u64) -> bool) {
         let index = part.leaf;
-        let mut removed = 0;
-        let mut slot = 0;
-        while let Some(&word) = self.leaves[index as usize].words.get(slot) {
-            if which(self.leaves[index as usize].page(word)) {
-                self.clear_slot(index, slot);
-                removed += 1;
-            } else {
-                slot += 1;
+        let leaf = &self.leaves[index as usize];
+        let goes: Vec<bool> = leaf.words.iter().map(|it| which(leaf.page(*it))).collect();
+        let removed = goes.iter().filter(|&&it| it).count();
+        let left = goes.len() - removed;
+        // The last ones take the slots of those that go, and no other moves.
+        let holes = (0..left).filter(|&slot| goes[slot]);
+        let last = (left..goes.len()).filter(|&slot| !goes[slot]);
+        let moves: Vec<(usize, usize)> = last.zip(holes).collect();
+        for (slot, goes) in goes.iter().enumerate() {
+            if *goes || slot >= left {
+                self.drop_reference(index, slot);
             }
         }
-        let leaf = &self.leaves[index as usize];
-        self.pages -= removed;
+        let leaf = &mut self.leaves[index as usize];
+        if removed > 0 {
+            let mut words = std::mem::take(&mut leaf.words).into_vec();
+            for &(from, to) in &moves {
+                words[to] = words[from];
+            }
+            words.truncate(left);
+            leaf.words = words.into_boxed_slice();
+        }
         self.by_vm.entry(leaf.vm).or_default().pages -= removed;
-        if leaf.words.is_empty() {
+        self.pages -= removed;
+        for (_, to) in moves {
+            self.add_reference(index, to);
+        }
+        if left == 0 {
             self.free_leaf(files, part);
-        }
-    }
-
-    /// Removes a page; the last one of the leaf takes its slot.
-    fn clear_slot(&mut self, index: u32, slot: usize) {
-        let last = self.leaves[index as usize].words.len() - 1;
-        self.drop_reference(index, slot);
-        if slot != last {
-            self.drop_reference(index, last);
-        }
-        self.leaves[index as usize].swap_remove(slot);
-        if slot != last {
-            self.add_reference(index, slot);
         }
     }
 }

@@ -32,6 +32,8 @@ struct NewPage<'a> {
     file: &'a FileKey,
     page: u64,
     hash: u64,
+    /// Who has seen it first.
+    first: Reporter,
 }
 
 /// How much of a file such spans are.
@@ -116,7 +118,8 @@ impl Group {
         if work.new.iter().any(|new| new.hash == hash) {
             self.write_new(work);
         }
-        match self.find_equal(hash, bytes) {
+        let mut candidates = 0;
+        match self.find_equal(hash, bytes, &mut candidates) {
             Ok(Some(store)) => {
                 if self.room(work.vm) <= work.new.len() as u64 {
                     // What waits comes first, and may leave no room.
@@ -128,19 +131,27 @@ impl Group {
                 }
             }
             Ok(None) if self.room(work.vm) <= work.new.len() as u64 => self.limit(work.vm, 1),
+            // Too many of the same hash is what somebody makes on purpose.
+            Ok(None) if candidates >= MAX_CANDIDATES => {}
             Ok(None) => self.take_new(work, index, (key, page, hash), following),
             Err(error) => log::error!("cannot read the page store: {error}"),
         }
     }
 
-    /// A page of the store with the same bytes.
-    fn find_equal(&self, hash: u64, bytes: &[u8; PAGE]) -> io::Result<Option<StorePage>> {
+    /// A page of the store with the same bytes. `others` counts those that have their hash alone.
+    fn find_equal(
+        &self,
+        hash: u64,
+        bytes: &[u8; PAGE],
+        others: &mut usize,
+    ) -> io::Result<Option<StorePage>> {
         let mut stored = [0; PAGE];
         for store in self.index.candidates(hash) {
             self.file.read(store, &mut stored)?;
             if stored == *bytes {
                 return Ok(Some(store));
             }
+            *others += 1;
         }
         Ok(None)
     }
@@ -155,18 +166,15 @@ impl Group {
     ) {
         let vm = work.vm;
         let file = self.files.intern(key);
-        match self.sightings.find(hash) {
-            Some(other) if other != (Reporter { vm, file, page }) => {}
+        let first = match self.sightings.find(hash) {
+            Some(other) if other != (Reporter { vm, file, page }) => other,
             // The other reporter has gone in the meantime, or there never was one.
             Some(_) => return,
             None => {
                 self.sight_page(vm, key, page, hash);
                 return;
             }
-        }
-        if self.index.candidates(hash).count() >= MAX_CANDIDATES {
-            return;
-        }
+        };
         let waiting = work.new.len() as u64;
         let may_publish = |vm: &Vm| vm.published + waiting < vm.limits.store_pages;
         if self.index.len() as u64 + waiting >= self.limits.store_pages
@@ -194,6 +202,7 @@ impl Group {
             file: key,
             page,
             hash,
+            first,
         });
     }
 
@@ -208,8 +217,13 @@ impl Group {
         if !clean.contains(&store) {
             // At once for the whole run: for each page it would cost a third of the write.
             let run = self.index.unused(store, following).max(1);
-            self.file.punch(store, run)?;
-            *clean = store..store.saturating_add(run);
+            let end = store.saturating_add(run);
+            // What lies behind the file's end nobody can have mapped.
+            let inside = end.min(self.file.end()).saturating_sub(store);
+            if inside > 0 {
+                self.file.punch(store, inside)?;
+            }
+            *clean = store..end;
         }
         Ok(())
     }
@@ -233,15 +247,19 @@ impl Group {
             let store = store + i as u32;
             self.index.insert(store, new.hash, vm);
             self.vms.entry(vm).or_default().published += 1;
-            self.note_published(vm, (new.file, new.page), new.hash, store);
+            let file = self.files.intern(new.file);
+            self.index.name(&mut self.files, file, new.page, store);
+            self.grant(vm, store);
             work.answers[first + i] = Some(store);
         }
+        let seen = new[..written].iter().map(|new| new.first);
+        self.consume_sightings(seen);
         self.store_full += (new.len() - written) as u64;
         let rest = store + written as u32..store + new.len() as u32;
         self.index.give(&mut self.files, rest);
     }
 
-    /// A VM has published a page that is in the store now.
+    /// A VM has published a page that is in the store already.
     fn note_published(
         &mut self,
         vm: u32,
@@ -252,17 +270,34 @@ impl Group {
         let file = self.files.intern(key);
         self.index.name(&mut self.files, file, page, store);
         self.grant(vm, store);
-        self.consume_sighting(Reporter { vm, file, page }, hash);
+        match self.sightings.find(hash) {
+            Some(own) if own == (Reporter { vm, file, page }) => {
+                self.sightings.remove(&mut self.files, own);
+            }
+            first => self.consume_sightings(first),
+        }
     }
 
-    /// The page is in the store now: whoever else has it shall report it again.
-    pub(super) fn consume_sighting(&mut self, by: Reporter, hash: u64) {
-        if let Some(first) = self.sightings.find(hash) {
-            if first != by {
-                self.reports
-                    .push((first.vm, self.files.get(first.file).key, first.page));
+    /// What these have seen is in the store now: they shall report it again.
+    fn consume_sightings(&mut self, seen: impl IntoIterator<Item = Reporter>) {
+        let mut seen = seen.into_iter().peekable();
+        while let Some(Reporter { vm, file, page }) = seen.next() {
+            let key = self.files.get(file).key;
+            let mut end = page;
+            loop {
+                self.reports.push((vm, key, end));
+                end = end.saturating_add(1);
+                let next = Reporter {
+                    vm,
+                    file,
+                    page: end,
+                };
+                if seen.next_if_eq(&next).is_none() {
+                    break;
+                }
             }
-            self.sightings.remove(&mut self.files, first);
+            self.sightings
+                .remove_range(&mut self.files, vm, file, page, end);
         }
     }
 }
