@@ -10,22 +10,67 @@
 const MOST: usize = 48;
 /// A bucket grows by so many.
 const GROWTH: usize = 4;
-
-/// Eight bits of the hash, and the reference.
-type Entry = [u8; 5];
+/// A reference and the tag of its hash, bytes.
+const EACH: usize = 1 + size_of::<u32>();
 
 /// References by hash. The hash of a reference is asked for when its bucket is split.
 #[derive(Debug)]
 pub(super) struct References {
-    buckets: Vec<Vec<Entry>>,
+    buckets: Vec<Bucket>,
     len: usize,
 }
 
 impl Default for References {
     fn default() -> Self {
         Self {
-            buckets: vec![Vec::new()],
+            buckets: vec![Bucket::default()],
             len: 0,
+        }
+    }
+}
+
+/// Eight bits of the hash of each, all side by side to be looked through at once, and then, in the same
+/// order, the references.
+#[derive(Debug, Default)]
+struct Bucket(Vec<u8>);
+
+impl Bucket {
+    fn len(&self) -> usize {
+        self.0.len() / EACH
+    }
+
+    fn reference(&self, index: usize) -> u32 {
+        let at = self.len() + index * size_of::<u32>();
+        let mut bytes = [0; size_of::<u32>()];
+        bytes.copy_from_slice(&self.0[at..at + size_of::<u32>()]);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Those with this tag, and where.
+    fn with_tag(&self, tag: u8) -> impl Iterator<Item = (usize, u32)> {
+        memchr::memchr_iter(tag, &self.0[..self.len()]).map(|at| (at, self.reference(at)))
+    }
+
+    fn push(&mut self, tag: u8, reference: u32) {
+        let len = self.len();
+        if self.0.len() + EACH > self.0.capacity() {
+            self.0.reserve_exact(GROWTH * EACH);
+        }
+        self.0.insert(len, tag);
+        self.0.extend(reference.to_le_bytes());
+    }
+
+    /// The last one takes its place.
+    fn swap_remove(&mut self, index: usize) {
+        let last = self.len() - 1;
+        let reference = self.reference(last).to_le_bytes();
+        let at = last + 1 + index * size_of::<u32>();
+        self.0[at..at + size_of::<u32>()].copy_from_slice(&reference);
+        self.0.truncate(self.0.len() - size_of::<u32>());
+        self.0.swap(index, last);
+        self.0.remove(last);
+        if self.0.capacity() - self.0.len() > 2 * GROWTH * EACH {
+            self.0.shrink_to(self.0.len() + GROWTH * EACH);
         }
     }
 }
@@ -34,8 +79,7 @@ impl References {
     /// The reference with this hash that `is_it`.
     pub(super) fn find(&self, hash: u64, mut is_it: impl FnMut(u32) -> bool) -> Option<u32> {
         let bucket = &self.buckets[self.bucket(hash)];
-        let tag = tag(hash);
-        let mut found = bucket.iter().filter(|entry| entry[0] == tag).map(reference);
+        let mut found = bucket.with_tag(tag(hash)).map(|(_, reference)| reference);
         found.find(|&reference| is_it(reference))
     }
 
@@ -45,7 +89,7 @@ impl References {
             self.split(hash_of);
         }
         let bucket = self.bucket(hash);
-        push(&mut self.buckets[bucket], hash, reference);
+        self.buckets[bucket].push(tag(hash), reference);
         self.len += 1;
     }
 
@@ -53,15 +97,11 @@ impl References {
     pub(super) fn remove(&mut self, hash: u64, reference: u32) {
         let bucket = self.bucket(hash);
         let bucket = &mut self.buckets[bucket];
-        let entry = entry(hash, reference);
-        let Some(at) = bucket.iter().position(|it| *it == entry) else {
+        let Some((at, _)) = bucket.with_tag(tag(hash)).find(|it| it.1 == reference) else {
             debug_assert!(false, "a reference that is not there");
             return;
         };
         bucket.swap_remove(at);
-        if bucket.capacity() - bucket.len() > 2 * GROWTH {
-            bucket.shrink_to(bucket.len() + GROWTH);
-        }
         self.len -= 1;
         if self.len == 0 {
             *self = Self::default();
@@ -70,9 +110,8 @@ impl References {
 
     /// Memory taken, bytes, without what the allocator adds.
     pub(super) fn bytes(&self) -> usize {
-        let buckets = self.buckets.iter().map(Vec::capacity);
-        buckets.sum::<usize>() * size_of::<Entry>()
-            + self.buckets.capacity() * size_of::<Vec<Entry>>()
+        let buckets = self.buckets.iter().map(|it| it.0.capacity());
+        buckets.sum::<usize>() + self.buckets.capacity() * size_of::<Bucket>()
     }
 
     /// With `n` buckets, `2^k <= n`, a hash belongs to bucket `hash mod 2^(k+1)`, or, when
@@ -92,44 +131,27 @@ impl References {
         if count == self.buckets.capacity() {
             self.buckets.reserve_exact((count / 8).max(1));
         }
-        self.buckets.push(Vec::new());
+        self.buckets.push(Bucket::default());
         let from = count - (count + 1).next_power_of_two() / 2;
         let old = std::mem::take(&mut self.buckets[from]);
-        let [mut stay, mut go] = [Vec::new(), Vec::new()];
-        for reference in old.iter().map(reference) {
+        let [mut stay, mut go] = [Bucket::default(), Bucket::default()];
+        for reference in (0..old.len()).map(|index| old.reference(index)) {
             let hash = hash_of(reference);
             let to = if self.bucket(hash) == from {
                 &mut stay
             } else {
                 &mut go
             };
-            push(to, hash, reference);
+            to.push(tag(hash), reference);
         }
         self.buckets[from] = stay;
         self.buckets[count] = go;
     }
 }
 
-fn push(bucket: &mut Vec<Entry>, hash: u64, reference: u32) {
-    if bucket.len() == bucket.capacity() {
-        bucket.reserve_exact(GROWTH);
-    }
-    bucket.push(entry(hash, reference));
-}
-
 /// The bits that do not choose the bucket.
 fn tag(hash: u64) -> u8 {
     (hash >> 56) as u8
-}
-
-fn entry(hash: u64, reference: u32) -> Entry {
-    let [a, b, c, d] = reference.to_le_bytes();
-    [tag(hash), a, b, c, d]
-}
-
-fn reference(entry: &Entry) -> u32 {
-    let [_, a, b, c, d] = *entry;
-    u32::from_le_bytes([a, b, c, d])
 }
 
 #[cfg(test)]
@@ -153,7 +175,7 @@ mod tests {
                 }
             }
         }
-        let fullest = table.buckets.iter().map(Vec::len).max().unwrap();
+        let fullest = table.buckets.iter().map(Bucket::len).max().unwrap();
         assert!(fullest < 4 * MOST, "{fullest}");
         let each = table.bytes() as f64 / 200_000.0;
         assert!(each < 6.5, "{each} bytes for each reference");
