@@ -18,10 +18,13 @@ use crate::protocol::{
     FileKey, FileSpan, MAX_PUBLISH_PAGES, Segment, Sighting, StorePage, Verdict,
 };
 use crate::store::batches::{Pages, batches_of};
-use crate::store::{PAGE, StoreError, hash_page};
+use crate::store::{PAGE, StoreError, hash_page, whole_pages};
 
 /// Most hashes in one request: what fits a message with room to spare.
 const MAX_SIGHTINGS: u64 = 4096;
+/// Pages that are copied out to be hashed under one lock: what the nearest cache holds, and much less
+/// than a window takes.
+const HASHED_AT_ONCE: usize = 4;
 
 /// A piece of a run that is contiguous in file, store candidates and this process.
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +102,8 @@ pub(super) struct Transaction<'a> {
     counts: Vec<Count>,
     parts: Vec<Part>,
     granted: RoaringBitmap,
+    /// For pages on their way to the store.
+    bytes: Vec<u8>,
 }
 
 impl<'a> Transaction<'a> {
@@ -114,6 +119,7 @@ impl<'a> Transaction<'a> {
             counts: vec![Count::default(); runs.len()],
             parts: Vec::with_capacity(runs.len()),
             granted: RoaringBitmap::new(),
+            bytes: Vec::new(),
         };
         let mut memory = sharing.memory();
         let mut pieces: Vec<Piece> = Vec::new();
@@ -327,18 +333,20 @@ impl<'a> Transaction<'a> {
     fn sight(&mut self, store: &mut Connected, parts: &[Part]) -> Result<Vec<Part>, StoreError> {
         let mut sightings = Vec::with_capacity(parts.len());
         let mut asked = Vec::with_capacity(parts.len());
-        let mut page = [0; PAGE];
+        let mut copy = [0; HASHED_AT_ONCE * PAGE];
         for part in parts {
             let mut hashes = Vec::with_capacity(part.pages);
-            for i in 0..part.pages {
-                let address = part.hva + i * PAGE;
+            while hashes.len() < part.pages {
+                let address = part.hva + hashes.len() * PAGE;
+                let pages = HASHED_AT_ONCE.min(part.pages - hashes.len());
                 // A copy: the guest may write meanwhile, and a hash of what changes under it
                 // would be one of nothing.
-                if let Err(why) = self.sharing.memory().copy_out(address, &mut page) {
+                let copy = &mut copy[..pages * PAGE];
+                if let Err(why) = self.sharing.memory().copy_out(address, copy) {
                     self.refuse(part.run, why);
                     break;
                 }
-                hashes.push(hash_page(store.seed, &page));
+                hashes.extend(whole_pages(copy).map(|page| hash_page(store.seed, page)));
             }
             if !hashes.is_empty() {
                 asked.push(part.slice(0, hashes.len()));
@@ -380,7 +388,9 @@ impl<'a> Transaction<'a> {
 
     /// Sends pages to the store and overlays them with what became of them there.
     fn publish(&mut self, store: &mut Connected, parts: &[Part]) -> Result<(), StoreError> {
-        let mut bytes = vec![0; parts.iter().map(|it| it.pages).sum::<usize>() * PAGE];
+        let mut bytes = std::mem::take(&mut self.bytes);
+        let most = parts.iter().map(|it| it.pages).sum::<usize>() * PAGE;
+        bytes.resize(bytes.len().max(most), 0);
         let mut length = 0;
         let mut sent = Vec::with_capacity(parts.len());
         for part in parts {
@@ -405,6 +415,7 @@ impl<'a> Transaction<'a> {
         store
             .pages
             .publish(&spans, &bytes[..length], &mut positions)?;
+        self.bytes = bytes;
         if positions.len() * PAGE != length {
             return Err(StoreError::Refused(
                 "as many positions as pages were expected".into(),

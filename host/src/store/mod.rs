@@ -45,7 +45,7 @@ pub fn hash_page(seed: u64, page: &[u8; PAGE]) -> u64 {
 }
 
 /// The whole pages of `bytes`.
-fn whole_pages(bytes: &[u8]) -> impl Iterator<Item = &[u8; PAGE]> {
+pub(crate) fn whole_pages(bytes: &[u8]) -> impl Iterator<Item = &[u8; PAGE]> {
     bytes
         .chunks_exact(PAGE)
         .filter_map(|page| page.try_into().ok())
