@@ -205,7 +205,10 @@ impl Harness<'_> {
         let report = self.report(vms, host, load)?;
         println!("{}", report.table());
         write_json(json, &report)?;
-        demo::verdict(&report)?;
+        match self.nested || host == HostKind::KvmLab {
+            true => demo::nested_verdict(&report)?,
+            false => demo::verdict(&report)?,
+        }
         Ok(ExitCode::SUCCESS)
     }
 
