@@ -9,6 +9,7 @@
 //! content the store already had under another name.
 
 use super::files::{FileId, Files};
+use super::pages::{Page, Pages};
 use super::space::Space;
 use crate::protocol::{FileKey, StorePage};
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
@@ -48,17 +49,6 @@ impl Dense {
     }
 }
 
-/// What is known of one store page.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Page {
-    /// Its content hash.
-    pub(super) hash: u64,
-    /// VMs that it is granted to.
-    pub(super) references: u32,
-    /// The VM that published it.
-    pub(super) publisher: u32,
-}
-
 #[derive(Debug)]
 struct Chunk {
     file: FileId,
@@ -71,7 +61,7 @@ struct Chunk {
 /// The index of a store.
 #[derive(Debug)]
 pub(super) struct Index {
-    pages: HashMap<StorePage, Page>,
+    pages: Pages,
     contents: HashTable<StorePage>,
     names: HashMap<StorePage, Vec<(FileId, u64)>>,
     /// How many there are.
@@ -89,7 +79,7 @@ pub(super) struct Index {
 impl Index {
     pub(super) fn new() -> Self {
         Self {
-            pages: HashMap::new(),
+            pages: Pages::default(),
             contents: HashTable::new(),
             names: HashMap::new(),
             named: 0,
@@ -112,11 +102,11 @@ impl Index {
     }
 
     pub(super) fn page(&self, store: StorePage) -> Option<&Page> {
-        self.pages.get(&store)
+        self.pages.get(store)
     }
 
     pub(super) fn page_mut(&mut self, store: StorePage) -> Option<&mut Page> {
-        self.pages.get_mut(&store)
+        self.pages.get_mut(store)
     }
 
     /// Calls `each` for every page of `pages` of a file, in order, with the content that
@@ -152,7 +142,7 @@ impl Index {
     }
 
     fn most_used(&self, own: Option<StorePage>, aliases: &[StorePage]) -> Option<StorePage> {
-        let uses = |store: &StorePage| self.pages.get(store).map_or(0, |page| page.references);
+        let uses = |store: &StorePage| self.pages.get(*store).map_or(0, |page| page.references);
         // The last of equals wins: the latest alias.
         own.into_iter()
             .chain(aliases.iter().copied())
@@ -163,7 +153,7 @@ impl Index {
     pub(super) fn candidates(&self, hash: u64) -> impl Iterator<Item = StorePage> {
         let spread = self.hasher.hash_one(hash);
         let has_hash =
-            move |store: &StorePage| self.pages.get(store).is_some_and(|page| page.hash == hash);
+            move |store: &StorePage| self.pages.get(*store).is_some_and(|page| page.hash == hash);
         self.contents.iter_hash(spread).copied().filter(has_hash)
     }
 
@@ -201,7 +191,7 @@ impl Index {
             Some(base)
         });
         base.and_then(|base| self.in_chunk(base, page))
-            .filter(|store| !self.pages.contains_key(store) && !self.taken.contains(store))
+            .filter(|store| !self.pages.contains(*store) && !self.taken.contains(store))
             .or_else(|| self.space.take(1))
             .inspect(|store| {
                 self.taken.insert(*store);
@@ -210,7 +200,7 @@ impl Index {
 
     /// How many pages from `store` on, of at most `most`, are not in the index.
     pub(super) fn unused(&self, store: StorePage, most: u32) -> u32 {
-        let unused = |at: &StorePage| !self.pages.contains_key(at);
+        let unused = |at: &StorePage| !self.pages.contains(*at);
         (store..store.saturating_add(most))
             .take_while(unused)
             .count() as u32
@@ -259,7 +249,7 @@ impl Index {
             ..
         } = self;
         contents.insert_unique(hasher.hash_one(hash), store, |other| {
-            hasher.hash_one(pages.get(other).map_or(0, |page| page.hash))
+            hasher.hash_one(pages.get(*other).map_or(0, |page| page.hash))
         });
     }
 
@@ -321,7 +311,7 @@ impl Index {
             return;
         }
         let used = (base..end)
-            .filter(|store| self.pages.contains_key(store))
+            .filter(|store| self.pages.contains(*store))
             .count() as u32;
         self.space.take_at(base, pages);
         record.set_chunk(number, base);
@@ -338,12 +328,12 @@ impl Index {
 
     /// Forgets a page and frees its number.
     pub(super) fn remove(&mut self, files: &mut Files, store: StorePage) -> Option<Page> {
-        let page = *self.pages.get(&store)?;
+        let page = *self.pages.get(store)?;
         let spread = self.hasher.hash_one(page.hash);
         if let Ok(entry) = self.contents.find_entry(spread, |&other| other == store) {
             entry.remove();
         }
-        self.pages.remove(&store);
+        self.pages.remove(store);
         self.home.remove(store);
         let names = self.names.remove(&store).unwrap_or_default();
         self.named -= names.len();
@@ -376,7 +366,7 @@ impl Index {
     /// Estimate of the memory taken, bytes.
     pub(super) fn bytes(&self) -> usize {
         // Not from capacities, which shrink with what is removed and the memory does not.
-        self.pages.allocation_size()
+        self.pages.bytes()
             + self.contents.allocation_size()
             + self.names.allocation_size()
             + self.names.len() * 16

@@ -21,6 +21,7 @@ mod index;
 mod local;
 #[cfg(test)]
 mod model;
+mod pages;
 mod places;
 mod references;
 mod sightings;
