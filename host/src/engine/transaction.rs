@@ -376,7 +376,8 @@ impl<'a> Transaction<'a> {
                 match verdict {
                     Verdict::Found(at) => append(&mut by_content, here, at),
                     Verdict::Remembered => self.counts[part.run].remembered += 1,
-                    Verdict::Publish => wanted.push(here),
+                    // Joined at once: a part for each page would take ten times its hash.
+                    Verdict::Publish => push_joined(&mut wanted, here),
                 }
             }
         }
@@ -476,10 +477,15 @@ fn by_address(found: &[(Part, StorePage)]) -> Vec<(Part, StorePage)> {
 fn join(parts: Vec<Part>) -> Vec<Part> {
     let mut joined: Vec<Part> = Vec::with_capacity(parts.len());
     for part in parts {
-        match joined.last_mut() {
-            Some(last) if last.is_followed_by(&part) => last.pages += part.pages,
-            _ => joined.push(part),
-        }
+        push_joined(&mut joined, part);
     }
     joined
+}
+
+/// Adds a part, joined with the last one where it continues that.
+fn push_joined(parts: &mut Vec<Part>, part: Part) {
+    match parts.last_mut() {
+        Some(last) if last.is_followed_by(&part) => last.pages += part.pages,
+        _ => parts.push(part),
+    }
 }
