@@ -5,8 +5,8 @@
 
 #![expect(unsafe_code, reason = "maps a page to see what new memory is like")]
 
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 use std::ptr;
 
@@ -138,12 +138,31 @@ pub(super) fn examine(
     let Some(sample) = Sample::map()? else {
         return Ok(Err(Unsuitable::Locked));
     };
-    let smaps = fs::read("/proc/self/smaps")?;
-    let smaps = String::from_utf8_lossy(&smaps);
+    let smaps = read_smaps()?;
     if is_locked(&smaps, sample.0) {
         return Ok(Err(Unsuitable::Locked));
     }
     Ok(inspect(&smaps, range, is_overlay, MemoryPolicy::at))
+}
+
+/// What this process's mappings are and their flags, from `/proc/self/smaps`. Line by line: all that it
+/// says of many mappings comes to megabytes, and having freed such an amount the allocator
+/// keeps twice as much of all that is freed later.
+pub(super) fn read_smaps() -> io::Result<String> {
+    wanted_of(BufReader::new(File::open("/proc/self/smaps")?))
+}
+
+fn wanted_of(mut smaps: impl BufRead) -> io::Result<String> {
+    let mut wanted = String::new();
+    let mut line = Vec::new();
+    while smaps.read_until(b'\n', &mut line)? > 0 {
+        // Only headers begin in small letters or with digits.
+        if !line[0].is_ascii_uppercase() || line.starts_with(b"VmFlags:") {
+            wanted.push_str(&String::from_utf8_lossy(&line));
+        }
+        line.clear();
+    }
+    Ok(wanted)
 }
 
 /// A page of new memory.
@@ -396,6 +415,21 @@ VmFlags: rd wr mr mw me ac wf
         ] {
             assert_eq!(ask(from, to), Err(why));
         }
+    }
+
+    #[test]
+    fn of_what_is_said_of_mappings_the_flags_are_kept() {
+        let smaps = "7f00-7f10 rw-p 00000000 00:00 0 /a\u{e9}\nRss: 4 kB\nVmFlags: rd wr \n\
+                     a000-b000 r--p 00000000 00:00 0 \nSize: 4 kB\nVmFlags: rd ";
+        let mut bytes = smaps.as_bytes().to_vec();
+        // No UTF-8.
+        bytes[smaps.find('\u{e9}').unwrap()] = 0xff;
+        let wanted = wanted_of(&bytes[..]).unwrap();
+        assert_eq!(wanted.lines().count(), 4, "{wanted}");
+        assert!(!wanted.contains("kB") && wanted.ends_with("VmFlags: rd "));
+        let mappings: Vec<_> = wanted.lines().filter_map(parse_header).collect();
+        assert_eq!(mappings.len(), 2);
+        assert_eq!((mappings[1].start, mappings[1].end), (0xa000, 0xb000));
     }
 
     #[test]

@@ -5,12 +5,11 @@
 //! Whoever embeds the engine tells it before, and after: what is shared there becomes ordinary
 //! memory first, nothing is shared meanwhile, and afterwards that memory is looked at anew.
 
-use std::fs;
 use std::io;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::attributes::{Unsuitable, has_userfaultfd};
+use super::attributes::{Unsuitable, has_userfaultfd, read_smaps};
 use super::memory::{Memory, Suitability};
 use super::regions::Region;
 use super::sharing::Sharing;
@@ -261,8 +260,7 @@ impl Sharing {
         }
         let began = Instant::now();
         // Without the lock: it takes as long as the process has memory.
-        let smaps = fs::read("/proc/self/smaps")?;
-        let smaps = String::from_utf8_lossy(&smaps);
+        let smaps = read_smaps()?;
         for range in doubtful {
             let mut memory = self.memory();
             // Somebody may have taken it since.
