@@ -451,8 +451,8 @@ impl Memory {
         self.prepare(address).map(drop)
     }
 
-    /// Pages on overlays, without those that the guest had written when [`super::tidy`] looked last:
-    /// what a guest is told. Only [`super::audit`] knows how many have been written since.
+    /// Pages on overlays, without those that the guest had written when [`super::tidy()`] looked last:
+    /// what a guest is told. Only [`super::audit()`] knows how many have been written since.
     pub fn pages_shared(&self) -> u64 {
         self.overlays.pages().saturating_sub(self.broken)
     }
