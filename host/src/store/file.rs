@@ -121,7 +121,8 @@ impl StoreFile {
     /// Writes whole pages from `page` on, at once. On an error, how many of them were written; nothing
     /// is left behind of the others.
     pub(super) fn write(&mut self, page: StorePage, bytes: &[u8]) -> Result<(), (u32, io::Error)> {
-        self.end = self.end.max(page + (bytes.len() / PAGE) as StorePage);
+        let pages = (bytes.len() / PAGE) as StorePage;
+        self.end = self.end.max(page.saturating_add(pages));
         let mut done = 0;
         while done < bytes.len() {
             let error =

@@ -32,8 +32,6 @@ struct NewPage<'a> {
     file: &'a FileKey,
     page: u64,
     hash: u64,
-    /// Who has seen it first.
-    first: Reporter,
 }
 
 /// How much of a file such spans are.
@@ -126,7 +124,8 @@ impl Group {
                     self.write_new(work);
                 }
                 if self.admits(work.vm, store) {
-                    self.note_published(work.vm, (key, page), hash, store);
+                    let published = self.note_published(work.vm, (key, page), hash, store);
+                    self.consume_sightings(&[published]);
                     work.answers[index] = Some(store);
                 }
             }
@@ -166,15 +165,15 @@ impl Group {
     ) {
         let vm = work.vm;
         let file = self.files.intern(key);
-        let first = match self.sightings.find(hash) {
-            Some(other) if other != (Reporter { vm, file, page }) => other,
+        match self.sightings.find(hash) {
+            Some(other) if other != (Reporter { vm, file, page }) => {}
             // The other reporter has gone in the meantime, or there never was one.
             Some(_) => return,
             None => {
                 self.sight_page(vm, key, page, hash);
                 return;
             }
-        };
+        }
         let waiting = work.new.len() as u64;
         let may_publish = |vm: &Vm| vm.published + waiting < vm.limits.store_pages;
         if self.index.len() as u64 + waiting >= self.limits.store_pages
@@ -202,7 +201,6 @@ impl Group {
             file: key,
             page,
             hash,
-            first,
         });
     }
 
@@ -243,59 +241,70 @@ impl Group {
                 written as usize
             }
         };
+        let mut published = Vec::with_capacity(written);
         for (i, new) in new[..written].iter().enumerate() {
             let store = store + i as u32;
             self.index.insert(store, new.hash, vm);
             self.vms.entry(vm).or_default().published += 1;
-            let file = self.files.intern(new.file);
-            self.index.name(&mut self.files, file, new.page, store);
-            self.grant(vm, store);
+            published.push(self.note_published(vm, (new.file, new.page), new.hash, store));
             work.answers[first + i] = Some(store);
         }
-        let seen = new[..written].iter().map(|new| new.first);
-        self.consume_sightings(seen);
+        self.consume_sightings(&published);
         self.store_full += (new.len() - written) as u64;
         let rest = store + written as u32..store + new.len() as u32;
         self.index.give(&mut self.files, rest);
     }
 
-    /// A VM has published a page that is in the store already.
+    /// A VM has published a page that is in the store now. What comes back is for
+    /// [`Self::consume_sightings`].
     fn note_published(
         &mut self,
         vm: u32,
         (key, page): (&FileKey, u64),
         hash: u64,
         store: StorePage,
-    ) {
+    ) -> (Reporter, u64) {
         let file = self.files.intern(key);
         self.index.name(&mut self.files, file, page, store);
         self.grant(vm, store);
-        match self.sightings.find(hash) {
-            Some(own) if own == (Reporter { vm, file, page }) => {
-                self.sightings.remove(&mut self.files, own);
-            }
-            first => self.consume_sightings(first),
-        }
+        (Reporter { vm, file, page }, hash)
     }
 
-    /// What these have seen is in the store now: they shall report it again.
-    fn consume_sightings(&mut self, seen: impl IntoIterator<Item = Reporter>) {
-        let mut seen = seen.into_iter().peekable();
-        while let Some(Reporter { vm, file, page }) = seen.next() {
-            let key = self.files.get(file).key;
-            let mut end = page;
-            loop {
-                self.reports.push((vm, key, end));
-                end = end.saturating_add(1);
-                let next = Reporter {
-                    vm,
-                    file,
-                    page: end,
-                };
-                if seen.next_if_eq(&next).is_none() {
-                    break;
+    /// These have published what is in the store now: whoever else has seen it shall report it again.
+    /// What was seen side by side is forgotten at once.
+    fn consume_sightings(&mut self, published: &[(Reporter, u64)]) {
+        let mut seen: Option<(Reporter, u64)> = None;
+        for &(by, hash) in published {
+            let found = self.sightings.find(hash);
+            let found = match (&mut seen, found) {
+                (Some((first, end)), Some(next))
+                    if next
+                        == (Reporter {
+                            page: *end,
+                            ..*first
+                        }) =>
+                {
+                    *end = end.saturating_add(1);
+                    found
                 }
+                _ => {
+                    self.forget_seen(seen.take());
+                    // Of another hash the sighting may have been the same: it keeps a part of each.
+                    let found = self.sightings.find(hash);
+                    seen = found.map(|it| (it, it.page.saturating_add(1)));
+                    found
+                }
+            };
+            if let Some(first) = found.filter(|first| *first != by) {
+                let key = self.files.get(first.file).key;
+                self.reports.push((first.vm, key, first.page));
             }
+        }
+        self.forget_seen(seen);
+    }
+
+    fn forget_seen(&mut self, seen: Option<(Reporter, u64)>) {
+        if let Some((Reporter { vm, file, page }, end)) = seen {
             self.sightings
                 .remove_range(&mut self.files, vm, file, page, end);
         }

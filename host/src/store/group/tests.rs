@@ -54,6 +54,38 @@ fn share(group: &mut Group, [one, other]: [u32; 2], page: u64) -> StorePage {
     stores[0].unwrap()
 }
 
+/// A VM knows the seed, and can find what takes two pages for one in a matter of seconds.
+#[test]
+fn two_pages_that_one_sighting_stands_for_can_be_published_at_once() {
+    let mut group = Group::anonymous().unwrap();
+    group.seed = 0;
+    group.add_vm(1);
+    // Their hashes differ in the last sixteen bits alone, which no sighting keeps.
+    let alike = [3_576_054, 6_509_010];
+    let [one, other] = alike.map(|it| hash_page(0, &content(it)));
+    assert!(one != other && one >> 16 == other >> 16);
+    let seen = Sighting {
+        file: key(2),
+        page: 0,
+        hashes: vec![one],
+    };
+    group.sight(1, &[seen], &mut Vec::new()).unwrap();
+    let bytes = alike.map(content).concat();
+    let span = FileSpan {
+        pages: 2,
+        ..span(0)
+    };
+    let mut stores = Vec::new();
+    group.publish(1, &[span], &bytes, &mut stores).unwrap();
+    assert!(stores.iter().all(Option::is_some), "{stores:?}");
+    let seen = FileSpan {
+        file: key(2),
+        ..self::span(0)
+    };
+    assert_eq!(group.take_reports_of(1), [seen], "once");
+    assert!(group.files.find(&key(2)).is_none(), "nothing refers to it");
+}
+
 #[test]
 fn pages_far_from_each_other_are_noted_up_to_a_limit_of_their_own() {
     let limits = Limits {
