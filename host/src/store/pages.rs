@@ -3,8 +3,8 @@
 //! What is known of each page of a store, by its number.
 //!
 //! Pages get numbers side by side, and are asked for in their order: 64 of them lie in one piece,
-//! which is there as long as one of them is. A page takes 16 bytes where its neighbours are there,
-//! and a quarter of itself at most.
+//! which is there as long as one of them is. A page takes 16 bytes where its neighbours are there, and
+//! about a quarter of itself at most.
 
 use crate::protocol::StorePage;
 use hashbrown::HashMap;

@@ -46,4 +46,4 @@ end = time.monotonic() + LIMIT
 while not {"cc1", "x86_64-linux-gnu-as"} <= running():
     if time.monotonic() > end:
         sys.exit("no compiler is running: %s" % sorted(running()))
-    time.sleep(0.1)
+    time.sleep(0.1)  # No event says what a process runs.
